@@ -1,0 +1,40 @@
+"""The one switch between backends.
+
+An op offers some of :data:`BACKENDS`; for given inputs each of them either runs or has a reason why it cannot.
+``impl="auto"`` takes the first that runs, an explicit ``impl`` runs or raises with the reason, and the
+environment variable ``FASTZS_IMPL`` sets a preference for the whole program: what it names is taken by every op
+that has it and can run it, all other calls go on as ``auto``.
+"""
+
+import os
+from collections.abc import Mapping
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def choose(op: str, impl: str, reasons: Mapping[str, str | None]) -> str:
+    """Name the backend that computes one call of ``op``.
+
+    Args:
+        op: name of the op, for messages.
+        impl: ``"auto"`` or one of :data:`BACKENDS`.
+        reasons: for each backend of the op, best first, ``None`` if it can run on the inputs at hand, else why not.
+
+    Raises:
+        ValueError: ``impl`` (or ``FASTZS_IMPL``) is not a known name.
+        RuntimeError: the backend asked for is not offered by the op or cannot run on the inputs.
+    """
+    if impl not in ("auto", *BACKENDS):
+        raise ValueError(f"{op}: impl={impl!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
+    if impl != "auto":
+        reason = reasons.get(impl, "the op has no such backend")
+        if reason is not None:
+            raise RuntimeError(f"{op}: impl={impl!r} cannot run: {reason}")
+        return impl
+    preferred = os.environ.get("FASTZS_IMPL", "auto")
+    if preferred not in ("auto", *BACKENDS):
+        raise ValueError(f"FASTZS_IMPL={preferred!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
+    for backend in (preferred, *reasons):
+        if backend in reasons and reasons[backend] is None:
+            return backend
+    raise RuntimeError(f"{op}: no backend can run: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
