@@ -1,0 +1,209 @@
+"""Train the small CLIP that the package carries, on pictures it draws and their captions.
+
+    python -m fastzs.clip.train_shapes --output DIR [--minutes 60]
+
+The training sees pictures and captions, never label maps. Two losses read them: CLIP's contrastive loss between
+picture and caption, and a loss on the dense features that MaskCLIP reads (the last block's value path), which asks
+(a) that every name of the caption is found somewhere and no other name anywhere, and (b) that every patch shows
+something the caption names. Attributes alone ("a red thing", "a ring") are asked for like names, which is what lets
+unseen pairs be composed. Scenes are drawn from the seen pairs only.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastzs.clip.text import TextEncoder, WordTokenizer
+from fastzs.clip.vision import VisionTransformer
+from fastzs.data import shapes
+
+CONFIG = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 128, "layers": 5, "width": 128, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 32, "vocab_size": 0, "width": 128, "heads": 4, "layers": 1},
+}
+MEAN = STD = (0.5, 0.5, 0.5)
+WORDS = ("a", "and", "on", "thing", "ground", *shapes.PATTERNS[1:], *shapes.COLOURS, *shapes.SHAPES, *shapes.GROUNDS)
+PHRASES = (
+    [f"a {pair}" for pair in shapes.SEEN_PAIRS]
+    + [f"a {colour} thing" for colour in shapes.COLOURS]
+    + [f"a {shape}" for shape in shapes.SHAPES]
+    + [f"a {pattern} thing" for pattern in shapes.PATTERNS[1:]]
+    + list(shapes.GROUNDS)
+)
+GROUP_SIZES = (len(shapes.SEEN_PAIRS), len(shapes.COLOURS), len(shapes.SHAPES), 3, len(shapes.GROUNDS))
+
+
+def named(scenes: shapes.Scenes) -> Tensor:
+    """Which of PHRASES the captions support, bool [B, phrases]."""
+    index = {phrase: i for i, phrase in enumerate(PHRASES)}
+    out = torch.zeros(len(scenes.objects), len(PHRASES), dtype=torch.bool)
+    for b, objects in enumerate(scenes.objects):
+        out[b, index[scenes.grounds[b]]] = True
+        for pattern, colour, shape in objects:
+            for phrase in (f"a {colour} {shape}", f"a {colour} thing", f"a {shape}", f"a {pattern} thing"):
+                if phrase in index:
+                    out[b, index[phrase]] = True
+    return out
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        vision = CONFIG["vision_cfg"]
+        self.visual = VisionTransformer(
+            width=vision["width"], layers=vision["layers"], heads=vision["width"] // vision["head_width"],
+            patch_size=vision["patch_size"], grid=vision["image_size"] // vision["patch_size"],
+            output_dim=CONFIG["embed_dim"], quick_gelu=False,
+        )  # fmt: skip
+        nn.init.normal_(self.visual.positional_embedding, std=0.02)
+        tokenizer = WordTokenizer(WORDS, CONFIG["text_cfg"]["context_length"])
+        CONFIG["text_cfg"]["vocab_size"] = tokenizer.vocab_size
+        self.text = TextEncoder(CONFIG["text_cfg"], CONFIG["embed_dim"], False, tokenizer)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.phrase_tokens = tokenizer(PHRASES)
+
+    def tokens(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens entering the last block; small pictures see a random window of the positional table."""
+        x = images.float().div_(127.5).sub_(1.0)
+        v = self.visual
+        patches = v.conv1(x)
+        grid = (patches.shape[2], patches.shape[3])
+        side = math.isqrt(v.positional_embedding.shape[0] - 1)
+        table = v.positional_embedding[1:].unflatten(0, (side, side))
+        top = int(torch.randint(side - grid[0] + 1, (), generator=generator))
+        left = int(torch.randint(side - grid[1] + 1, (), generator=generator))
+        positions = table[top : top + grid[0], left : left + grid[1]].flatten(0, 1)
+        cls = (v.class_embedding + v.positional_embedding[0]).expand(len(x), 1, -1)
+        tokens = v.ln_pre(torch.cat([cls, patches.flatten(2).transpose(1, 2) + positions], dim=1))
+        for block in v.transformer.resblocks[:-1]:
+            tokens = block(tokens)
+        return tokens, grid
+
+    def losses(self, scenes: shapes.Scenes, generator: torch.Generator) -> dict[str, Tensor]:
+        tokens, grid = self.tokens(scenes.images, generator)
+        scale = self.logit_scale.exp().clamp(max=100)
+        captions = [scenes.caption(b) for b in range(len(scenes.objects))]
+        text = self.text(torch.cat([self.phrase_tokens, self.text.tokenizer(captions)]))
+        phrases, captions = text[: len(PHRASES)], text[len(PHRASES) :]
+
+        picture = F.normalize(self.visual.pooled(tokens), dim=-1)
+        logits = scale * picture @ captions.T
+        match = torch.arange(len(logits))
+        contrastive = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2
+
+        patches = F.normalize(self.visual.dense(tokens, grid).flatten(2), dim=1)  # [B, D, N]
+        scores = scale * (phrases @ patches)  # [B, phrases, N]
+        target = named(scenes)
+        pairs, colours, forms, patterns, grounds = scores.split(GROUP_SIZES, dim=1)
+        t_pairs, t_colours, t_forms, _, t_grounds = target.split(GROUP_SIZES, dim=1)
+        presence = patch = torch.zeros(())
+        for group, wanted in ((pairs, t_pairs), (colours, t_colours), (forms, t_forms)):
+            group, wanted = torch.cat([group, grounds], 1), torch.cat([wanted, t_grounds], 1)
+            logp = group.log_softmax(dim=1)  # [B, n, N]
+            k = max(1, logp.shape[2] // 16)
+            found = logp.exp().topk(k, dim=2).values.mean(2).clamp(1e-6, 1 - 1e-6)  # [B, n]
+            presence = presence - found.log()[wanted].mean()
+            absent = torch.where(wanted[..., None], -math.inf, logp).logsumexp(1)  # log probability of unnamed
+            patch = patch - torch.log1p(-absent.exp().clamp(max=1 - 1e-6)).mean()
+        pattern_logits = (patterns - 0.3 * scale).topk(max(1, patterns.shape[2] // 16), dim=2).values.mean(2)
+        pattern = F.binary_cross_entropy_with_logits(pattern_logits, target.split(GROUP_SIZES, dim=1)[3].float())
+        return {"contrastive": contrastive, "presence": presence, "patch": patch, "pattern": pattern}
+
+
+def batches(generator: torch.Generator, fraction: Iterator[float]) -> Iterator[shapes.Scenes]:
+    """Small scenes first, whole pictures at the end."""
+    for done in fraction:
+        if done < 0.75:
+            yield shapes.draw(96, (64, 64), seed=generator, objects=(1, 2), radius=(10, 24), pairs=shapes.SEEN_PAIRS)
+        else:
+            yield shapes.draw(24, (128, 128), seed=generator, objects=(2, 5), radius=(10, 28), pairs=shapes.SEEN_PAIRS)
+
+
+@torch.inference_mode()
+def score(model: Model, count: int = 64, seed: int = 10_000) -> dict[str, float]:
+    """mIoU of the dense features on held-out scenes, over seen and unseen pairs (64 names and the 4 grounds)."""
+    names = [*shapes.PAIRS, *shapes.GROUNDS]
+    text = model.text.encode([f"a {name}" for name in shapes.PAIRS] + list(shapes.GROUNDS))
+    scenes = shapes.draw(count, (128, 128), seed=seed, objects=(2, 5), radius=(10, 28))
+    truth = scenes.labels(names).long()
+    n = len(names)
+    confusion = torch.zeros(n * n, dtype=torch.int64)
+    for i in range(0, count, 16):
+        x = scenes.images[i : i + 16].float() / 127.5 - 1
+        tokens, grid = model.visual.trunk(x)
+        features = F.normalize(model.visual.dense(tokens, grid), dim=1)
+        logits = torch.einsum("bdhw,cd->bchw", features, text)
+        labels = F.interpolate(logits, (128, 128), mode="bilinear").argmax(1)
+        confusion += torch.bincount((truth[i : i + 16] * n + labels).flatten(), minlength=n * n)
+    matrix = confusion.view(n, n).double()
+    hit = matrix.diagonal()
+    iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)
+    seen = torch.tensor([name in shapes.SEEN_PAIRS for name in names])
+    unseen = torch.tensor([name in shapes.UNSEEN_PAIRS for name in names])
+    return {
+        "mIoU_seen": float(iou[seen].nanmean()),
+        "mIoU_unseen": float(iou[unseen].nanmean()),
+        "mIoU_grounds": float(iou[64:].nanmean()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    model = Model()
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.98)
+    )
+    start = time.monotonic()
+
+    def fraction() -> Iterator[float]:
+        while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+            yield done
+
+    done = fraction()
+    mean: dict[str, float] = {}
+    for step, scenes in enumerate(batches(generator, done)):
+        progress = (time.monotonic() - start) / (60 * args.minutes)
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+        losses = model.losses(scenes, generator)
+        total = 0.3 * losses["contrastive"] + losses["presence"] + losses["patch"] + 0.3 * losses["pattern"]
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for name, value in losses.items():
+            mean[name] = 0.98 * mean.get(name, value.item()) + 0.02 * value.item()
+        if step % 200 == 0:
+            parts = " ".join(f"{name} {value:.3f}" for name, value in (mean | score(model, 32)).items())
+            print(f"{progress:6.1%} step {step} {parts} scale {model.logit_scale.exp().item():.1f}", flush=True)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    state = {f"visual.{k}": v for k, v in model.visual.state_dict().items()} | model.text.tower.state_dict()
+    state["logit_scale"] = model.logit_scale.detach()
+    save_file({k: v.contiguous() for k, v in state.items()}, args.output / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD}
+    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
+    (args.output / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (args.output / "words.json").write_text(json.dumps(WORDS) + "\n")
+    print(score(model, 512))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""The public functional API: every op of :mod:`fastzs.kernels`, by name."""
+
+from fastzs.kernels.dense_attention.api import dense_attention
+from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
+from fastzs.kernels.label_map.api import LabelMap, label_map
+from fastzs.kernels.pixel_text_logits.api import pixel_text_logits
+
+__all__ = [
+    "LabelMap",
+    "dense_attention",
+    "key_smoothing",
+    "label_map",
+    "pixel_text_logits",
+    "prompt_denoising",
+]
