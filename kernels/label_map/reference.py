@@ -1,0 +1,179 @@
+"""The specification of ``label_map``, in plain PyTorch, in pieces small enough for any picture.
+
+The output is computed tile by tile. A tile asks for the picture pixels its own bilinear step reads, and for
+each of the windows over them only for the part they share, so the largest tensor is ``[C, tile rows, tile
+columns]`` and no tensor has both all classes and all pixels.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 32 << 20  # all live tensors of a tile together
+LIVE_TENSORS = 4  # of a tile's size, at the moment when most exist
+
+
+class Taps(NamedTuple):
+    """A bilinear step along one axis: ``out[i] = (1 - weight[i]) * x[low[i]] + weight[i] * x[high[i]]``."""
+
+    low: Tensor  # [n] int64
+    high: Tensor  # [n] int64
+    weight: Tensor  # [n] fp64, 0 <= weight < 1
+
+    def part(self, start: int, stop: int, shift: int = 0) -> "Taps":
+        """Outputs ``start`` to ``stop``, for an ``x`` whose first ``shift`` entries are left out."""
+        return Taps(self.low[start:stop] - shift, self.high[start:stop] - shift, self.weight[start:stop])
+
+
+def taps_at(position: Tensor, n: int) -> Taps:
+    """Taps at fractional positions, in units of the ``n`` entries, the first one's middle being 0."""
+    position = position.clamp(0, n - 1)
+    low = position.floor().long()
+    return Taps(low, (low + 1).clamp_max(n - 1), position - low)
+
+
+def resize_taps(n_in: int, n_out: int) -> Taps:
+    """What ``F.interpolate(mode="bilinear", align_corners=False)`` reads along an axis."""
+    return taps_at((torch.arange(n_out, dtype=torch.float64) + 0.5) * n_in / n_out - 0.5, n_in)
+
+
+def interpolate(x: Tensor, rows: Taps, cols: Taps) -> Tensor:
+    """``[C, h, w]`` -> ``[C, len(rows), len(cols)]``."""
+    weight = rows.weight.to(x.dtype)[:, None]
+    x = x[:, rows.low] * (1 - weight) + x[:, rows.high] * weight
+    weight = cols.weight.to(x.dtype)
+    return x[:, :, cols.low] * (1 - weight) + x[:, :, cols.high] * weight
+
+
+def activate(logits: Tensor, activation: str, penalty: Tensor | None) -> Tensor:
+    """Scores ``[C, r, c]`` of one window's interpolated logits."""
+    if activation == "sigmoid":
+        scores = logits.sigmoid()
+    elif activation == "softmax":
+        scores = logits.softmax(0)
+    else:
+        scores = logits
+    return scores if penalty is None else scores - penalty[:, None, None]
+
+
+def window_spans(start: int, length: int, n_picture: int, n_out: int) -> tuple[int, int, Tensor]:
+    """Which outputs along an axis have their centre in a window, and where in it.
+
+    Returns first and last + 1 of the outputs, and their positions from the window's start in pixels ``[n]``
+    fp64. Output ``i`` has its centre at ``(i + 1/2) n_picture / n_out``; integers decide, so that no centre
+    falls between two windows that touch.
+    """
+    twice = 2 * torch.arange(n_out) + 1
+    inside = (twice * n_picture >= 2 * n_out * start) & (twice * n_picture < 2 * n_out * (start + length))
+    index = inside.nonzero().flatten()
+    if index.numel() == 0:
+        return 0, 0, torch.empty(0, dtype=torch.float64)
+    position = twice[index].double() * n_picture / (2 * n_out) - start
+    return int(index[0]), int(index[-1]) + 1, position
+
+
+class Picture:
+    """Averaged scores of any rectangle of a grid over the picture, from the windows' low-resolution maps.
+
+    The grid is the picture's own pixels (``grid == picture_size``), or for the single-step resize the
+    output's.
+    """
+
+    def __init__(self, logits: Tensor, windows, picture_size, grid, activation: str, penalty: Tensor | None):
+        self.logits, self.activation, self.penalty = logits, activation, penalty
+        h, w = logits.shape[2:]
+        # Of each window: first and last + 1 row of the grid, the same of columns, taps along both.
+        self.places = []
+        for top, left, height, width in windows:
+            top, bottom, y = window_spans(top, height, picture_size[0], grid[0])
+            left, right, x = window_spans(left, width, picture_size[1], grid[1])
+            rows, cols = taps_at(y * h / height - 0.5, h), taps_at(x * w / width - 0.5, w)
+            self.places.append((top, bottom, left, right, rows, cols))
+
+    def band(self, top: int, bottom: int) -> list[int]:
+        """The windows over rows ``top`` to ``bottom``."""
+        return [n for n, place in enumerate(self.places) if place[0] < bottom and top < place[1]]
+
+    def scores(self, band: list[int], top: int, bottom: int, left: int, right: int) -> Tensor:
+        """``[C, bottom - top, right - left]``: the mean over the covering windows."""
+        classes = self.logits.shape[1]
+        total = self.logits.new_zeros(classes, bottom - top, right - left)
+        visits = self.logits.new_zeros(bottom - top, right - left)
+        for n in band:
+            place_top, place_bottom, place_left, place_right, rows, cols = self.places[n]
+            r0, r1 = max(top, place_top), min(bottom, place_bottom)
+            c0, c1 = max(left, place_left), min(right, place_right)
+            if r0 >= r1 or c0 >= c1:
+                continue
+            rows, cols = (
+                rows.part(r0 - place_top, r1 - place_top),
+                cols.part(c0 - place_left, c1 - place_left),
+            )
+            part = activate(interpolate(self.logits[n], rows, cols), self.activation, self.penalty)
+            total[:, r0 - top : r1 - top, c0 - left : c1 - left] += part
+            visits[r0 - top : r1 - top, c0 - left : c1 - left] += 1
+        return total.div_(visits)
+
+
+def tile_shape(classes: int, size, grid, itemsize: int) -> tuple[int, int]:
+    """Rows and columns of an output tile: whole rows if some of them fit, else a square."""
+    reads = max(1.0, grid[0] / size[0]) * max(1.0, grid[1] / size[1])  # picture pixels per output pixel
+    pixels = max(1, int(TILE_BYTES / (LIVE_TENSORS * itemsize * classes * reads)))
+    if pixels >= 4 * size[1]:
+        return min(size[0], pixels // size[1]), size[1]
+    side = max(1, int(pixels**0.5))
+    return min(size[0], side), min(size[1], side)
+
+
+def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Values and classes ``[k, r, c]``, best first, of equal ones the lower class first."""
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    if top_k == 1:
+        return scores.max(0, keepdim=True)
+    values, classes = scores.sort(0, descending=True, stable=True)
+    return values[:top_k], classes[:top_k]
+
+
+def label_map_reference(
+    logits: Tensor,  # [W, C, h, w]
+    windows,  # W x (top, left, height, width)
+    picture_size: tuple[int, int],
+    output_size: tuple[int, int],
+    activation: str,
+    penalty: Tensor | None,  # [C]
+    threshold: float | None,
+    background: int,
+    top_k: int,
+    resize: str,
+    label_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Labels ``[k, H', W']`` and scores alike, on the logits' device; see :func:`fastzs.ops.label_map`."""
+    device = logits.device
+    logits = logits.detach().cpu()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = torch.where(logits.isfinite(), logits, torch.nan)
+    penalty = None if penalty is None else penalty.cpu().to(logits.dtype)
+    grid = picture_size if resize == "two-stage" else output_size
+    picture = Picture(logits, windows, picture_size, grid, activation, penalty)
+    resized = tuple(grid) != tuple(output_size)
+    row_taps, col_taps = resize_taps(grid[0], output_size[0]), resize_taps(grid[1], output_size[1])
+    labels = torch.empty((top_k, *output_size), dtype=label_dtype)
+    values = torch.empty((top_k, *output_size), dtype=logits.dtype)
+    tile_rows, tile_cols = tile_shape(logits.shape[1], output_size, grid, logits.element_size())
+    for r0 in range(0, output_size[0], tile_rows):
+        r1 = min(r0 + tile_rows, output_size[0])
+        top, bottom = (int(row_taps.low[r0]), int(row_taps.high[r1 - 1]) + 1) if resized else (r0, r1)
+        band = picture.band(top, bottom)
+        for c0 in range(0, output_size[1], tile_cols):
+            c1 = min(c0 + tile_cols, output_size[1])
+            left, right = (int(col_taps.low[c0]), int(col_taps.high[c1 - 1]) + 1) if resized else (c0, c1)
+            scores = picture.scores(band, top, bottom, left, right)
+            if resized:
+                scores = interpolate(scores, row_taps.part(r0, r1, top), col_taps.part(c0, c1, left))
+            value, label = best(scores, top_k)
+            if threshold is not None:
+                label = torch.where(value < threshold, background, label)
+            values[:, r0:r1, c0:c1] = value
+            labels[:, r0:r1, c0:c1] = label
+    return labels.to(device), values.to(device)
