@@ -77,9 +77,7 @@ class TextEncoder(nn.Module):
             raise ValueError(f"text tower options {unsupported} are not supported; known are {sorted(known)}")
         context_length = config.get("context_length", 77)
         self.tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=context_length)
-        self.tower = TextTransformer(
-            **config, output_dim=output_dim, act_layer=QuickGELU if quick_gelu else nn.GELU
-        )
+        self.tower = TextTransformer(**config, output_dim=output_dim, act_layer=QuickGELU if quick_gelu else nn.GELU)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [n, context] -> unit vectors [n, D]."""
@@ -90,7 +88,6 @@ class TextEncoder(nn.Module):
         """Texts -> unit vectors fp32 [n, D], ``batch`` at a time on the tower's device."""
         device = self.tower.ln_final.weight.device
         rows = [
-            self(self.tokenizer(list(texts[i : i + batch])).to(device)).float()
-            for i in range(0, len(texts), batch)
+            self(self.tokenizer(list(texts[i : i + batch])).to(device)).float() for i in range(0, len(texts), batch)
         ]
         return torch.cat(rows)

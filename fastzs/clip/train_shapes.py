@@ -5,8 +5,9 @@
 The training sees pictures and captions, never label maps. Two losses read them: CLIP's contrastive loss between
 picture and caption, and a loss on the dense features that MaskCLIP reads (the last block's value path), which asks
 (a) that every name of the caption is found somewhere and no other name anywhere, and (b) that every patch shows
-something the caption names. Attributes alone ("a red thing", "a ring") are asked for like names, which is what lets
-unseen pairs be composed. Scenes are drawn from the seen pairs only.
+something the caption names. Attributes alone ("red thing", "ring") are asked for like names, and the text of a pair is
+drawn towards the sum of the texts of its attributes; that lets unseen pairs be composed. Scenes and texts hold seen
+pairs only.
 """
 
 import argparse
@@ -31,14 +32,15 @@ CONFIG = {
     "text_cfg": {"context_length": 32, "vocab_size": 0, "width": 128, "heads": 4, "layers": 1},
 }
 MEAN = STD = (0.5, 0.5, 0.5)
-WORDS = ("a", "and", "on", "thing", "ground", *shapes.PATTERNS[1:], *shapes.COLOURS, *shapes.SHAPES, *shapes.GROUNDS)
+WORDS = ("a", "and", "on", "thing", *shapes.PATTERNS[1:], *shapes.COLOURS, *shapes.SHAPES, *shapes.GROUNDS)
 PHRASES = (
-    [f"a {pair}" for pair in shapes.SEEN_PAIRS]
-    + [f"a {colour} thing" for colour in shapes.COLOURS]
-    + [f"a {shape}" for shape in shapes.SHAPES]
-    + [f"a {pattern} thing" for pattern in shapes.PATTERNS[1:]]
-    + list(shapes.GROUNDS)
+    *shapes.SEEN_PAIRS,
+    *(f"{colour} thing" for colour in shapes.COLOURS),
+    *shapes.SHAPES,
+    *(f"{pattern} thing" for pattern in shapes.PATTERNS[1:]),
+    *shapes.GROUNDS,
 )
+SEEN_INDICES = [divmod(shapes.PAIRS.index(pair), len(shapes.SHAPES)) for pair in shapes.SEEN_PAIRS]
 GROUP_SIZES = (len(shapes.SEEN_PAIRS), len(shapes.COLOURS), len(shapes.SHAPES), 3, len(shapes.GROUNDS))
 
 
@@ -49,7 +51,7 @@ def named(scenes: shapes.Scenes) -> Tensor:
     for b, objects in enumerate(scenes.objects):
         out[b, index[scenes.grounds[b]]] = True
         for pattern, colour, shape in objects:
-            for phrase in (f"a {colour} {shape}", f"a {colour} thing", f"a {shape}", f"a {pattern} thing"):
+            for phrase in (f"{colour} {shape}", f"{colour} thing", shape, f"{pattern} thing"):
                 if phrase in index:
                     out[b, index[phrase]] = True
     return out
@@ -69,7 +71,7 @@ class Model(nn.Module):
         CONFIG["text_cfg"]["vocab_size"] = tokenizer.vocab_size
         self.text = TextEncoder(CONFIG["text_cfg"], CONFIG["embed_dim"], False, tokenizer)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.phrase_tokens = tokenizer(PHRASES)
+        self.phrase_tokens = torch.stack([tokenizer(PHRASES), tokenizer([f"a {phrase}" for phrase in PHRASES])])
 
     def tokens(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
         """Tokens entering the last block; small pictures see a random window of the positional table."""
@@ -92,7 +94,8 @@ class Model(nn.Module):
         tokens, grid = self.tokens(scenes.images, generator)
         scale = self.logit_scale.exp().clamp(max=100)
         captions = [scenes.caption(b) for b in range(len(scenes.objects))]
-        text = self.text(torch.cat([self.phrase_tokens, self.text.tokenizer(captions)]))
+        article = int(torch.randint(2, (), generator=generator))
+        text = self.text(torch.cat([self.phrase_tokens[article], self.text.tokenizer(captions)]))
         phrases, captions = text[: len(PHRASES)], text[len(PHRASES) :]
 
         picture = F.normalize(self.visual.pooled(tokens), dim=-1)
@@ -116,7 +119,16 @@ class Model(nn.Module):
             patch = patch - torch.log1p(-absent.exp().clamp(max=1 - 1e-6)).mean()
         pattern_logits = (patterns - 0.3 * scale).topk(max(1, patterns.shape[2] // 16), dim=2).values.mean(2)
         pattern = F.binary_cross_entropy_with_logits(pattern_logits, target.split(GROUP_SIZES, dim=1)[3].float())
-        return {"contrastive": contrastive, "presence": presence, "patch": patch, "pattern": pattern}
+        pair_text, colour_text, shape_text, _, _ = phrases.split(GROUP_SIZES)
+        parts = torch.stack([colour_text[i] + shape_text[j] for i, j in SEEN_INDICES])
+        composition = 1 - F.cosine_similarity(pair_text, parts, dim=1).mean()
+        return {
+            "contrastive": contrastive,
+            "presence": presence,
+            "patch": patch,
+            "pattern": pattern,
+            "composition": composition,
+        }
 
 
 def batches(generator: torch.Generator, fraction: Iterator[float]) -> Iterator[shapes.Scenes]:
@@ -132,10 +144,11 @@ def batches(generator: torch.Generator, fraction: Iterator[float]) -> Iterator[s
 def score(model: Model, count: int = 64, seed: int = 10_000) -> dict[str, float]:
     """mIoU of the dense features on held-out scenes, over seen and unseen pairs (64 names and the 4 grounds)."""
     names = [*shapes.PAIRS, *shapes.GROUNDS]
-    text = model.text.encode([f"a {name}" for name in shapes.PAIRS] + list(shapes.GROUNDS))
+    text = model.text.encode(names)
     scenes = shapes.draw(count, (128, 128), seed=seed, objects=(2, 5), radius=(10, 28))
     truth = scenes.labels(names).long()
     n = len(names)
+    form, side = torch.arange(n) % 8, torch.arange(n) // 8
     confusion = torch.zeros(n * n, dtype=torch.int64)
     for i in range(0, count, 16):
         x = scenes.images[i : i + 16].float() / 127.5 - 1
@@ -147,13 +160,31 @@ def score(model: Model, count: int = 64, seed: int = 10_000) -> dict[str, float]
     matrix = confusion.view(n, n).double()
     hit = matrix.diagonal()
     iou = hit / (matrix.sum(0) + matrix.sum(1) - hit)
+    same_colour = torch.where(side[:, None] == side, matrix, 0).sum(1)
+    same_shape = torch.where((form[:, None] == form) & (side < 8), matrix, 0).sum(1)
     seen = torch.tensor([name in shapes.SEEN_PAIRS for name in names])
     unseen = torch.tensor([name in shapes.UNSEEN_PAIRS for name in names])
     return {
         "mIoU_seen": float(iou[seen].nanmean()),
         "mIoU_unseen": float(iou[unseen].nanmean()),
         "mIoU_grounds": float(iou[64:].nanmean()),
+    } | {
+        f"{what}_{group}": float(right[where].sum() / matrix[where].sum())
+        for what, right in (("pixels", hit), ("colour", same_colour), ("shape", same_shape))
+        for group, where in (("seen", seen), ("unseen", unseen))
     }
+
+
+def save(model: Model, folder: Path) -> None:
+    """Write the weights as open_clip lays out a folder, with the closed vocabulary beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"visual.{k}": v for k, v in model.visual.state_dict().items()} | model.text.tower.state_dict()
+    state["logit_scale"] = model.logit_scale.detach()
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "open_clip_model.safetensors")
+    preprocess = {"mean": MEAN, "std": STD}
+    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "words.json").write_text(json.dumps(WORDS) + "\n")
 
 
 def main() -> None:
@@ -168,7 +199,9 @@ def main() -> None:
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.98)
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=1e-3,
+        betas=(0.9, 0.98),
     )
     start = time.monotonic()
 
@@ -181,9 +214,17 @@ def main() -> None:
     for step, scenes in enumerate(batches(generator, done)):
         progress = (time.monotonic() - start) / (60 * args.minutes)
         for group in optimizer.param_groups:
-            group["lr"] = 1.5e-3 * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+            group["lr"] = (
+                1.5e-3 * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, progress))))
+            )
         losses = model.losses(scenes, generator)
-        total = 0.3 * losses["contrastive"] + losses["presence"] + losses["patch"] + 0.3 * losses["pattern"]
+        total = (
+            0.3 * losses["contrastive"]
+            + losses["presence"]
+            + losses["patch"]
+            + 0.3 * losses["pattern"]
+            + losses["composition"]
+        )
         optimizer.zero_grad()
         total.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -192,16 +233,10 @@ def main() -> None:
             mean[name] = 0.98 * mean.get(name, value.item()) + 0.02 * value.item()
         if step % 200 == 0:
             parts = " ".join(f"{name} {value:.3f}" for name, value in (mean | score(model, 32)).items())
+            save(model, args.output)
             print(f"{progress:6.1%} step {step} {parts} scale {model.logit_scale.exp().item():.1f}", flush=True)
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    state = {f"visual.{k}": v for k, v in model.visual.state_dict().items()} | model.text.tower.state_dict()
-    state["logit_scale"] = model.logit_scale.detach()
-    save_file({k: v.contiguous() for k, v in state.items()}, args.output / "open_clip_model.safetensors")
-    preprocess = {"mean": MEAN, "std": STD}
-    config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
-    (args.output / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (args.output / "words.json").write_text(json.dumps(WORDS) + "\n")
+    save(model, args.output)
     print(score(model, 512))
 
 

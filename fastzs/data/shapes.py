@@ -27,10 +27,7 @@ GROUNDS = ("paper", "slate", "wood", "gravel")
 
 PAIRS: tuple[str, ...] = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 UNSEEN_PAIRS: tuple[str, ...] = tuple(
-    f"{colour} {shape}"
-    for i, colour in enumerate(COLOURS)
-    for j, shape in enumerate(SHAPES)
-    if (i + 3 * j) % 4 == 0
+    f"{colour} {shape}" for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if (i + 3 * j) % 4 == 0
 )
 SEEN_PAIRS: tuple[str, ...] = tuple(pair for pair in PAIRS if pair not in UNSEEN_PAIRS)
 
