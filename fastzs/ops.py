@@ -3,13 +3,16 @@
 from fastzs.kernels.dense_attention.api import dense_attention
 from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
+from fastzs.kernels.mask_loss.api import MaskLoss, mask_loss
 from fastzs.kernels.pixel_text_logits.api import pixel_text_logits
 
 __all__ = [
     "LabelMap",
+    "MaskLoss",
     "dense_attention",
     "key_smoothing",
     "label_map",
+    "mask_loss",
     "pixel_text_logits",
     "prompt_denoising",
 ]

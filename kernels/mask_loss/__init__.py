@@ -1,0 +1,5 @@
+"""Focal and dice loss of class masks, from low-resolution logits."""
+
+from .api import MaskLoss, mask_loss
+
+__all__ = ["MaskLoss", "mask_loss"]

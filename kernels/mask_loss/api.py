@@ -1,0 +1,128 @@
+"""``mask_loss``: focal and dice loss of class masks, from low-resolution logits."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..dispatch import choose
+from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
+
+TARGET_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
+
+class MaskLoss(NamedTuple):
+    """The two losses, unweighted: scalars, fp32 (fp64 for fp64 logits)."""
+
+    focal: torch.Tensor
+    dice: torch.Tensor
+
+
+def mask_loss(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    ignore_index: int = 255,
+    ignored: str = "negative",
+    normalizer: float | torch.Tensor | None = None,
+    present_only: bool = True,
+    impl: str = "auto",
+) -> MaskLoss:
+    """Sigmoid focal loss and dice loss of logits interpolated bilinearly to the target's resolution.
+
+    With z the interpolated logits (corners not aligned), p = sigmoid(z) and y the one-hot target::
+
+        focal = 1/N sum_{b, c} mean_{pixels} alpha_t (1 - p_t)^gamma CE(p, y)
+        dice  = 1/N sum_{b, c present} 1 - (2 sum p y + 1) / (sum p + sum y + 1)
+
+    as ZegCLIP and CLIP-RC define them (``SegPlusCriterion``), where N is the number of (image, class) pairs
+    present in the target, at least 1.
+
+    Args:
+        logits: ``[B, C, h, w]``, fp32, bf16 or fp16 (fp64 with the reference), any strides. Sums are taken in
+            fp32 or better. NaN and infinite logits make both losses NaN.
+        target: ``[B, H, W]``, uint8, int16, int32 or int64, labels in [0, C) or ``ignore_index``. Any size; H a
+            multiple of h and W of w is the usual case.
+        alpha: weight of the pixels of the class, in [0, 1]; 1 - alpha weighs the others.
+        gamma: focusing exponent, at least 0.
+        ignore_index: the label of pixels without a class. A class of that number cannot be expressed.
+        ignored: ``"negative"`` counts ignored pixels as background of every class (the published behaviour);
+            ``"skip"`` leaves them out of all sums, and the mean then runs over the other pixels of the image.
+        normalizer: N, a number or a scalar tensor. By default counted as above and, when torch.distributed is
+            initialised, averaged over the ranks.
+        present_only: take dice over the pairs present in the target (published) or over all pairs.
+        impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: shapes or devices do not fit, a dimension is 0, or an option is out of range.
+        RuntimeError: a label is out of range (on a GPU: a device-side assertion), or ``impl`` cannot run.
+    """
+    _validate(logits, target, alpha, gamma, ignored, normalizer)
+    skip = ignored == "skip"
+    choose("mask_loss", impl, {"reference": None})
+    sums = mask_sums_reference(logits, target, float(alpha), float(gamma), ignore_index, skip)
+
+    if skip:
+        pixels = (target != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)  # [B, 1]
+    else:
+        pixels = target.shape[1] * target.shape[2]
+    return _losses(sums, pixels, normalizer, present_only)
+
+
+def _losses(
+    sums: torch.Tensor,  # [B, C, 4]
+    pixels: int | torch.Tensor,  # broadcasts against [B, C]
+    normalizer: float | torch.Tensor | None,
+    present_only: bool,
+) -> MaskLoss:
+    """The two losses from the sums over pixels."""
+    present = sums[..., LABEL].detach() > 0  # [B, C]
+    if normalizer is None:
+        normalizer = _mean_over_ranks(present.sum().to(sums.dtype)).clamp_min(1)
+    focal = (sums[..., FOCAL] / pixels).sum()
+    dice = 1 - (2 * sums[..., OVERLAP] + 1) / (sums[..., PROB] + sums[..., LABEL] + 1)  # [B, C]
+    if present_only:
+        dice = torch.where(present, dice, 0)
+    return MaskLoss(focal / normalizer, dice.sum() / normalizer)
+
+
+def _mean_over_ranks(count: torch.Tensor) -> torch.Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return count
+    torch.distributed.all_reduce(count)
+    return count / torch.distributed.get_world_size()
+
+
+def _validate(logits, target, alpha, gamma, ignored, normalizer) -> None:
+    for name, tensor, dims in (("logits", logits, "[B, C, h, w]"), ("target", target, "[B, H, W]")):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"mask_loss: {name} is {type(tensor).__name__}; wanted a tensor {dims}")
+        if tensor.dim() != dims.count(",") + 1 or tensor.numel() == 0:
+            raise ValueError(
+                f"mask_loss: {name} has shape {list(tensor.shape)}; wanted {dims} with every size at least 1"
+            )
+    if not logits.is_floating_point():
+        raise TypeError(f"mask_loss: logits are {logits.dtype}; wanted float32, bfloat16 or float16")
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(f"mask_loss: target is {target.dtype}; wanted uint8, int16, int32 or int64")
+    if logits.shape[0] != target.shape[0]:
+        raise ValueError(
+            f"mask_loss: logits {list(logits.shape)} and target {list(target.shape)} differ in batch size; "
+            "wanted [B, C, h, w] and [B, H, W]"
+        )
+    if logits.device != target.device:
+        raise ValueError(f"mask_loss: logits are on {logits.device}, target is on {target.device}")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"mask_loss: alpha is {alpha}; wanted a number in [0, 1]")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"mask_loss: gamma is {gamma}; wanted a finite number of at least 0")
+    if ignored not in ("negative", "skip"):
+        raise ValueError(f"mask_loss: ignored is {ignored!r}; wanted 'negative' or 'skip'")
+    if isinstance(normalizer, torch.Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"mask_loss: normalizer has shape {list(normalizer.shape)}; wanted a scalar")
+    elif normalizer is not None and not 0 < normalizer < math.inf:
+        raise ValueError(f"mask_loss: normalizer is {normalizer}; wanted a finite number above 0")

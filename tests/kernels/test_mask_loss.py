@@ -1,0 +1,171 @@
+"""mask_loss against the official results, its definition and bad input. Backends: test_mask_loss_backends.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastzs.kernels.mask_loss import mask_loss
+from safetensors import safe_open
+
+from .tolerances import assert_close
+
+GOLDEN = Path(__file__).parents[1] / "goldens" / "F_losses.safetensors"
+CASES = ["random", "one_ignored", "all_ignored", "single_class", "single_class_ign", "last_class_only"]
+
+
+@pytest.fixture(scope="module")
+def golden():
+    with safe_open(GOLDEN, "pt") as f:
+        meta = json.loads(f.metadata()["meta"])
+        return meta["config"], {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_official_values_and_gradients(golden, case):
+    config, tensors = golden
+    logits = tensors["in.logits"].double().requires_grad_()
+    loss = mask_loss(logits, tensors[f"{case}.in.labels"], impl="reference")
+    for name, value, weight in (
+        ("loss_mask", loss.focal, config["mask_weight"]),
+        ("loss_dice", loss.dice, config["dice_weight"]),
+    ):
+        assert_close("mask_loss", weight * value, tensors[f"{case}.loss64.{name}"])
+        (grad,) = torch.autograd.grad(weight * value, logits, retain_graph=True)
+        assert_close("mask_loss.grad", grad, tensors[f"{case}.grad64.{name}"])
+
+
+def case(B=2, C=4, h=3, w=4, s=4, ignored=0.2, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(B, C, h, w, generator=g, dtype=torch.float64).to(dtype) * 3
+    target = torch.randint(0, C, (B, h * s, w * s), generator=g)
+    target[torch.rand(target.shape, generator=g) < ignored] = 255
+    return logits, target
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"ignored": "skip"}, {"present_only": False}, {"gamma": 0.0, "alpha": 1.0}, {"gamma": 1.5, "normalizer": 3.0}],
+    ids=str,
+)
+def test_reference_gradcheck(options):
+    logits, target = case(B=1, C=3, h=2, w=3, s=2)
+    target[target == 1] = 0  # class 1 is absent
+    torch.autograd.gradcheck(
+        lambda z: tuple(mask_loss(z, target, impl="reference", **options)), logits.requires_grad_()
+    )
+
+
+def test_plain_cross_entropy_is_a_special_case():
+    logits, target = case(s=1, ignored=0)
+    loss = mask_loss(logits, target, gamma=0.0, alpha=0.5, normalizer=1.0, impl="reference")
+    onehot = F.one_hot(target, 4).permute(0, 3, 1, 2).double()
+    expected = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none").mean((2, 3)).sum() / 2
+    torch.testing.assert_close(loss.focal, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_skip_equals_leaving_the_pixels_out(scale):
+    """Two images side by side, the right one ignored, are the left one where no pixel sees the right logits."""
+    logits, target = case(B=1, s=scale, ignored=0.1)
+    h, w = target.shape[1:]
+    wide_logits = torch.cat([logits, logits[..., -1:].expand(-1, -1, -1, 4)], 3)
+    wide_target = torch.cat([target, torch.full((1, h, w), 255)], 2)
+    loss = mask_loss(logits, target, ignored="skip", impl="reference")
+    wide = mask_loss(wide_logits, wide_target, ignored="skip", impl="reference")
+    torch.testing.assert_close(wide, loss, rtol=1e-12, atol=0)
+    negative = mask_loss(wide_logits, wide_target, impl="reference")
+    assert abs(negative.dice - loss.dice) > 1e-3
+
+
+def test_present_only_and_normalizer():
+    logits, target = case()
+    target[target == 2] = 255
+    target[1] = 0
+    loss = mask_loss(logits, target, impl="reference")
+    pairs = 3 + 1
+    total = mask_loss(logits, target, normalizer=1.0, impl="reference")
+    torch.testing.assert_close(tuple(loss), (total.focal / pairs, total.dice / pairs))
+    tensor = mask_loss(logits, target, normalizer=torch.tensor(1.0), impl="reference")
+    torch.testing.assert_close(tensor, total)
+    every = mask_loss(logits, target, normalizer=1.0, present_only=False, impl="reference")
+    assert every.focal == total.focal
+    assert every.dice > total.dice
+
+
+def test_everything_ignored():
+    logits, target = case()
+    target[:] = 255
+    logits.requires_grad_()
+    loss = mask_loss(logits, target, ignored="skip", impl="reference")
+    assert tuple(loss) == (0, 0)
+    (grad,) = torch.autograd.grad(loss.focal + loss.dice, logits)
+    assert (grad == 0).all()
+    assert mask_loss(logits, target, impl="reference").focal > 0
+
+
+def test_ignore_index_wins_over_a_class_of_that_number():
+    logits, target = case(ignored=0)
+    as_ignored = mask_loss(logits, target, ignore_index=3, impl="reference")
+    target[target == 3] = 255
+    torch.testing.assert_close(as_ignored, mask_loss(logits, target, impl="reference"))
+
+
+def _rank(rank: int, store: str, results) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    logits, target = case(B=1, seed=rank)
+    if rank:
+        target[:] = 0
+    results[rank] = mask_loss(logits, target, impl="reference").dice.item()
+    torch.distributed.destroy_process_group()
+
+
+def test_normaliser_is_averaged_over_ranks(tmp_path):
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), results), nprocs=2)
+        seen = [results[0], results[1]]
+    for rank, (logits, target) in enumerate([case(B=1, seed=0), case(B=1, seed=1)]):
+        if rank:
+            target[:] = 0
+        expected = mask_loss(logits, target, normalizer=(4 + 1) / 2, impl="reference").dice.item()
+        assert seen[rank] == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (lambda z, t: ((z[0], t), {}), ValueError, r"logits has shape \[4, 3, 4\]; wanted \[B, C, h, w\]"),
+        (lambda z, t: ((z, t[0]), {}), ValueError, r"target has shape \[12, 16\]; wanted \[B, H, W\]"),
+        (lambda z, t: ((z[:0], t[:0]), {}), ValueError, r"logits has shape \[0, 4, 3, 4\].*at least 1"),
+        (lambda z, t: ((z[:, :0], t), {}), ValueError, r"logits has shape \[2, 0, 3, 4\].*at least 1"),
+        (lambda z, t: ((z, t[:, :0]), {}), ValueError, r"target has shape \[2, 0, 16\].*at least 1"),
+        (lambda z, t: ((z, t[:1]), {}), ValueError, "differ in batch size"),
+        (lambda z, t: ((z.long(), t), {}), TypeError, "logits are torch.int64"),
+        (lambda z, t: ((z, t.float()), {}), TypeError, "target is torch.float32"),
+        (lambda z, t: ((z, t.to(torch.int8)), {}), TypeError, "target is torch.int8"),
+        (lambda z, t: ((z, t.numpy()), {}), TypeError, "target is ndarray"),
+        (lambda z, t: ((z.to("meta"), t), {}), ValueError, "logits are on meta, target is on cpu"),
+        (lambda z, t: ((z, t), {"alpha": 1.5}), ValueError, "alpha is 1.5"),
+        (lambda z, t: ((z, t), {"gamma": -1.0}), ValueError, "gamma is -1.0"),
+        (lambda z, t: ((z, t), {"gamma": float("nan")}), ValueError, "gamma is nan"),
+        (lambda z, t: ((z, t), {"ignored": "drop"}), ValueError, "ignored is 'drop'"),
+        (lambda z, t: ((z, t), {"normalizer": 0.0}), ValueError, "normalizer is 0.0"),
+        (lambda z, t: ((z, t), {"normalizer": torch.ones(2)}), ValueError, r"normalizer has shape \[2\]"),
+        (lambda z, t: ((z, t), {"impl": "fast"}), ValueError, "impl='fast' is unknown"),
+    ],
+)
+def test_bad_input(change, error, words):
+    args, options = change(*case())
+    with pytest.raises(error, match=words):
+        mask_loss(*args, **options)
+
+
+@pytest.mark.parametrize("label", [4, 254, 256, -1, -(2**31), 2**31 - 1])
+def test_label_out_of_range(label):
+    logits, target = case()
+    target[1, 2, 3] = label
+    with pytest.raises(RuntimeError, match=f"target holds label {label}; wanted labels in"):
+        mask_loss(logits, target, impl="reference")
