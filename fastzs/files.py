@@ -3,13 +3,11 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Write ``data`` to a temporary file beside ``path``, then rename it to ``path``.
 
     An existing ``path`` is replaced. Whatever goes wrong on the way (a full disk, an interrupt), the
     temporary file is removed and what was at ``path`` before is still there.
@@ -21,7 +19,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[BinaryIO], object
     temporary = target.with_name(f".{secrets.token_hex(6)}.tmp")
     try:
         with open(temporary, "xb") as stream:
-            write(stream)
+            stream.write(data)
             # Some file systems tell that they are full only now.
             stream.flush()
             os.fsync(stream.fileno())

@@ -1,0 +1,212 @@
+"""What a segmentation is once it is there: a label map, its names, and ways to keep and show it."""
+
+import io
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+from fastzs.files import write_atomically
+from fastzs.overlay import draw_overlay, label_colours
+from fastzs.pictures import Picture, read_picture
+
+# The text chunk of a saved label map that holds its names, a JSON list.
+NAMES_KEY = "fastzs.names"
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """A label for every pixel of a picture.
+
+    Attributes:
+        labels: ``[H, W]`` on the CPU, indices into ``names``; uint8 up to 255 names, int16 above.
+        names: the classes in their order, then ``"background"`` where there is one.
+        scores: fp32 ``[H, W]``, the score of the label each pixel got, or None when not asked for.
+        picture: uint8 RGB ``[3, H, W]``, the picture the labels are of, for :meth:`overlay`.
+
+    Raises:
+        ValueError: a shape, dtype or label does not fit.
+    """
+
+    labels: torch.Tensor = field(repr=False)
+    names: tuple[str, ...]
+    scores: torch.Tensor | None = field(default=None, repr=False)
+    picture: torch.Tensor | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "names", tuple(self.names))
+        want = torch.uint8 if len(self.names) <= 255 else torch.int16
+        if self.labels.ndim != 2 or self.labels.numel() == 0 or self.labels.dtype != want:
+            raise ValueError(
+                f"labels have shape {list(self.labels.shape)} and dtype {self.labels.dtype}; "
+                f"want {want} [H, W] for {len(self.names)} names"
+            )
+        lowest, highest = self.labels.min().item(), self.labels.max().item()
+        if lowest < 0 or highest >= len(self.names):
+            raise ValueError(f"labels go from {lowest} to {highest}, but there are {len(self.names)} names")
+        size = self.labels.shape
+        if self.scores is not None and (self.scores.shape != size or self.scores.dtype != torch.float32):
+            raise ValueError(
+                f"scores have shape {list(self.scores.shape)} and dtype {self.scores.dtype}; "
+                f"want torch.float32 {list(size)} like the labels"
+            )
+        if self.picture is not None and self.picture.shape != (3, *size):
+            raise ValueError(f"picture has shape {list(self.picture.shape)}; want {[3, *size]} like the labels")
+
+    @property
+    def background(self) -> int | None:
+        """The label of what is none of the classes, if there is one: the last, named ``"background"``."""
+        return len(self.names) - 1 if self.names[-1] == "background" else None
+
+    @property
+    def segments(self) -> list[dict[str, Any]]:
+        """One entry for each label that occurs, in the order of the labels, as Hugging Face's
+        image-segmentation pipelines give it: ``label`` (the name), ``score`` (mean of the scores of its pixels;
+        None without scores) and ``mask`` (PIL image, mode L, 255 where the label is and 0 elsewhere).
+        """
+        labels = self.labels.numpy()
+        counts = np.bincount(labels.ravel(), minlength=len(self.names))
+        sums = None
+        if self.scores is not None:
+            sums = np.bincount(labels.ravel(), self.scores.numpy().ravel(), len(self.names))
+        return [
+            {
+                "label": self.names[i],
+                "score": None if sums is None else float(sums[i] / counts[i]),
+                "mask": Image.fromarray((labels == i).view(np.uint8) * np.uint8(255)),
+            }
+            for i in np.flatnonzero(counts)
+        ]
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the labels as a PNG whose pixel values are the labels, with the names in a text chunk.
+
+        Up to 256 names it is an indexed PNG (mode P) with the colours of PASCAL VOC: black is the background,
+        class ``i`` has VOC's colour ``i + 1``. More names make a grey PNG of 16 bits. :meth:`load` reads both.
+
+        Raises:
+            ValueError: ``path`` does not end in .png.
+            OSError: it cannot be written; nothing half-written is left.
+        """
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"{os.fspath(path)}: label maps are saved losslessly, as .png")
+        if len(self.names) <= 256:
+            image = Image.fromarray(self.labels.numpy().astype(np.uint8))
+            image.putpalette(_palette(len(self.names), self.background))
+        else:
+            image = Image.fromarray(self.labels.numpy().astype(np.uint16))
+        text = PngImagePlugin.PngInfo()
+        text.add_itxt(NAMES_KEY, json.dumps(self.names, ensure_ascii=False))
+        write_atomically(path, _encoded(image, format="PNG", pnginfo=text))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Segmentation":
+        """Read what :meth:`save` wrote: the same labels and names (scores and picture are not in the file).
+
+        Raises:
+            ValueError: the file was not written by :meth:`save`.
+            OSError: it cannot be read.
+        """
+        with Image.open(path) as image:
+            image.load()
+            names = getattr(image, "text", {}).get(NAMES_KEY)
+            if names is None:
+                raise ValueError(f"{os.fspath(path)}: has no names in it, so Segmentation.save did not write it")
+            names = tuple(json.loads(names))
+            labels = np.array(image)
+        return cls(torch.from_numpy(labels.astype(np.uint8 if len(names) <= 255 else np.int16)), names)
+
+    def overlay(
+        self,
+        path: str | os.PathLike | None = None,
+        *,
+        picture: Picture | None = None,
+        opacity: float = 0.55,
+    ) -> Image.Image:
+        """Draw the labels over the picture, with a legend of the names that occur below it.
+
+        Args:
+            path: where to write it, in the format its suffix names; None writes nothing.
+            picture: what to draw on instead of the picture the segmentation was made from, of the same size.
+            opacity: of the colours, 0 to 1. The background is not coloured.
+
+        Returns:
+            RGB image, higher than the picture by the legend.
+
+        Raises:
+            ValueError: no picture is known, it has another size, the suffix is unknown, or ``opacity`` is off.
+            OSError: it cannot be written; nothing half-written is left.
+        """
+        if not 0 <= opacity <= 1:
+            raise ValueError(f"opacity={opacity}: want a number from 0 to 1")
+        kind = None if path is None else Image.registered_extensions().get(Path(path).suffix.lower())
+        if path is not None and kind is None:
+            raise ValueError(f"{os.fspath(path)}: its suffix names no picture format; use .jpg or .png")
+        pixels = self.picture if picture is None else read_picture(picture)
+        if pixels is None:
+            raise ValueError("this segmentation does not know its picture; pass overlay(picture=...)")
+        if pixels.shape[1:] != self.labels.shape:
+            raise ValueError(
+                f"the picture is {pixels.shape[2]} x {pixels.shape[1]} pixels, "
+                f"the labels are {self.labels.shape[1]} x {self.labels.shape[0]}"
+            )
+        image = draw_overlay(
+            Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy()),
+            self.labels.numpy(),
+            self.names,
+            self.background,
+            opacity,
+        )
+        if path is not None:
+            write_atomically(path, _encoded(image, format=kind, quality=92))
+        return image
+
+    def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
+        """COCO annotations with run-length masks, one for each label that occurs.
+
+        ``category_id`` is the label. ``pycocotools.mask.decode(annotation["segmentation"])`` gives the mask back.
+
+        Raises:
+            ModuleNotFoundError: pycocotools is not installed.
+        """
+        try:
+            from pycocotools import mask as coco  # pyright: ignore[reportMissingModuleSource]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "COCO masks need pycocotools, which is not installed: pip install 'fastzs[export]'"
+            ) from error
+        labels = self.labels.numpy()
+        annotations = []
+        for i in np.unique(labels).tolist():
+            runs: Any = coco.encode(np.asfortranarray(labels == i, dtype=np.uint8))
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": i,
+                    "segmentation": {"size": list(self.labels.shape), "counts": runs["counts"].decode("ascii")},
+                    "area": int(coco.area(runs)),
+                    "bbox": coco.toBbox(runs).tolist(),
+                    "iscrowd": 0,
+                }
+            )
+        return annotations
+
+
+def _encoded(image: Image.Image, **options) -> bytes:
+    # In memory first: an encoder that writes to the file itself hides why it could not.
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def _palette(count: int, background: int | None) -> bytes:
+    """256 entries, so that a pixel takes one byte whatever the number of labels."""
+    colours = np.zeros((256, 3), np.uint8)
+    colours[:count] = label_colours(count, background)
+    return colours.tobytes()
