@@ -1,5 +1,6 @@
 """Names in, text embeddings out: synonyms, prompt templates, and a cache so that text is encoded once."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -65,7 +66,7 @@ class Vocabulary:
             raise ValueError("vocabulary: no class names given")
         first: dict[str, str] = {}
         for phrase in phrases:
-            normal = phrase.casefold().replace("_", " ")
+            normal = _normal(phrase)
             if normal in first:
                 raise ValueError(f"vocabulary: {phrase!r} is the same name as {first[normal]!r}")
             first[normal] = phrase
@@ -115,6 +116,28 @@ class Vocabulary:
             return F.normalize(mean, dim=-1)
         return vectors
 
+    def with_class(self, name: str, phrases: Sequence[str]) -> "Vocabulary":
+        """This vocabulary with one more class at the end, asked for under ``phrases`` only.
+
+        Phrases that are already names here are left out.
+
+        Raises:
+            ValueError: ``name`` exists already, no phrase is left, or embeddings were given as an array.
+        """
+        if self.embeddings is not None:
+            raise ValueError(f"vocabulary: {name!r} cannot be added to embeddings given as an array; add its row there")
+        taken = {_normal(phrase) for phrase in (*self.names, *self.phrases)}
+        if _normal(name) in taken:
+            raise ValueError(f"vocabulary: there is a class {name!r} already")
+        added = [_clean(phrase) for phrase in phrases if _normal(phrase) not in taken]
+        if not added:
+            raise ValueError(f"vocabulary: every phrase of {name!r} is a class already: {', '.join(phrases)}")
+        out = copy.copy(self)
+        out.names = (*self.names, name)
+        out.phrases = (*self.phrases, *added)
+        out.groups = torch.cat([self.groups, torch.full((len(added),), len(self.names))])
+        return out
+
     def reduce(self, logits: Tensor) -> Tensor:
         """Join synonyms: logits per row of :meth:`embed`, [B, phrases, h, w] -> [B, C, h, w]."""
         if logits.shape[1] == len(self):
@@ -122,6 +145,10 @@ class Vocabulary:
         index = self.groups.to(logits.device)[None, :, None, None].expand_as(logits)
         out = logits.new_full((logits.shape[0], len(self), *logits.shape[2:]), -torch.inf)
         return out.scatter_reduce(1, index, logits, "amax")
+
+
+def _normal(phrase: str) -> str:
+    return " ".join(phrase.casefold().replace("_", " ").split())
 
 
 def _clean(name: object) -> str:

@@ -1,8 +1,6 @@
 """CLIP's text tower: names in, unit vectors out. The transformer and the BPE tokenizer are open_clip's."""
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import open_clip
 import torch
@@ -22,10 +20,6 @@ class WordTokenizer:
         self.words = tuple(words)
         self.context_length = context_length
         self.ids = {word: 2 + i for i, word in enumerate(self.words)}
-
-    @classmethod
-    def from_file(cls, path: Path, context_length: int) -> "WordTokenizer":
-        return cls(json.loads(path.read_text(encoding="utf-8")), context_length)
 
     @property
     def vocab_size(self) -> int:

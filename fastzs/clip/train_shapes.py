@@ -7,10 +7,12 @@ picture and caption, and a loss on the dense features that MaskCLIP reads (the l
 (a) that every name of the caption is found somewhere and no other name anywhere, and (b) that every patch shows
 something the caption names. Attributes alone ("red thing", "ring") are asked for like names, and the text of a pair is
 drawn towards the sum of the texts of its attributes; that lets unseen pairs be composed. Scenes and texts hold seen
-pairs only.
+pairs only. In every third batch the colour channels are shuffled and the captions name no colours, so that shapes are
+learnt apart from colours: there a picture may look like an unseen pair, but no text ever names one.
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -57,6 +59,19 @@ def named(scenes: shapes.Scenes) -> Tensor:
     return out
 
 
+def shuffle_channels(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each picture [3, H, W] of the batch with its colour channels in another order."""
+    orders = torch.tensor([order for order in itertools.permutations(range(3)) if order != (0, 1, 2)])
+    order = orders[torch.randint(len(orders), (len(images),), generator=generator)]  # [B, 3]
+    return images[torch.arange(len(images))[:, None], order]
+
+
+def caption(scenes: shapes.Scenes, scene: int, shuffled: bool) -> str:
+    """The scene's caption; without colours where those were shuffled."""
+    words = scenes.caption(scene).split()
+    return " ".join(word for word in words if not (shuffled and word in shapes.COLOURS))
+
+
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -90,10 +105,11 @@ class Model(nn.Module):
             tokens = block(tokens)
         return tokens, grid
 
-    def losses(self, scenes: shapes.Scenes, generator: torch.Generator) -> dict[str, Tensor]:
-        tokens, grid = self.tokens(scenes.images, generator)
+    def losses(self, scenes: shapes.Scenes, shuffled: bool, generator: torch.Generator) -> dict[str, Tensor]:
+        images = shuffle_channels(scenes.images, generator) if shuffled else scenes.images
+        tokens, grid = self.tokens(images, generator)
         scale = self.logit_scale.exp().clamp(max=100)
-        captions = [scenes.caption(b) for b in range(len(scenes.objects))]
+        captions = [caption(scenes, b, shuffled) for b in range(len(scenes.objects))]
         article = int(torch.randint(2, (), generator=generator))
         text = self.text(torch.cat([self.phrase_tokens[article], self.text.tokenizer(captions)]))
         phrases, captions = text[: len(PHRASES)], text[len(PHRASES) :]
@@ -109,7 +125,8 @@ class Model(nn.Module):
         pairs, colours, forms, patterns, grounds = scores.split(GROUP_SIZES, dim=1)
         t_pairs, t_colours, t_forms, _, t_grounds = target.split(GROUP_SIZES, dim=1)
         presence = patch = torch.zeros(())
-        for group, wanted in ((pairs, t_pairs), (colours, t_colours), (forms, t_forms)):
+        groups = [(forms, t_forms)] if shuffled else [(pairs, t_pairs), (colours, t_colours), (forms, t_forms)]
+        for group, wanted in groups:
             group, wanted = torch.cat([group, grounds], 1), torch.cat([wanted, t_grounds], 1)
             logp = group.log_softmax(dim=1)  # [B, n, N]
             k = max(1, logp.shape[2] // 16)
@@ -184,7 +201,7 @@ def save(model: Model, folder: Path) -> None:
     preprocess = {"mean": MEAN, "std": STD}
     config = {"model_cfg": CONFIG, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "words.json").write_text(json.dumps(WORDS) + "\n")
+    (folder / "words.json").write_text(json.dumps({"words": WORDS, "background": shapes.GROUNDS}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -217,7 +234,7 @@ def main() -> None:
             group["lr"] = (
                 1.5e-3 * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, progress))))
             )
-        losses = model.losses(scenes, generator)
+        losses = model.losses(scenes, step % 3 == 2, generator)
         total = (
             0.3 * losses["contrastive"]
             + losses["presence"]

@@ -44,6 +44,7 @@ class Clip:
         quick_gelu: OpenAI's activation.
         mean, std: per channel on the 0 to 1 scale.
         fingerprint: identifies the weights in caches.
+        tokenizer, templates, background: of weights with a closed vocabulary: theirs, else ``None``.
         published: these are OpenAI's weights, the ones that published systems build on.
     """
 
@@ -57,6 +58,7 @@ class Clip:
     path: Path | None = None
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None
     templates: str | None = None
+    background: tuple[str, ...] | None = None
     published: bool = False
     _text: list[TextEncoder] = field(default_factory=list, repr=False)
 
@@ -79,7 +81,9 @@ class Clip:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            tower = build_vision(self.backbone, self.config, self.quick_gelu, **options)
+            if not self.is_resnet:
+                options = {"quick_gelu": self.quick_gelu} | options
+            tower = build_vision(self.backbone, self.config, **options)
         if self.path is not None:
             state = {k.removeprefix("visual."): v for k, v in self._state().items() if k.startswith("visual.")}
             if not state:
@@ -118,7 +122,7 @@ class Clip:
         return to_openai_names(read_state(self.path))
 
 
-def build_vision(backbone: str, config: dict, quick_gelu: bool, **options) -> VisionTransformer | ResNet:
+def build_vision(backbone: str, config: dict, **options) -> VisionTransformer | ResNet:
     """A vision tower of open_clip's configuration, randomly initialised.
 
     Raises:
@@ -149,7 +153,7 @@ def build_vision(backbone: str, config: dict, quick_gelu: bool, **options) -> Vi
         grid=vision.get("image_size", 224) // vision["patch_size"],
         output_dim=config["embed_dim"],
         mlp_ratio=vision.get("mlp_ratio", 4.0),
-        **({"quick_gelu": quick_gelu} | options),
+        **options,
     )
 
 
@@ -186,7 +190,7 @@ def load(backbone: str = "ViT-B-16", weights: str | Path = "openai") -> Clip:
         )
     if Path(name).is_file():
         path = Path(name).resolve()
-        openai = _is_torchscript(path) or any(key.endswith("cls_token") for key in read_state(path))
+        openai = _is_torchscript(path) or _is_maskclip(read_state(path))
         return Clip(
             **common,
             source=name,
@@ -226,8 +230,9 @@ def _from_folder(folder: Path, source: str) -> Clip:
     if path is None:
         raise WeightsError(f"weights folder {folder}: none of {', '.join(names)} is in it")
     model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-    words = folder / "words.json"
-    tokenizer = WordTokenizer.from_file(words, model["text_cfg"]["context_length"]) if words.is_file() else None
+    words_path = folder / "words.json"
+    closed = json.loads(words_path.read_text(encoding="utf-8")) if words_path.is_file() else None
+    tokenizer = WordTokenizer(closed["words"], model["text_cfg"]["context_length"]) if closed else None
     return Clip(
         backbone=source,
         source=source,
@@ -238,7 +243,8 @@ def _from_folder(folder: Path, source: str) -> Clip:
         std=preprocess.get("std", OPENAI_STD),
         fingerprint=_file_fingerprint(path),
         tokenizer=tokenizer,
-        templates="shapes" if words.is_file() else None,
+        templates="shapes" if closed else None,
+        background=tuple(closed["background"]) if closed else None,
     )
 
 
@@ -322,44 +328,65 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 _MASKCLIP_NAMES = (
+    # vision transformers
     ("cls_token", "class_embedding"),
     ("pos_embed", "positional_embedding"),
     ("patch_embed.projection.", "conv1."),
     ("ln0.", "ln_pre."),
     ("ln1.", "ln_post."),
+    ("layers.", "transformer.resblocks."),
+    ("attn.attn.", "attn."),
+    ("ffn.layers.0.0.", "mlp.c_fc."),
+    ("ffn.layers.1.", "mlp.c_proj."),
+    (".ln1.", ".ln_1."),
+    (".ln2.", ".ln_2."),
+    # residual networks
+    ("stem.0.", "conv1."),
+    ("stem.1.", "bn1."),
+    ("stem.3.", "conv2."),
+    ("stem.4.", "bn2."),
+    ("stem.6.", "conv3."),
+    ("stem.7.", "bn3."),
+    ("downsample.1.", "downsample.0."),
+    ("downsample.2.", "downsample.1."),
 )
 
 
-def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring MaskCLIP's converted ViT checkpoints (systems that use mmcv's naming) to OpenAI's names.
+def _is_maskclip(state: dict[str, Tensor]) -> bool:
+    return any(key.removeprefix("backbone.") in ("cls_token", "stem.0.weight") for key in state)
 
-    Anything else passes unchanged. The text-space projection is read from ``proj.weight`` or ``head.proj.weight``.
+
+def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring MaskCLIP's converted checkpoints, which use mmsegmentation's names, to OpenAI's.
+
+    The projections into the text space are taken from the decode head (``head.``, ``decode_head.`` or no prefix).
+    Anything else passes unchanged.
     """
-    prefix = "backbone." if "backbone.cls_token" in state else ""
-    if f"{prefix}cls_token" not in state:
+    if not _is_maskclip(state):
         return state
+    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
     out: dict[str, Tensor] = {}
     for key, value in state.items():
-        if key in ("proj.weight", "head.proj.weight", "decode_head.proj.weight"):
-            out["visual.proj"] = value.flatten(1).T
-            continue
-        if not key.startswith(prefix):
-            continue
-        name = key.removeprefix(prefix)
-        if name.startswith("layers."):
-            _, layer, rest = name.split(".", 2)
-            rest = rest.replace("attn.attn.", "attn.").replace("ffn.layers.0.0.", "mlp.c_fc.")
-            rest = rest.replace("ffn.layers.1.", "mlp.c_proj.").replace("ln1.", "ln_1.").replace("ln2.", "ln_2.")
-            name = f"transformer.resblocks.{layer}.{rest}"
-        else:
-            for old, new in _MASKCLIP_NAMES:
-                if name.startswith(old):
-                    name = new + name.removeprefix(old)
-                    break
-        out[f"visual.{name}"] = value.flatten() if name == "class_embedding" else value
-        if name == "positional_embedding":
-            out[f"visual.{name}"] = value.flatten(0, -2)
+        head, _, leaf = key.removeprefix("decode_").removeprefix("head.").rpartition(".")
+        if head == "proj":
+            out["visual.proj"] = value.flatten(1).T  # [D, C, 1, 1] -> [C, D]
+        elif head in ("q_proj", "k_proj", "v_proj", "c_proj"):
+            out[f"visual.attnpool.{head}.{leaf}"] = value.flatten(1) if leaf == "weight" else value
+        elif key.startswith(prefix):
+            out[f"visual.{_openai_name(key.removeprefix(prefix))}"] = value
+    for key in ("visual.class_embedding", "visual.positional_embedding"):
+        if key in out:
+            out[key] = out[key].flatten(0, -2) if key.endswith("positional_embedding") else out[key].flatten()
     return out
+
+
+def _openai_name(name: str) -> str:
+    for old, new in _MASKCLIP_NAMES:
+        if old[0] == "." or old.startswith(("attn.", "ffn.", "downsample.")):
+            name = name.replace(old, new)
+        elif name == old or (old.endswith(".") and name.startswith(old)):
+            name = new + name.removeprefix(old)
+    return name
 
 
 def _fit(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:

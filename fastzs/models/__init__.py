@@ -1,0 +1,5 @@
+"""One file per published system."""
+
+from fastzs.models.maskclip import MaskCLIP
+
+__all__ = ["MaskCLIP"]

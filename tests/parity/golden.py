@@ -76,7 +76,7 @@ class Golden:
         found = re.search(r"subsample \[([^\]]*)\]", self.meaning[name])
         if found is None:
             return value
-        rows, columns = (slice(*(int(n) if n else None for n in part.split(":"))) for part in found[1].split(","))
+        rows, columns = (slice(*(int(n) if n.strip() else None for n in part.split(":"))) for part in found[1].split(","))
         return value[..., rows, columns]
 
     def check(self, name: str, value: Tensor, *, gradient: bool = False, scale: float | None = None) -> Check:

@@ -1,0 +1,144 @@
+"""MaskCLIP and its training-free successors: CLIP's last block read per patch.
+
+Sources: Zhou, Loy, Dai, "Extract Free Dense Labels from CLIP", ECCV 2022 (MaskCLIP: the value path, key smoothing,
+prompt denoising); Wang et al., "SCLIP", ECCV 2024 (qq+kk); Lan et al., "ClearCLIP", ECCV 2024 (qq, neither residual
+nor MLP); Hajimiri et al., "Pay Attention to Your Neighbours" (NACLIP), WACV 2025 (kk+gaussian).
+
+    logits(c, i) = 100 cos(v_i, t_c)                                       v_i: dense feature of patch i
+    denoising:   classes whose probability nowhere reaches a threshold are left out
+    smoothing:   p_i <- sum_j cos(k_i, k_j) p_j,  p = softmax(logits)      k_i: key vector of patch i
+
+Left out: the published code's 'whole' test with argmax over raw logits can be had with
+``label_map(..., activation="none")``; :class:`fastzs.predict.Segmenter` averages probabilities instead.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastzs.clip import Clip
+from fastzs.ops import key_smoothing, pixel_text_logits, prompt_denoising
+from fastzs.vocabulary import Vocabulary
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LOGIT_SCALE = 100.0
+ABSENT = -100.0 * LOGIT_SCALE  # what the published code sets the logits of absent classes to
+
+
+class MaskCLIP(nn.Module):
+    """Training-free dense CLIP.
+
+    ============  =================================================================
+    published as  settings
+    ============  =================================================================
+    MaskCLIP      the defaults
+    SCLIP         ``dense="qq+kk"``
+    ClearCLIP     ``dense="qq", residual=False, ffn=False``
+    NACLIP        ``dense="kk+gaussian", residual=False, ffn=False``
+    ============  =================================================================
+
+    Args:
+        clip: weights, see :func:`fastzs.clip.load`.
+        dense: the last block's operator, see :func:`fastzs.ops.dense_attention`.
+        residual, ffn: keep the last block's residual connection and MLP (vision transformers).
+        smoothing: key smoothing, off, as in the paper, or as in the published code, which normalises keys along the
+            wrong axis (:func:`fastzs.ops.key_smoothing`).
+        smoothing_threshold: with ``"official"``, only positions less certain than this are smoothed.
+        denoising: prompt denoising threshold in 0..1 (published: 0.5), off if ``None``.
+        output_stride: of a ResNet, see :class:`fastzs.clip.ResNet`; published: 8.
+        exact_gelu, norm_eps, bicubic_positions, imagenet_normalization: the published configuration runs OpenAI's
+            weights with the exact GELU instead of QuickGELU, LayerNorm eps 1e-6 instead of 1e-5, positions resized
+            bicubically, and pictures normalised with ImageNet's mean and deviation. ``None`` follows it for OpenAI's
+            weights and the weights' own way for all others (bicubic for all).
+    """
+
+    default_templates = "maskclip85"
+
+    def __init__(
+        self,
+        clip: Clip,
+        *,
+        dense: str = "identity",
+        residual: bool = True,
+        ffn: bool = True,
+        smoothing: Literal["paper", "official"] | None = None,
+        smoothing_threshold: float = 1.0,
+        denoising: float | None = None,
+        output_stride: Literal[8, 16, 32] = 8,
+        exact_gelu: bool | None = None,
+        norm_eps: float | None = None,
+        bicubic_positions: bool = True,
+        imagenet_normalization: bool | None = None,
+    ):
+        super().__init__()
+        if smoothing not in (None, "paper", "official"):
+            raise ValueError(f"MaskCLIP: smoothing must be None, 'paper' or 'official', got {smoothing!r}")
+        if denoising is not None and not 0 <= denoising <= 1:
+            raise ValueError(f"MaskCLIP: denoising is a probability, got {denoising}")
+        if not 0 < smoothing_threshold <= 1:
+            raise ValueError(f"MaskCLIP: smoothing_threshold is a probability above 0, got {smoothing_threshold}")
+        self.clip = clip
+        self.kind, self.residual, self.ffn = dense, residual, ffn
+        self.smoothing, self.smoothing_threshold, self.denoising = smoothing, smoothing_threshold, denoising
+        if clip.is_resnet:
+            options = {"output_stride": output_stride}
+        else:
+            exact = clip.published if exact_gelu is None else exact_gelu
+            options = {
+                "quick_gelu": clip.quick_gelu and not exact,
+                "norm_eps": norm_eps or (1e-6 if clip.published else 1e-5),
+                "position_mode": "bicubic" if bicubic_positions else "bilinear",
+            }
+        self.visual = clip.vision(**options)
+        imagenet = clip.published if imagenet_normalization is None else imagenet_normalization
+        self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (clip.mean, clip.std)
+        # whole pictures, short side 512, as published; the shapes weights read pictures as they were trained
+        own_size = clip.config["vision_cfg"].get("image_size", 224)
+        self.short_side = None if clip.source == "shapes" else 512
+        self.crop = own_size if clip.source == "shapes" else None
+        self.stride = own_size * 3 // 4 if clip.source == "shapes" else None
+
+    @property
+    def activation(self) -> Literal["softmax", "none"]:
+        """What turns this model's low-resolution output into scores: smoothed output is made of probabilities."""
+        return "none" if self.smoothing else "softmax"
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Dense features [B, D, h, w] in the text space, and key vectors [B, h * w, C] if smoothing needs them."""
+        tokens, grid = self.visual.trunk(images)
+        features = self.visual.dense(tokens, grid, self.kind, self.residual, self.ffn)
+        return features, self.visual.keys(tokens) if self.smoothing else None
+
+    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
+        """Low-resolution class maps [B, C, h, w], fp32 at least: 100 cos, or smoothed probabilities.
+
+        Args:
+            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
+            vocabulary: names, or their text embeddings [C, D].
+        """
+        text = vocabulary
+        if isinstance(vocabulary, Vocabulary):
+            text = vocabulary.embed(self.clip, self.default_templates)
+        features, keys = self.features(images)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        logits = pixel_text_logits(features, text.to(features), LOGIT_SCALE)
+        if isinstance(vocabulary, Vocabulary):
+            logits = vocabulary.reduce(logits)
+        return self.refine(logits, keys)
+
+    def refine(self, logits: Tensor, keys: Tensor | None) -> Tensor:
+        """Prompt denoising, then key smoothing, as configured: [B, C, h, w] -> [B, C, h, w]."""
+        grid = logits.shape[2:]
+        logits = logits.flatten(2)  # [B, C, N]
+        if self.denoising is not None:
+            present = prompt_denoising(F.softmax(logits, dim=1), self.denoising)  # [B, C]
+            logits = logits.masked_fill(~present[:, :, None], ABSENT)
+        if self.smoothing is not None:
+            assert keys is not None
+            probabilities = F.softmax(logits, dim=1)
+            # only the published form knows a threshold
+            options = {"threshold": self.smoothing_threshold} if self.smoothing == "official" else {}
+            logits = key_smoothing(keys.to(logits), probabilities, mode=self.smoothing, **options)
+        return logits.unflatten(2, tuple(grid))

@@ -1,0 +1,226 @@
+"""From a picture and names to labels: resize, windows, model, label map."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from torch import Tensor, nn
+
+from fastzs import clip as clip_module
+from fastzs.models.maskclip import MaskCLIP
+from fastzs.ops import label_map
+from fastzs.pictures import read_picture
+from fastzs.result import Segmentation
+from fastzs.trace import span
+from fastzs.vocabulary import Vocabulary
+from fastzs.windows import resize_size, window_grid
+
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODELS = {"maskclip": MaskCLIP}
+BACKGROUND = ("background", "wall", "floor", "ground", "sky")
+LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
+
+
+def load(
+    model: str = "maskclip",
+    *,
+    backbone: str = "ViT-B-16",
+    weights: str | Path = "openai",
+    device: str = "auto",
+    precision: Precision = "auto",
+    short_side: int | None = None,
+    crop: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    batch: int = 8,
+    **options: Any,
+) -> "Segmenter":
+    """A model ready to segment pictures.
+
+    Args:
+        model: "maskclip".
+        backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download.
+        device: "auto" takes a GPU if there is one.
+        precision: "auto" takes bf16 where the device computes it natively, else fp32.
+        short_side, crop, stride, batch: see :class:`Segmenter`.
+        options: the model's own settings, see :class:`fastzs.models.MaskCLIP`.
+
+    Raises:
+        ValueError: unknown model, device or precision (nearest known names are given).
+        WeightsError: weights that cannot be found, read or fitted.
+    """
+    if model not in MODELS:
+        near = difflib.get_close_matches(model, MODELS, n=3, cutoff=0.3) or list(MODELS)
+        raise ValueError(f"unknown model {model!r}; nearest known: {', '.join(near)}")
+    network = MODELS[model](clip_module.load(backbone, weights), **options)
+    chosen = choose_device(device)
+    dtype = choose_precision(precision, chosen)
+    return Segmenter(
+        network.to(chosen, dtype), short_side=short_side, crop=crop, stride=stride, batch=batch
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for a name; "auto" takes CUDA, then Apple's GPU, then the CPU."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def choose_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for a name; "auto" takes bf16 where the device multiplies it natively, else fp32."""
+    if name in DTYPES:
+        return DTYPES[name]
+    if name != "auto":
+        raise ValueError(f"precision must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return torch.bfloat16 if native_bf16(device) else torch.float32
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether ``device`` has bf16 matrix instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        can = torch.cpu.get_capabilities()
+        return bool(can.get("avx512_bf16") or can.get("amx_bf16") or can.get("bf16"))
+    return False
+
+
+class Segmenter:
+    """Segments pictures with one model.
+
+    Args:
+        model: from :mod:`fastzs.models`, on its device and in its dtype.
+        short_side: pictures are resized so that their shorter side has this many pixels (the longer at most four
+            times that, the bound of the published test pipelines); 0 leaves their size; the model's own choice if
+            omitted.
+        crop, stride: sliding windows over the resized picture, a side or (height, width) in pixels; 0 takes the
+            whole picture at once; the model's own choice if omitted, ``stride`` two thirds of the crop.
+        batch: windows per forward pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        short_side: int | None = None,
+        crop: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+        batch: int = 8,
+    ):
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        if short_side is not None and short_side < 0:
+            raise ValueError(f"short_side must not be negative, got {short_side}")
+        self.model = model.eval()
+        self.short_side = model.short_side if short_side is None else short_side
+        self.crop = model.crop if crop is None else crop
+        self.stride = model.stride if stride is None and crop is None else stride
+        if self.crop and not self.stride:
+            self.stride = tuple(max(1, 2 * side // 3) for side in _pair(self.crop))
+        self.batch = batch
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        scale = torch.tensor(model.std, device=self.device) * 255
+        self._mean = (torch.tensor(model.mean, device=self.device) * 255)[:, None, None]
+        self._scale = scale[:, None, None]
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        picture: Picture,
+        names: Vocabulary | Sequence[str | Mapping[str, Sequence[str]]],
+        *,
+        background: Literal["none", "threshold", "prompt"] = "none",
+        threshold: float = 0.5,
+        background_names: Sequence[str] | None = None,
+        scores: bool = False,
+    ) -> Segmentation:
+        """Label every pixel of a picture.
+
+        Args:
+            picture: path, PIL image, uint8 array [H, W, 3] or uint8 tensor [3, H, W].
+            names: the classes, see :class:`fastzs.Vocabulary`.
+            background: pixels of none of the names: there are none; those whose best score is below ``threshold``;
+                or those that fit ``background_names`` better. "background" then is the last of the result's names.
+            threshold: score in 0..1.
+            background_names: what "prompt" looks for; a few general words if omitted.
+            scores: also keep the winning score of each pixel.
+
+        Raises:
+            PictureError: the picture cannot be read.
+            ValueError: names or settings that do not fit; the message says which.
+        """
+        vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
+        classes = vocabulary.names
+        if background == "threshold":
+            if self.model.activation == "softmax" and len(classes) == 1:
+                raise ValueError(
+                    "background='threshold' compares the names with each other, so it needs at least two; "
+                    "with one name use background='prompt'"
+                )
+            classes = (*classes, "background")
+        elif background == "prompt":
+            words = background_names or getattr(self.model.clip, "background", None) or BACKGROUND
+            vocabulary = vocabulary.with_class("background", words)
+            classes = vocabulary.names
+        elif background != "none":
+            raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
+        with span("preprocess"):
+            original = read_picture(picture)
+            resized = self._resize(original)
+        size = (resized.shape[1], resized.shape[2])
+        if self.crop:
+            windows = window_grid(size, self.crop, self.stride)
+        else:
+            windows = torch.tensor([[0, 0, *size]])
+        logits = self.logits(resized, windows, vocabulary)
+        with span("label_map"):
+            mapped = label_map(
+                logits,
+                windows,
+                size,
+                output_size=(original.shape[1], original.shape[2]),
+                activation=self.model.activation,
+                seen=getattr(self.model, "seen", None),
+                calibration=getattr(self.model, "calibration", 0.0),
+                threshold=threshold if background == "threshold" else None,
+                return_scores=scores,
+            )
+        won = None if mapped.scores is None else mapped.scores.cpu()
+        return Segmentation(labels=mapped.labels.cpu(), names=classes, scores=won, picture=original.cpu())
+
+    def logits(self, picture: Tensor, windows: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Low-resolution class maps of the windows, fp32 [W, C, h, w], ``batch`` windows at a time."""
+        parts = []
+        for some in windows.split(self.batch):
+            crops = [picture[:, top : top + height, left : left + width] for top, left, height, width in some.tolist()]
+            images = (torch.stack(crops).to(self.device, torch.float32) - self._mean) / self._scale
+            with span("model"):
+                parts.append(self.model(images.to(self.dtype), vocabulary).float())
+        return torch.cat(parts)
+
+    def _resize(self, picture: Tensor) -> Tensor:
+        size = (picture.shape[1], picture.shape[2])
+        if not self.short_side:
+            return picture
+        wanted = resize_size(size, self.short_side, LONG_SIDE * self.short_side)
+        # antialiasing changes nothing where pictures grow, as in the published pipelines on their data sets
+        return picture if wanted == size else TF.resize(picture, list(wanted), antialias=True)
+
+
+def _pair(side: int | tuple[int, int]) -> tuple[int, int]:
+    return (side, side) if isinstance(side, int) else side
