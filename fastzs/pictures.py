@@ -46,15 +46,13 @@ def read_picture(picture: Picture) -> torch.Tensor:
     if isinstance(picture, np.ndarray):
         if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8 or picture.size == 0:
             raise PictureError(
-                f"picture array has shape {list(picture.shape)} and dtype {picture.dtype}; "
-                "want uint8 [H, W, 3]"
+                f"picture array has shape {list(picture.shape)} and dtype {picture.dtype}; want uint8 [H, W, 3]"
             )
         return torch.from_numpy(picture.transpose(2, 0, 1).copy())
     if isinstance(picture, torch.Tensor):
         if picture.ndim != 3 or picture.shape[0] != 3 or picture.dtype != torch.uint8 or picture.numel() == 0:
             raise PictureError(
-                f"picture tensor has shape {list(picture.shape)} and dtype {picture.dtype}; "
-                "want uint8 [3, H, W]"
+                f"picture tensor has shape {list(picture.shape)} and dtype {picture.dtype}; want uint8 [3, H, W]"
             )
         return picture.contiguous()
     raise PictureError(
@@ -75,18 +73,17 @@ def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | 
     Raises:
         PictureError: one of ``paths`` matches nothing (named), or no path is given.
     """
-    skip = None if skip is None else Path(skip).resolve()
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for given in paths:
         here = _expand(given)
-        kept = {path.resolve(): path for path in here}
+        kept = here
         if skip is not None:
-            kept = {real: path for real, path in kept.items() if not real.is_relative_to(skip)}
+            kept = [path for path in here if not path.resolve().is_relative_to(Path(skip).resolve())]
         if not kept:
             where = f" outside of {skip}" if here else ""
             raise PictureError(f"{os.fspath(given)!r}: no such picture, or no picture in it{where}")
-        for real, path in kept.items():
-            found.setdefault(real, path)
+        for path in kept:
+            found.setdefault(os.path.abspath(path), path)
     if not found:
         raise PictureError("no pictures given")
     return sorted(found.values())
@@ -112,9 +109,7 @@ def _in_folder(folder: Path) -> list[Path]:
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [
-            Path(parent, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+            Path(parent, name) for name in names if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
         ]
     return files
 

@@ -1,0 +1,243 @@
+"""Many pictures into one folder: names that do not collide, a manifest to go on from, a record of the run."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastzs.files import write_atomically
+from fastzs.pictures import PictureError
+from fastzs.result import Segmentation
+
+MANIFEST = "manifest.jsonl"
+RECORD = "run.json"
+
+
+class OutputError(Exception):
+    """Results that cannot be written; the message names the file and the reason."""
+
+
+@dataclass
+class Outcome:
+    """How a run went.
+
+    Attributes:
+        found: pictures asked for.
+        skipped: of these, done by an earlier run with the same settings.
+        done: segmented and written.
+        failed: path of each picture that did not come out, and why.
+    """
+
+    found: int
+    skipped: int = 0
+    done: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every picture came out, now or before."""
+        return self.skipped + self.done == self.found
+
+
+class Manifest:
+    """What is done in an output folder: one JSON line for each picture, the last one of a picture counts.
+
+    A line says which file it was (path, size, time of change), under which settings it was segmented, and what
+    was written. A line cut short by a crash is ignored, so that its picture is done again.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines: dict[str, dict[str, Any]] = {}
+        path = folder / MANIFEST
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            try:
+                entry = json.loads(line)
+                self.lines[entry["picture"]] = {key: entry[key] for key in ("state", "settings", "name", "files")}
+            except (ValueError, KeyError, TypeError):
+                continue
+
+    def has(self, picture: Path, settings: str, endings: Iterable[str]) -> bool:
+        """Whether the files with these endings were written for this picture, unchanged since, and are there."""
+        line = self.lines.get(os.path.abspath(picture))
+        if line is None or line["settings"] != settings or line["state"] != _state(picture):
+            return False
+        wanted = [line["name"] + ending for ending in endings]
+        return all(file in line["files"] and (self.folder / file).is_file() for file in wanted)
+
+    def add(self, picture: Path, state: list[int] | None, settings: str, name: str, files: list[str]) -> None:
+        """Record a picture as done.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        entry = {"state": state, "settings": settings, "name": name, "files": files}
+        key = os.path.abspath(picture)
+        path = self.folder / MANIFEST
+        try:
+            with open(path, "a+b") as stream:
+                # A crash may have left half a line.
+                if stream.seek(0, os.SEEK_END) and stream.seek(-1, os.SEEK_END) and stream.read() != b"\n":
+                    stream.write(b"\n")
+                stream.write(json.dumps({"picture": key, **entry}).encode() + b"\n")
+        except OSError as error:
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        self.lines[key] = entry
+
+    def names(self, pictures: Iterable[Path]) -> dict[Path, str]:
+        """A name in the output folder for each picture, without ending, no two the same.
+
+        A picture keeps the name it has in the manifest. Others are named by their path below the folder that
+        all of them share; where that is taken (``a.jpg`` beside ``a.png``), ``-2``, ``-3`` ... is added.
+        """
+        pictures = list(pictures)
+        places = {picture: os.path.abspath(picture) for picture in pictures}
+        shared = os.path.commonpath([os.path.dirname(place) for place in places.values()])
+        # Case is ignored, because some file systems ignore it.
+        taken = {line["name"].casefold() for line in self.lines.values()}
+        names = {}
+        for picture, place in places.items():
+            if place in self.lines:
+                names[picture] = self.lines[place]["name"]
+                continue
+            stem = os.path.splitext(os.path.relpath(place, shared))[0]
+            name, number = stem, 1
+            while name.casefold() in taken:
+                number += 1
+                name = f"{stem}-{number}"
+            taken.add(name.casefold())
+            names[picture] = name
+        return names
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the output folder and see that files can be made in it.
+
+    Raises:
+        OutputError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Identifies settings that decide what a label map looks like; results under other ones are done again."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write ``run.json``.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = folder / RECORD
+    try:
+        write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def segment_pictures(
+    pictures: list[Path],
+    segment: Callable[[Path], Segmentation],
+    folder: Path,
+    settings: str,
+    *,
+    overlay: bool = False,
+    coco: bool = False,
+    start: Callable[[Outcome], None] = lambda outcome: None,
+    step: Callable[[Path, str | None], None] = lambda picture, problem: None,
+    outcome: Outcome | None = None,
+) -> Outcome:
+    """Segment what is not done yet, and write ``NAME.png`` and on request ``NAME_overlay.jpg``, ``NAME_coco.json``.
+
+    Args:
+        pictures: files.
+        segment: gives the result for one of them.
+        folder: an existing output folder.
+        settings: hash of everything that decides the results, see :func:`settings_hash`.
+        overlay, coco: what to write beside the label map.
+        start: called once, when it is known what is done already.
+        step: called after each picture, with what went wrong or None.
+        outcome: kept up to date on the way, so that an interrupted caller has it.
+
+    Raises:
+        OutputError: a file cannot be written; what is done so far is in the manifest.
+        ValueError: from ``segment``, before any picture came out: the settings do not fit. Any other problem of
+            a picture is counted, and the rest is done.
+    """
+    outcome = Outcome(len(pictures)) if outcome is None else outcome
+    endings = [".png", *["_overlay.jpg"] * overlay, *["_coco.json"] * coco]
+    manifest = Manifest(folder)
+    todo = [picture for picture in pictures if not manifest.has(picture, settings, endings)]
+    outcome.skipped = len(pictures) - len(todo)
+    names = manifest.names(todo) if todo else {}
+    start(outcome)
+    for picture in todo:
+        problem = None
+        state = _state(picture)
+        try:
+            _write_result(segment(picture), picture, folder / names[picture], overlay, coco)
+        except OutputError:
+            raise
+        except Exception as error:
+            if isinstance(error, ValueError) and not isinstance(error, PictureError) and not outcome.done:
+                raise
+            problem = str(error) if isinstance(error, PictureError) else f"{picture}: {_sentence(error)}"
+            outcome.failed[str(picture)] = problem
+        else:
+            files = [names[picture] + ending for ending in endings]
+            manifest.add(picture, state, settings, names[picture], files)
+            outcome.done += 1
+        step(picture, problem)
+    return outcome
+
+
+def _write_result(result: Segmentation, picture: Path, target: Path, overlay: bool, coco: bool) -> None:
+    path = Path(f"{target}.png")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result.save(path)
+        if overlay:
+            path = Path(f"{target}_overlay.jpg")
+            result.overlay(path)
+        if coco:
+            path = Path(f"{target}_coco.json")
+            write_atomically(path, json.dumps(coco_dataset(result, picture)).encode())
+    except OSError as error:
+        if error.errno is None:  # from an encoder, about this picture, not from the file system
+            raise
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def coco_dataset(result: Segmentation, picture: Path) -> dict[str, Any]:
+    """A COCO data set of one picture, as ``pycocotools.coco.COCO`` reads it."""
+    height, width = result.labels.shape
+    return {
+        "images": [{"id": 1, "file_name": str(picture), "height": height, "width": width}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(result.names)],
+        "annotations": result.to_coco(image_id=1),
+    }
+
+
+def _state(picture: Path) -> list[int] | None:
+    """Size and time of change, which tell a picture from another one put in its place; None if it is gone."""
+    try:
+        status = picture.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _sentence(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
