@@ -1,5 +1,6 @@
 """The public functional API: every op of :mod:`fastzs.kernels`, by name."""
 
+from fastzs.kernels.bridged_attention.api import TokenLayout, bridged_attention
 from fastzs.kernels.dense_attention.api import dense_attention
 from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
@@ -9,6 +10,8 @@ from fastzs.kernels.pixel_text_logits.api import pixel_text_logits
 __all__ = [
     "LabelMap",
     "MaskLoss",
+    "TokenLayout",
+    "bridged_attention",
     "dense_attention",
     "key_smoothing",
     "label_map",

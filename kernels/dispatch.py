@@ -9,7 +9,7 @@ that has it and can run it, all other calls go on as ``auto``.
 import os
 from collections.abc import Mapping
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "split", "cpu", "triton", "cuda")
 
 
 def choose(op: str, impl: str, reasons: Mapping[str, str | None]) -> str:

@@ -1,0 +1,71 @@
+"""``bridged_attention``: attention of CLIP-RC's tower under its region mask, which never becomes a matrix."""
+
+from torch import Tensor
+
+from ..dispatch import choose
+from .layout import TokenLayout
+from .reference import bridged_attention_reference
+from .split import bridged_attention_split
+
+
+def bridged_attention(
+    q: Tensor,  # [B, H, L, d]
+    k: Tensor,  # [B, H, L, d]
+    v: Tensor,  # [B, H, L, d]
+    layout: TokenLayout,
+    *,
+    prompt_kv: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:  # [B, H, L, d]
+    """softmax(scale q k^T) v where every row's softmax runs over the keys that ``layout`` lets it see.
+
+    Args:
+        q, k, v: fp32, bf16, fp16 or fp64, one dtype and device, any strides; ``L = layout.length`` tokens.
+        layout: order of the tokens and who sees whom.
+        prompt_kv: keys and values ``[B, H, P, d]``, or ``[1, H, P, d]`` for all pictures, of P more tokens that have
+            no queries: deep prompts, whose outputs the next layer would overwrite. Prefix and patches see them.
+        scale: factor on the scores, by default d^-1/2.
+        impl: ``"auto"``, ``"reference"`` (dense mask) or ``"split"`` (unmasked attention of the shared rows, bridge
+            keys merged exactly), see :mod:`fastzs.kernels.dispatch`. All are differentiable once.
+
+    Raises:
+        TypeError: dtypes differ or are not floating.
+        ValueError: shapes or devices do not fit each other or the layout.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    tensors = {"q": q, "k": k, "v": v}
+    if prompt_kv is not None:
+        tensors |= {"prompt_kv[0]": prompt_kv[0], "prompt_kv[1]": prompt_kv[1]}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise TypeError(f"bridged_attention: {name} is {tensor.dtype}; wanted {q.dtype} as q, a floating dtype")
+        if tensor.device != q.device:
+            raise ValueError(f"bridged_attention: {name} is on {tensor.device}, q on {q.device}")
+    if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(
+            f"bridged_attention: q, k and v are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
+            "wanted one shape [B, H, L, d]"
+        )
+    if q.shape[2] != layout.length:
+        raise ValueError(
+            f"bridged_attention: {q.shape[2]} tokens, but the layout has {layout.prefix} before the patches, "
+            f"{layout.grid[0]} x {layout.grid[1]} patches and {layout.regions} bridge tokens: {layout.length}"
+        )
+    if prompt_kv is not None:
+        pk, pv = prompt_kv
+        wanted = (q.shape[1], q.shape[3])
+        if pk.shape != pv.shape or pk.ndim != 4 or (pk.shape[1], pk.shape[3]) != wanted or len(pk) not in (1, len(q)):
+            raise ValueError(
+                f"bridged_attention: prompt_kv is {list(pk.shape)}, {list(pv.shape)}; "
+                f"wanted [1 or {len(q)}, {wanted[0]}, P, {wanted[1]}] for both"
+            )
+    split = None
+    if layout.bridge is not None and q.device.type != "cpu":
+        split = f"the merge needs an attention that returns its log-sum-exp, taken here only on the CPU, not {q.device}"
+    chosen = choose("bridged_attention", impl, {"split": split, "reference": None})
+    run = bridged_attention_split if chosen == "split" else bridged_attention_reference
+    return run(q, k, v, layout, prompt_kv, q.shape[-1] ** -0.5 if scale is None else float(scale))
+
+
+__all__ = ["TokenLayout", "bridged_attention"]
