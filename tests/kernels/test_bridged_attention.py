@@ -48,8 +48,12 @@ def errors(actual, reference):
     return off.abs().max().item(), off.square().mean().sqrt().item()
 
 
-def assert_no_worse_than_eager(layout, prompts, dtype, factor=2, **options):
-    """Within ``factor`` times the error of the dense mask in the same dtype plus a rounding band; against fp64."""
+def assert_no_worse_than_eager(layout, prompts, dtype, extreme=False, **options):
+    """Within twice the error of the dense mask in the same dtype plus a rounding band; against fp64.
+
+    Every backward that keeps only the log-sum-exp takes a weight as exp(score - log-sum-exp), off by the rounding of
+    the score: with ``extreme`` scores the gradients' band is that.
+    """
     tensors = inputs(layout, prompts, dtype, **options)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0), dtype=f64)
     exact = run([t.double() for t in tensors], layout, "reference", weights)
@@ -62,8 +66,10 @@ def assert_no_worse_than_eager(layout, prompts, dtype, factor=2, **options):
         if reference.abs().max() == 0:
             assert mine.abs().max() == 0
             continue
+        if extreme and name == "dq":
+            band *= (tensors[0].double() @ tensors[1].double().transpose(-1, -2)).abs().max().item() * 32**-0.5
         for mine_error, eager_error in zip(errors(mine, reference), errors(theirs, reference), strict=True):
-            assert mine_error <= factor * eager_error + band, name
+            assert mine_error <= 2 * eager_error + band, name
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -88,13 +94,10 @@ def test_prompts_of_each_picture():
     assert_no_worse_than_eager(*LAYOUTS["divides"], f64, prompt_batch=2)
 
 
-@pytest.mark.parametrize("size", [0.0, 10.0])
+@pytest.mark.parametrize("size", [0.0, 20.0])
 def test_extreme_scores(size):
-    """All scores equal; scores near a thousand, where a weight is 0 or 1.
-
-    Backward takes weights as exp(score - log-sum-exp), whose rounding grows with the score: measured 2.1 times eager.
-    """
-    assert_no_worse_than_eager(*LAYOUTS["wide"], f32, size=size, factor=3)
+    """All scores equal; scores up to thousands, where a weight is 0 or 1 (dv: measured 1.2e-4 at size 20)."""
+    assert_no_worse_than_eager(*LAYOUTS["wide"], f32, size=size, extreme=size > 0)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
