@@ -6,10 +6,34 @@ environment variable ``FASTZS_IMPL`` sets a preference for the whole program: wh
 that has it and can run it, all other calls go on as ``auto``.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 BACKENDS = ("reference", "split", "cpu", "triton", "cuda")
+
+
+class Choice(NamedTuple):
+    """What :func:`choose` decided for one call with ``impl="auto"``."""
+
+    op: str
+    backend: str
+    reasons: dict[str, str | None]
+
+
+_watchers: list[list[Choice]] = []
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[list[Choice]]:
+    """Collect the choices made meanwhile, for ``fastzs doctor`` and tests."""
+    choices: list[Choice] = []
+    _watchers.append(choices)
+    try:
+        yield choices
+    finally:
+        _watchers.remove(choices)
 
 
 def choose(op: str, impl: str, reasons: Mapping[str, str | None]) -> str:
@@ -36,5 +60,7 @@ def choose(op: str, impl: str, reasons: Mapping[str, str | None]) -> str:
         raise ValueError(f"FASTZS_IMPL={preferred!r} is unknown; use 'auto' or one of {', '.join(BACKENDS)}")
     for backend in (preferred, *reasons):
         if backend in reasons and reasons[backend] is None:
+            for choices in _watchers:
+                choices.append(Choice(op, backend, dict(reasons)))
             return backend
     raise RuntimeError(f"{op}: no backend can run: " + "; ".join(f"{name}: {why}" for name, why in reasons.items()))
