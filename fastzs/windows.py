@@ -51,9 +51,7 @@ def window_grid(picture_size: Size, crop: int | Size, stride: int | Size) -> tor
     crop = _pair("crop", crop)
     stride = _pair("stride", stride)
     if stride[0] > crop[0] or stride[1] > crop[1]:
-        raise ValueError(
-            f"stride {stride} is larger than crop {crop}: pixels between the windows would be missed"
-        )
+        raise ValueError(f"stride {stride} is larger than crop {crop}: pixels between the windows would be missed")
     height, width = min(crop[0], size[0]), min(crop[1], size[1])
     tops = _starts(size[0], height, stride[0])
     lefts = _starts(size[1], width, stride[1])
@@ -66,9 +64,7 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def _pair(name: str, value: int | Size) -> Size:
-    pair = (
-        (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    )
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in pair):
         raise ValueError(f"{name}={value!r}: want positive integers, one or (height, width)")
     return pair

@@ -17,9 +17,7 @@ def quarters(size=(40, 24)):
     image = Image.new("RGB", size)
     half = (size[0] // 2, size[1] // 2)
     for i, colour in enumerate((RED, GREEN, BLUE, WHITE)):
-        image.paste(
-            colour, (i % 2 * half[0], i // 2 * half[1], (i % 2 + 1) * half[0], (i // 2 + 1) * half[1])
-        )
+        image.paste(colour, (i % 2 * half[0], i // 2 * half[1], (i % 2 + 1) * half[0], (i // 2 + 1) * half[1]))
     return image
 
 
@@ -198,9 +196,7 @@ def test_truncated_files_are_named(tmp_path, name, part):
         read_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "name", ["noise.jpg", "noise.png", "noise.gif", "noise.webp", "noise.tif", "noise.bmp"]
-)
+@pytest.mark.parametrize("name", ["noise.jpg", "noise.png", "noise.gif", "noise.webp", "noise.tif", "noise.bmp"])
 def test_damaged_files_never_raise_anything_else(tmp_path, name):
     rng = np.random.default_rng(1)
     buffer = io.BytesIO()
@@ -223,9 +219,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path, name):
 def test_decompression_bomb_guard(tmp_path, monkeypatch):
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
-    with pytest.raises(
-        PictureError, match=r"bomb\.png: cannot be read: Image size \(90000 pixels\) exceeds limit"
-    ):
+    with pytest.raises(PictureError, match=r"bomb\.png: cannot be read: Image size \(90000 pixels\) exceeds limit"):
         read_picture(tmp_path / "bomb.png")
 
 
@@ -250,9 +244,9 @@ def names(root, found):
 def test_find_in_folders_files_and_globs(tree):
     everything = ["a.jpg", "b.png", "odd[1].png", "sub/a.JPG", "sub/deep/c.webp"]
     assert names(tree, find_pictures([tree])) == everything
-    assert names(
-        tree, find_pictures([tree, tree / "sub", str(tree / "a.jpg"), tree / "sub" / ".." / "b.png"])
-    ) == [*everything]
+    assert names(tree, find_pictures([tree, tree / "sub", str(tree / "a.jpg"), tree / "sub" / ".." / "b.png"])) == [
+        *everything
+    ]
     assert names(tree, find_pictures([str(tree / "*.png")])) == ["b.png", "odd[1].png"]
     assert names(tree, find_pictures([str(tree / "**" / "*.*")])) == everything
     assert names(tree, find_pictures([str(tree / "**")])) == everything
