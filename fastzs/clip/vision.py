@@ -146,7 +146,7 @@ class VisionTransformer(nn.Module):
         patches = F.interpolate(patches, grid, mode=self.position_mode, align_corners=False)
         resized = torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
         if not trained:
-            self._position_cache[key] = resized.detach()
+            self._position_cache[key] = resized = resized.detach()
         return resized
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -68,7 +68,7 @@ class Clip:
 
     @cached_property
     def is_resnet(self) -> bool:
-        return isinstance(self.config["vision_cfg"]["layers"], list | tuple)
+        return isinstance(self.config["vision_cfg"].get("layers"), list | tuple)
 
     def vision(self, **options) -> VisionTransformer | ResNet:
         """The vision tower with its weights, frozen, in evaluation mode.

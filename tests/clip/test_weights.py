@@ -1,0 +1,180 @@
+import io
+import json
+import pickle
+import shutil
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fastzs import clip
+from fastzs.clip.weights import WeightsError, read_state, to_openai_names
+
+TINY = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A weights folder as open_clip and the hub lay it out."""
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**TINY)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.5] * 3}}))
+    return tmp_path
+
+
+def state(folder):
+    return read_state(folder / "open_clip_model.safetensors")
+
+
+def test_folder_gives_both_towers(folder):
+    loaded = clip.load(weights=folder)
+    reference = open_clip.CLIP(**TINY)
+    reference.load_state_dict(state(folder))
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.vision()(images), reference.eval().encode_image(images))
+        tokens = open_clip.SimpleTokenizer(context_length=16)(["a cat"])
+        wanted = reference.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(loaded.text().encode(["a cat"]), wanted)
+    assert loaded.mean == [0.5] * 3
+
+
+def write_torchscript(tensors, path):
+    """An archive such as OpenAI distributes: a traced module that holds the tensors under their names."""
+    root = torch.nn.Module()
+    for name, value in tensors.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        module.register_parameter(leaf, torch.nn.Parameter(value))
+    torch.jit.script(root).save(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "wrapped", "torchscript"])
+def test_files_of_every_kind_read_alike(folder, tmp_path, kind):
+    tensors = state(folder)
+    path = tmp_path / f"weights.{'safetensors' if kind == 'safetensors' else 'pt'}"
+    if kind == "safetensors":
+        save_file(tensors, path)
+    elif kind == "pth":
+        torch.save(tensors, path)
+    elif kind == "wrapped":
+        torch.save({"state_dict": {f"module.{k}": v for k, v in tensors.items()}, "meta": {"epoch": 1}}, path)
+    else:
+        write_torchscript(tensors, path)
+    read = read_state(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[k], v) for k, v in tensors.items())
+
+
+def test_pickled_code_never_runs(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    torch.save({"state_dict": Trap()}, tmp_path / "trap.pth")
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Trap()))
+    for name in ("trap.pth", "raw.pth"):
+        with pytest.raises(WeightsError, match=name):
+            clip.load("ViT-B-32", tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_truncated_and_foreign_files_are_named(folder, tmp_path):
+    content = (folder / "open_clip_model.safetensors").read_bytes()
+    (tmp_path / "short.safetensors").write_bytes(content[: len(content) // 2])
+    buffer = io.BytesIO()
+    torch.save(state(folder), buffer)
+    (tmp_path / "short.pt").write_bytes(buffer.getvalue()[:-1000])
+    (tmp_path / "text.pt").write_text("not weights")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("short.safetensors", "short.pt", "text.pt", "list.pt"):
+        with pytest.raises(WeightsError, match=name):
+            read_state(tmp_path / name)
+
+
+def test_weights_that_do_not_fit_name_the_keys(folder, tmp_path):
+    tensors = state(folder)
+    cases = {
+        "missing: proj": {k: v for k, v in tensors.items() if k != "visual.proj"},
+        "unexpected: extra": tensors | {"visual.extra": torch.zeros(1)},
+        r"of another shape: proj is \[32, 8\], wanted \[32, 16\]": tensors | {"visual.proj": torch.zeros(32, 8)},
+        "NaN or infinite values in proj": tensors | {"visual.proj": torch.full((32, 16), torch.nan)},
+    }
+    for message, broken in cases.items():
+        save_file({k: v.contiguous() for k, v in broken.items()}, folder / "open_clip_model.safetensors")
+        with pytest.raises(WeightsError, match=message):
+            clip.load(weights=folder).vision()
+
+
+def test_weights_without_text_tower_say_so(folder):
+    visual = {k: v for k, v in state(folder).items() if k.startswith("visual.")}
+    save_file(visual, folder / "open_clip_model.safetensors")
+    loaded = clip.load(weights=folder)
+    loaded.vision()
+    with pytest.raises(WeightsError, match="no text tower"):
+        loaded.text()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "weights", "wanted"),
+    [
+        ("ViT-B-61", "openai", "ViT-B-16"),
+        ("ViT-B-16", "opnai", "openai"),
+        ("ViT-B-16", "nowhere/model.pt", "no such file"),
+    ],
+)
+def test_unknown_names_suggest_known_ones(backbone, weights, wanted):
+    with pytest.raises(WeightsError, match=wanted):
+        clip.load(backbone, weights)
+
+
+def test_offline_and_not_cached_says_what_to_do(monkeypatch):
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
+    with pytest.raises(WeightsError, match=r"fetch .* from timm/vit_base_patch16_clip_224.openai .*weights='shapes'"):
+        clip.load("ViT-B-16", "openai")
+
+
+def test_maskclips_converted_names_become_openais(folder, tmp_path):
+    tower = clip.load(weights=folder).vision()
+    named = {}
+    for key, value in tower.state_dict().items():
+        name = key.replace("transformer.resblocks.", "layers.").replace("attn.", "attn.attn.")
+        name = name.replace("mlp.c_fc.", "ffn.layers.0.0.").replace("mlp.c_proj.", "ffn.layers.1.")
+        name = name.replace("ln_1.", "ln1.").replace("ln_2.", "ln2.").replace("ln_pre.", "ln0.").replace("ln_post.", "ln1.")
+        name = name.replace("conv1.", "patch_embed.projection.").replace("class_embedding", "cls_token")
+        name = name.replace("positional_embedding", "pos_embed")
+        named[name] = value[None] if name == "pos_embed" else value[None, None] if name == "cls_token" else value
+    projection = named.pop("proj").T
+    torch.save({"clip": named, "proj": {"weight": projection}}, tmp_path / "ViT16_clip_weights.pth")
+    got = to_openai_names(read_state(tmp_path / "ViT16_clip_weights.pth"))
+    assert {k.removeprefix("visual.") for k in got} == set(tower.state_dict())
+    for key, value in tower.state_dict().items():
+        assert torch.equal(got[f"visual.{key}"], value), key
+
+
+def test_random_weights_are_the_same_every_time():
+    first, second = (clip.load("ViT-B-32", "random").vision() for _ in range(2))
+    assert torch.equal(first.proj, second.proj)
+
+
+def test_folder_without_configuration_or_weights_is_named(folder, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(WeightsError, match=r"open_clip_config\.json"):
+        clip.load(weights=empty)
+    shutil.copy(folder / "open_clip_config.json", empty)
+    with pytest.raises(WeightsError, match=r"open_clip_model\.safetensors"):
+        clip.load(weights=empty)
