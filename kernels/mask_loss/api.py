@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from ..dispatch import choose
+from .compiled import MISSING
 from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
 
 TARGET_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
@@ -62,14 +63,31 @@ def mask_loss(
     """
     _validate(logits, target, alpha, gamma, ignored, normalizer)
     skip = ignored == "skip"
-    choose("mask_loss", impl, {"reference": None})
-    sums = mask_sums_reference(logits, target, float(alpha), float(gamma), ignore_index, skip)
+    options = (float(alpha), float(gamma), ignore_index, skip)
+    if choose("mask_loss", impl, _reasons(logits)) == "reference":
+        sums = mask_sums_reference(logits, target, *options)
+    else:
+        with_nodes = torch.is_grad_enabled() and logits.requires_grad
+        sums, _ = torch.ops.fastzs.mask_sums(logits, target, *options, with_nodes)
 
     if skip:
         pixels = (target != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)  # [B, 1]
     else:
         pixels = target.shape[1] * target.shape[2]
     return _losses(sums, pixels, normalizer, present_only)
+
+
+def _reasons(logits: torch.Tensor) -> dict[str, str | None]:
+    """For each backend, best first, why it cannot run on these logits."""
+    device = logits.device.type
+    cpu = MISSING["cpu"]
+    if device != "cpu":
+        cpu = f"the logits are on {device}"
+    elif logits.dtype == torch.float64:
+        cpu = "the logits are float64; wanted float32, bfloat16 or float16"
+    elif logits.shape[1] >= 32767:
+        cpu = f"there are {logits.shape[1]} classes; wanted fewer than 32767"
+    return {"cpu": cpu, "reference": None}
 
 
 def _losses(

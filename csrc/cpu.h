@@ -1,0 +1,88 @@
+// What the CPU ops share: the choice of instruction set at run time, and reading a tensor of any dtype.
+//
+// One library runs on every CPU of its architecture. A loop that should use wide vectors is written once, as an
+// always-inlined function, and FASTZS_MULTIVERSION compiles it three times. Everything else in a source file,
+// the standard library's inline functions above all, is compiled for the oldest CPU: a linker keeps one copy of
+// such a function, and a copy compiled for AVX-512 would end programs on machines without it.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#define FASTZS_INLINE inline __attribute__((always_inline))
+
+namespace fastzs {
+
+enum class Isa { portable, avx2, avx512 };
+
+// The widest instruction set this CPU has and FASTZS_CPU_ISA (portable, avx2 or avx512) allows.
+inline Isa isa() {
+#if defined(__x86_64__)
+  const char* limit = std::getenv("FASTZS_CPU_ISA");
+  if (limit && std::strcmp(limit, "portable") == 0) return Isa::portable;
+  __builtin_cpu_init();
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && !(limit && std::strcmp(limit, "avx2") == 0)) return Isa::avx512;
+  if (avx2) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+// FASTZS_MULTIVERSION(name, body, Arguments) defines void name(const Arguments&), which calls body<LANES>(arguments)
+// compiled for the CPU it runs on: 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, NEON). The body and all it
+// calls must be FASTZS_INLINE, and it must call nothing of the standard library.
+#if defined(__x86_64__)
+#define FASTZS_MULTIVERSION(name, body, Arguments)                                                               \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void name##_avx512(const Arguments& a) { \
+    body<16>(a);                                                                                                 \
+  }                                                                                                              \
+  __attribute__((target("avx2,fma"))) void name##_avx2(const Arguments& a) { body<8>(a); }                       \
+  void name##_portable(const Arguments& a) { body<4>(a); }                                                       \
+  void name(const Arguments& a) {                                                                                \
+    switch (::fastzs::isa()) {                                                                                   \
+      case ::fastzs::Isa::avx512: return name##_avx512(a);                                                       \
+      case ::fastzs::Isa::avx2: return name##_avx2(a);                                                           \
+      case ::fastzs::Isa::portable: return name##_portable(a);                                                   \
+    }                                                                                                            \
+  }
+#else
+#define FASTZS_MULTIVERSION(name, body, Arguments) \
+  void name(const Arguments& a) { body<4>(a); }
+#endif
+
+// Calls f with a null pointer of the tensor's element type: fp32, bf16 or fp16.
+template <class F>
+void dispatch_floating(const torch::stable::Tensor& t, const char* op, F&& f) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return f(static_cast<const float*>(nullptr));
+    case ScalarType::BFloat16: return f(static_cast<const torch::headeronly::BFloat16*>(nullptr));
+    case ScalarType::Half: return f(static_cast<const torch::headeronly::Half*>(nullptr));
+    default: STD_TORCH_CHECK(false, op, ": wanted float32, bfloat16 or float16 values");
+  }
+}
+
+// Calls f with a null pointer of the tensor's element type: uint8, int16, int32 or int64.
+template <class F>
+void dispatch_integer(const torch::stable::Tensor& t, const char* op, F&& f) {
+  using torch::headeronly::ScalarType;
+  switch (t.scalar_type()) {
+    case ScalarType::Byte: return f(static_cast<const uint8_t*>(nullptr));
+    case ScalarType::Short: return f(static_cast<const int16_t*>(nullptr));
+    case ScalarType::Int: return f(static_cast<const int32_t*>(nullptr));
+    case ScalarType::Long: return f(static_cast<const int64_t*>(nullptr));
+    default: STD_TORCH_CHECK(false, op, ": wanted uint8, int16, int32 or int64 labels");
+  }
+}
+
+}  // namespace fastzs

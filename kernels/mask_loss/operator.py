@@ -1,0 +1,68 @@
+"""What makes a backend's ``mask_sums`` a PyTorch operator: its fake implementation and its gradient.
+
+Every backend is an operator with the schema::
+
+    (Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool skip, bool with_nodes)
+        -> (Tensor sums, Tensor nodes)
+
+``sums`` is ``[B, C, 4]`` fp32 as in ``reference.py``. ``nodes`` is ``[B, C, 3, h, w]`` fp32: the gradients of the
+first three sums with respect to the logits, taken in the same pass over the pixels, so that backward is one
+small product at low resolution. Without ``with_nodes`` it is empty.
+"""
+
+import torch
+
+FIELDS = 3
+
+# logits gives shape and dtype, and makes the result depend on it: a second derivative then raises, rather than
+# leaving this loss out of it.
+torch.library.define(
+    "fastzs::mask_sums_backward", "(Tensor grad_sums, Tensor nodes, Tensor logits) -> Tensor grad_logits"
+)
+
+
+@torch.library.impl("fastzs::mask_sums_backward", "CompositeExplicitAutograd")
+def mask_sums_backward(grad_sums: torch.Tensor, nodes: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """``[B, C, 4]`` and ``[B, C, 3, h, w]`` to the gradient of the logits ``[B, C, h, w]``."""
+    with torch.autocast(logits.device.type, enabled=False):
+        grad = grad_sums[..., None, :FIELDS] @ nodes.flatten(3)  # [B, C, 1, h * w]
+    return grad.view(logits.shape).to(logits.dtype)
+
+
+@torch.library.register_fake("fastzs::mask_sums_backward")
+def _(grad_sums, nodes, logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _no_second_derivative(ctx, grad):
+    raise RuntimeError("mask_loss is differentiable once: its second derivative is not implemented")
+
+
+torch.library.register_autograd("fastzs::mask_sums_backward", _no_second_derivative)
+
+
+def _fake(logits, target, alpha, gamma, ignore_index, skip, with_nodes):
+    B, C, h, w = logits.shape
+    size = (h, w) if with_nodes else (0, 0)
+    new_empty = logits.new_empty
+    return new_empty((B, C, 4), dtype=torch.float32), new_empty((B, C, FIELDS, *size), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, with_nodes = inputs[0], inputs[-1]
+    if not with_nodes:
+        raise RuntimeError("mask_sums: logits require a gradient, so with_nodes must be True")
+    nodes = output[1]
+    ctx.mark_non_differentiable(nodes)
+    ctx.save_for_backward(nodes, logits)
+
+
+def _backward(ctx, grad_sums, _):
+    grad_logits = torch.ops.fastzs.mask_sums_backward(grad_sums, *ctx.saved_tensors)
+    return grad_logits, None, None, None, None, None, None
+
+
+def register(name: str) -> None:
+    """Give the operator ``name`` its fake implementation and its gradient."""
+    torch.library.register_fake(name, _fake)
+    torch.library.register_autograd(name, _backward, setup_context=_setup_context)
