@@ -4,6 +4,7 @@ import torch
 
 from fastzs import clip, vocabulary
 from fastzs.vocabulary import Vocabulary
+from tests.tiny import tiny_clip
 
 
 @pytest.fixture(autouse=True)
@@ -11,13 +12,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
     vocabulary._memory.clear()
     return tmp_path / "cache"
-
-
-def tiny_clip(fingerprint="tiny"):
-    """A CLIP with a small text tower and CLIP's own tokenizer."""
-    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
-    config = {"embed_dim": 24, "vision_cfg": {}, "text_cfg": text}
-    return clip.Clip("tiny", "random", config, True, (0.5,) * 3, (0.5,) * 3, fingerprint)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +78,7 @@ def test_second_run_never_meets_the_text_tower(weights, cache, monkeypatch):
     with pytest.raises(AssertionError, match="asked"):
         Vocabulary(["cat", "dog"], "coco15").embed(weights)
     with pytest.raises(AssertionError, match="asked"):
-        Vocabulary(["cat", "dog"], "single").embed(tiny_clip("other"))
+        Vocabulary(["cat", "dog"], "single").embed(tiny_clip(fingerprint="other"))
 
 
 def test_damaged_cache_is_written_again(weights, cache, caplog):

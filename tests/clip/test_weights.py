@@ -24,7 +24,9 @@ def folder(tmp_path):
     torch.manual_seed(0)
     model = open_clip.CLIP(**TINY)
     save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.5] * 3}}))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": TINY, "preprocess_cfg": {"mean": [0.5] * 3}})
+    )
     return tmp_path
 
 
@@ -153,7 +155,12 @@ def test_maskclips_converted_names_become_openais(folder, tmp_path):
     for key, value in tower.state_dict().items():
         name = key.replace("transformer.resblocks.", "layers.").replace("attn.", "attn.attn.")
         name = name.replace("mlp.c_fc.", "ffn.layers.0.0.").replace("mlp.c_proj.", "ffn.layers.1.")
-        name = name.replace("ln_1.", "ln1.").replace("ln_2.", "ln2.").replace("ln_pre.", "ln0.").replace("ln_post.", "ln1.")
+        name = (
+            name.replace("ln_1.", "ln1.")
+            .replace("ln_2.", "ln2.")
+            .replace("ln_pre.", "ln0.")
+            .replace("ln_post.", "ln1.")
+        )
         name = name.replace("conv1.", "patch_embed.projection.").replace("class_embedding", "cls_token")
         name = name.replace("positional_embedding", "pos_embed")
         named[name] = value[None] if name == "pos_embed" else value[None, None] if name == "cls_token" else value

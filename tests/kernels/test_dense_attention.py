@@ -1,0 +1,59 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastzs.kernels.dense_attention.reference import neighbour_bias
+from fastzs.ops import dense_attention
+
+GRID = (3, 5)
+
+
+@pytest.fixture
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 2, 4, 1 + 15, 8, dtype=torch.float64, generator=generator).unbind(0)
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("qk", "qk"), ("qq", "qq"), ("kk", "kk"), ("vv", "vv"), ("qq+kk", "qqkk")])
+def test_operators_are_sums_of_attentions(qkv, kind, parts):
+    by_name = dict(zip("qkv", qkv, strict=True))
+    wanted = sum(
+        F.scaled_dot_product_attention(by_name[a], by_name[b], qkv[2])
+        for a, b in zip(parts[::2], parts[1::2], strict=True)
+    )
+    torch.testing.assert_close(dense_attention(*qkv, kind, GRID), wanted[:, :, 1:])
+
+
+def test_identity_keeps_each_patchs_value(qkv):
+    assert torch.equal(dense_attention(*qkv, "identity", GRID), qkv[2][:, :, 1:])
+
+
+def test_neighbour_bias_by_its_formula():
+    bias = neighbour_bias(GRID, 2.0, torch.float64, torch.device("cpu"))
+    for i in range(15):
+        for j in range(15):
+            distance = (i // 5 - j // 5) ** 2 + (i % 5 - j % 5) ** 2
+            assert bias[i, j].item() == pytest.approx(torch.tensor(-distance / 8).double().exp().item())
+
+
+def test_gaussian_is_added_to_patch_keys_only(qkv):
+    q, k, v = qkv
+    bias = torch.zeros(15, 16, dtype=torch.float64)
+    bias[:, 1:] = neighbour_bias(GRID, 5.0, torch.float64, q.device)
+    wanted = F.scaled_dot_product_attention(k[:, :, 1:], k, v, attn_mask=bias)
+    torch.testing.assert_close(dense_attention(q, k, v, "kk+gaussian", GRID), wanted)
+
+
+def test_bad_inputs_are_named(qkv):
+    q, k, v = qkv
+    for arguments, message in (
+        ((q, k, v, "nope", GRID), "nope"),
+        ((q, k[:1], v, "qq", GRID), r"\[1, 4, 16, 8\]"),
+        ((q, k, v, "qq", (4, 5)), "4 x 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dense_attention(*arguments)
+    with pytest.raises(ValueError, match="std"):
+        dense_attention(q, k, v, "kk+gaussian", GRID, std=0)
+    with pytest.raises(RuntimeError, match="no such backend"):
+        dense_attention(q, k, v, "qq", GRID, impl="cuda")

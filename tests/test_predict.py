@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastzs
+from fastzs.models import MaskCLIP
+from fastzs.predict import Segmenter, choose_device, choose_precision, native_bf16
+from tests.tiny import tiny_clip
+
+NAMES = ["cat", "dog", "sky"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def picture():
+    return torch.randint(256, (3, 50, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def segmenter(**options):
+    return Segmenter(MaskCLIP(tiny_clip()), **({"short_side": 32} | options))
+
+
+def test_whole_picture_is_labelled_as_by_hand(picture):
+    seg = segmenter(short_side=0)
+    result = seg(picture, NAMES, scores=True)
+    images = (picture / 255 - 0.5)[None] / 0.5
+    logits = seg.model(images, fastzs.Vocabulary(NAMES))
+    scores = F.softmax(F.interpolate(logits, (50, 70), mode="bilinear"), dim=1)[0]
+    assert result.names == tuple(NAMES)
+    assert result.labels.dtype == torch.uint8
+    assert torch.equal(result.labels.long(), scores.argmax(0))
+    torch.testing.assert_close(result.scores, scores.amax(0))
+    assert torch.equal(result.picture, picture)
+
+
+@pytest.mark.parametrize("kind", ["array", "pil", "path"])
+def test_pictures_of_every_kind_give_the_same(picture, kind, tmp_path):
+    from PIL import Image
+
+    image = Image.fromarray(picture.permute(1, 2, 0).numpy())
+    image.save(tmp_path / "picture.png")
+    given = {"array": np.asarray(image), "pil": image, "path": tmp_path / "picture.png"}[kind]
+    seg = segmenter()
+    assert torch.equal(seg(given, NAMES).labels, seg(picture, NAMES).labels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (333, 17), (64, 64)])
+@pytest.mark.parametrize("windows", [{}, {"crop": 24, "stride": 16}, {"crop": (16, 40)}])
+def test_any_size_with_any_windows(size, windows):
+    picture = torch.randint(256, (3, *size), dtype=torch.uint8)
+    assert segmenter(**windows)(picture, NAMES).labels.shape == size
+
+
+def test_windows_do_not_depend_on_the_batch(picture):
+    alone, together = (segmenter(crop=24, stride=16, batch=batch)(picture, NAMES, scores=True) for batch in (1, 8))
+    torch.testing.assert_close(alone.scores, together.scores)
+    assert (alone.labels != together.labels).float().mean() < 0.01
+
+
+def test_more_than_255_names_get_int16(picture):
+    names = [f"thing {i}" for i in range(300)]
+    result = segmenter()(picture, names)
+    assert result.labels.dtype == torch.int16
+    assert result.names == tuple(names)
+
+
+def test_background_modes(picture):
+    seg = segmenter()
+    none = seg(picture, NAMES, scores=True)
+    assert none.background is None
+    threshold = seg(picture, NAMES, background="threshold", threshold=float(none.scores.median()))
+    assert threshold.names == (*NAMES, "background")
+    assert torch.equal(threshold.labels == 3, none.scores < none.scores.median())
+    kept = threshold.labels != 3
+    assert torch.equal(threshold.labels[kept], none.labels[kept])
+    prompt = seg(picture, NAMES, background="prompt", background_names=["wall", "grass"])
+    assert prompt.names == (*NAMES, "background")
+    explicit = seg(picture, [*NAMES, {"wall": ["grass"]}])
+    assert torch.equal(prompt.labels, explicit.labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"background": "other"}, "'other'"),
+        ({"background": "threshold", "names": ["cat"]}, "at least two"),
+        ({"background": "threshold", "threshold": 2.0}, "threshold"),
+        ({"names": []}, "no class names"),
+        ({"names": ["cat", "CAT"]}, "same name"),
+    ],
+)
+def test_bad_calls_are_refused(picture, options, message):
+    names = options.pop("names", NAMES)
+    with pytest.raises(ValueError, match=message):
+        segmenter()(picture, names, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "maskclap"}, "nearest known: maskclip"),
+        ({"device": "tpu9"}, "tpu9"),
+        ({"precision": "fp8"}, "fp8"),
+        ({"weights": "opnai"}, "openai"),
+        ({"batch": 0}, "batch"),
+        ({"short_side": -1}, "short_side"),
+        ({"crop": 16, "stride": 32}, "stride"),
+    ],
+)
+def test_bad_settings_are_refused(picture, options, message):
+    options = {"backbone": "ViT-B-32", "weights": "random"} | options
+    with pytest.raises(ValueError, match=message):
+        fastzs.load(**options)(picture, NAMES)
+
+
+def test_bf16_agrees_with_fp32_up_to_its_rounding(picture):
+    exact = segmenter()
+    rounded = Segmenter(MaskCLIP(tiny_clip()).to(torch.bfloat16), short_side=32)
+    a, b = exact(picture, NAMES, scores=True), rounded(picture, NAMES, scores=True)
+    assert (a.labels == b.labels).float().mean() > 0.9  # measured: 0.98
+    assert b.scores.dtype == torch.float32
+
+
+def test_auto_precision_is_what_the_machine_multiplies():
+    device = choose_device("cpu")
+    wanted = torch.bfloat16 if native_bf16(device) else torch.float32
+    assert choose_precision("auto", device) == wanted
+    assert choose_precision("fp16", device) == torch.float16
+
+
+def test_large_pictures_pass_window_by_window():
+    picture = torch.randint(256, (3, 700, 900), dtype=torch.uint8)
+    result = segmenter(short_side=0, crop=64, stride=48)(picture, NAMES)
+    assert result.labels.shape == (700, 900)
