@@ -1,0 +1,5 @@
+import sys
+
+from fastzs.cli import main
+
+sys.exit(main())
