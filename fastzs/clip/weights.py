@@ -103,7 +103,7 @@ class Clip:
                 encoder = TextEncoder(self.config["text_cfg"], self.embed_dim, self.quick_gelu, self.tokenizer)
             if self.path is not None:
                 state = {
-                    k.removeprefix("text."): v
+                    k.removeprefix("text.").removeprefix("text_encoder."): v
                     for k, v in self._state().items()
                     if not k.startswith("visual.") and not k.startswith("backbone.")
                 }

@@ -1,5 +1,7 @@
 """One file per published system."""
 
+from fastzs.models.clip_rc import ClipRC
 from fastzs.models.maskclip import MaskCLIP
+from fastzs.models.zegclip import ZegCLIP
 
-__all__ = ["MaskCLIP"]
+__all__ = ["ClipRC", "MaskCLIP", "ZegCLIP"]

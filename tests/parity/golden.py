@@ -76,7 +76,9 @@ class Golden:
         found = re.search(r"subsample \[([^\]]*)\]", self.meaning[name])
         if found is None:
             return value
-        rows, columns = (slice(*(int(n) if n.strip() else None for n in part.split(":"))) for part in found[1].split(","))
+        rows, columns = (
+            slice(*(int(n) if n.strip() else None for n in part.split(":"))) for part in found[1].split(",")
+        )
         return value[..., rows, columns]
 
     def check(self, name: str, value: Tensor, *, gradient: bool = False, scale: float | None = None) -> Check:
@@ -103,16 +105,17 @@ class Golden:
         scale = scale or reference.abs().max().item() or 1.0
         return Check(name, run, (value.double() - reference.double()).abs().max().item() / scale, tolerance)
 
-    def check_labels(self, name: str, scores: Tensor, dim: int = 1) -> Check:
-        """Compare the argmax of ``scores`` along ``dim`` with the labels ``name``; ties within rounding may differ.
+    def check_labels(self, name: str, scores: Tensor, labels: Tensor | None = None) -> Check:
+        """Compare ``labels`` (the best of ``scores`` if omitted) with those under ``name``; ties may differ.
 
-        The error is the share of pixels with another label whose score is not within :data:`TIE` of the best.
+        The error is the share of pixels with another label although the two labels' ``scores`` (classes in
+        dimension 1 of [B, C, ...]) are not within :data:`TIE` of each other.
         """
-        reference = self.tensors[name].long()
-        best = scores.amax(dim)
-        theirs = scores.gather(dim, reference.unsqueeze(dim)).squeeze(dim)
-        run = "fp64" if scores.dtype == torch.float64 else "fp32"
-        return Check(name, run, (best - theirs > TIE).double().mean().item(), 0.0)
+        labels = scores.argmax(1) if labels is None else labels
+        reference, labels = self.tensors[name].long().unsqueeze(1), labels.long().unsqueeze(1)
+        gap = (scores.gather(1, reference) - scores.gather(1, labels)).abs()
+        wrong = (labels != reference) & (gap > TIE)
+        return Check(name, "fp64" if scores.dtype == torch.float64 else "fp32", wrong.double().mean().item(), 0.0)
 
 
 def _meta(path: Path) -> dict:

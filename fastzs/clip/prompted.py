@@ -1,0 +1,181 @@
+"""CLIP's vision transformer with deep prompts and region tokens: the tower of ZegCLIP and CLIP-RC.
+
+Sources: Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023 (deep prompt
+tuning, after Jia et al., "Visual Prompt Tuning", 2022); Zhang et al., "Exploring Regional Clues in CLIP for
+Zero-Shot Semantic Segmentation" (CLIP-RC), CVPR 2024 (region-level bridge).
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastzs.clip.memo import Memo
+from fastzs.clip.vision import Block, VisionTransformer
+from fastzs.ops import TokenLayout, bridged_attention
+
+
+class Encoded(NamedTuple):
+    """What the tower gives, in the text space, every vector of unit length."""
+
+    patches: Tensor  # [B, h * w, D], row by row
+    cls: Tensor  # [B, D]
+    bridge: Tensor | None  # [B, rh * rw, D], row by row
+    grid: tuple[int, int]
+
+
+class PromptedVisionTransformer(VisionTransformer):
+    """A CLIP ViT that sees learnt prompt tokens in every layer, and optionally a bridge of region tokens.
+
+    Parameters carry the published checkpoints' names (``backbone.`` there).
+
+    Args:
+        prompts: number of prompt tokens of a layer.
+        deep_prompts: layers after the first that get prompts of their own, in place of what the layer before made of
+            its prompts; all of them if omitted. Layers after these get none (``total_d_layer`` in the published
+            configurations). With 0 the first layer's prompts are carried through, and ``prompt_norm`` is not used.
+        bridge: rows and columns of region tokens, see :class:`fastzs.ops.TokenLayout`; None in ZegCLIP.
+        prompt_dropout: on the prompt tokens in training; published: 0.1.
+        prompt_norm_eps: published: 1e-6, where all other norms have 1e-5.
+        tower: sizes and switches of :class:`VisionTransformer`; ``double_class_embedding=True`` is published.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompts: int,
+        deep_prompts: int | None = None,
+        bridge: tuple[int, int] | None = None,
+        prompt_dropout: float = 0.1,
+        prompt_norm_eps: float = 1e-6,
+        **tower,
+    ):
+        super().__init__(**tower)
+        layers = len(self.transformer.resblocks)
+        deep = layers - 1 if deep_prompts is None else deep_prompts
+        if prompts < 0 or not 0 <= deep < layers:
+            raise ValueError(
+                f"prompts={prompts}, deep_prompts={deep_prompts}; wanted at least 0, and 0 to {layers - 1} layers"
+            )
+        self.prompts = prompts
+        self.bridge = None if bridge is None else (bridge[0], bridge[1])
+        self.prompt_dropout = prompt_dropout
+        width = self.width
+        if prompts:
+            bound = math.sqrt(6 / (3 * self.patch_size**2 + width))
+            self.prompt_embeddings = nn.Parameter(torch.empty(1, prompts, width).uniform_(-bound, bound))
+            if deep:
+                self.deep_prompt_embeddings = nn.Parameter(torch.empty(deep, prompts, width).uniform_(-bound, bound))
+                self.prompt_norm = nn.LayerNorm(width, eps=prompt_norm_eps)
+            self.prompt_proj = nn.Linear(width, width)
+            nn.init.kaiming_normal_(self.prompt_proj.weight, mode="fan_out")
+        if self.bridge:
+            self.region_level_bridge = nn.Parameter(torch.empty(self.bridge[0] * self.bridge[1], width))
+            self.reset_bridge()
+        self._prompt_kv: Memo[list[tuple[Tensor, Tensor]]] = Memo()
+
+    @property
+    def deep_prompts(self) -> int:
+        return len(self.deep_prompt_embeddings) if hasattr(self, "deep_prompt_embeddings") else 0
+
+    @torch.no_grad()
+    def reset_bridge(self) -> None:
+        """All region tokens as CLS enters, but with the class embedding added once (published; CLS has it twice)."""
+        self.region_level_bridge.copy_(
+            (self.class_embedding + self.positional_embedding[0]).expand_as(self.region_level_bridge)
+        )
+
+    @torch.no_grad()
+    def start_from(self, plain: VisionTransformer) -> None:
+        """Take the weights of a CLIP ViT of the same sizes; its positions are resized to this tower's grid."""
+        state = plain.state_dict()
+        side = math.isqrt(self.positional_embedding.shape[0] - 1)
+        state["positional_embedding"] = plain.positions((side, side))
+        self.load_state_dict(state, strict=False)
+        if self.bridge:
+            self.reset_bridge()
+
+    def prompt_tokens(self, batch: int) -> list[Tensor]:
+        """Prompts of the layers that have their own, each [1, M, C], or [B, M, C] under dropout."""
+        embeddings = [self.prompt_embeddings]
+        if self.deep_prompts:
+            embeddings.append(self.deep_prompt_embeddings)
+        tokens = self.prompt_proj(torch.cat(embeddings))  # [1 + deep, M, C]
+        if self.training and self.prompt_dropout:
+            return [F.dropout(layer.expand(batch, -1, -1), self.prompt_dropout) for layer in tokens]
+        return list(tokens.unsqueeze(1))
+
+    def prompt_kv(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [1 or B, H, M, d] of the prompts in the layers that have their own.
+
+        They depend on no picture, so in evaluation they are computed once.
+        """
+        blocks = self.transformer.resblocks[: 1 + self.deep_prompts]
+
+        def compute() -> list[tuple[Tensor, Tensor]]:
+            return [
+                block.attn.project(block.ln_1(tokens), "kv")
+                for block, tokens in zip(blocks, self.prompt_tokens(batch), strict=True)
+            ]
+
+        if self.training and self.prompt_dropout:
+            return compute()
+        sources = [self.prompt_embeddings, self.deep_prompt_embeddings, *self.prompt_proj.parameters()]
+        for block in blocks:
+            sources += [*block.ln_1.parameters(), block.attn.in_proj_weight, block.attn.in_proj_bias]
+        return self._prompt_kv(sources, compute)
+
+    def encode(self, images: Tensor) -> Encoded:
+        """Features of the patches, of the picture and of the regions.
+
+        Prompts are never queries where the next layer replaces them: they enter as keys and values only.
+
+        Args:
+            images: [B, 3, H, W], normalised; sides that are not multiples of the patch are padded with zeros.
+
+        Raises:
+            ValueError: the picture has fewer patches along a side than the bridge has tokens.
+        """
+        tokens, grid = self.embed(images)
+        layout = TokenLayout(1, grid, self.bridge)
+        if self.bridge:
+            regions = self.region_level_bridge.to(tokens).expand(len(tokens), -1, -1)
+            tokens = torch.cat([tokens, regions], dim=1)
+        x = self.ln_pre(tokens)  # [B, 1 + N + R, C]
+        blocks = self.transformer.resblocks
+        if not self.deep_prompts:
+            x = self._carry(x, layout) if self.prompts else _run(blocks, x, layout)
+        else:
+            prompts = self.prompt_kv(len(x))
+            for i, block in enumerate(blocks):
+                x = step(block, x, layout, prompts[i] if i < len(prompts) else None)
+            # the published code leaves the bridge out here
+            x = torch.cat([self.prompt_norm(x[:, : layout.shared]), x[:, layout.shared :]], dim=1)
+        x = F.normalize(self.ln_post(x) @ self.proj, dim=-1)
+        patches, bridge = x[:, 1 : layout.shared], x[:, layout.shared :]
+        return Encoded(patches, x[:, 0], bridge if self.bridge else None, grid)
+
+    def _carry(self, x: Tensor, layout: TokenLayout) -> Tensor:
+        """All layers with the first one's prompts as tokens; the last layer computes only the rows that are read."""
+        (prompts,) = self.prompt_tokens(len(x))
+        m = self.prompts
+        x = torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        blocks = self.transformer.resblocks
+        x = _run(blocks[:-1], x, TokenLayout(1 + m, layout.grid, layout.bridge))
+        prompt_kv = blocks[-1].attn.project(blocks[-1].ln_1(x[:, 1 : 1 + m]), "kv")
+        return step(blocks[-1], torch.cat([x[:, :1], x[:, 1 + m :]], dim=1), layout, prompt_kv)
+
+
+def step(block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
+    """One layer: tokens [B, layout.length, C] -> the same."""
+    q, k, v = block.attn.project(block.ln_1(x))
+    x = x + block.attn.merge(bridged_attention(q, k, v, layout, prompt_kv=prompt_kv))
+    return x + block.mlp(block.ln_2(x))
+
+
+def _run(blocks, x: Tensor, layout: TokenLayout) -> Tensor:
+    for block in blocks:
+        x = step(block, x, layout, None)
+    return x

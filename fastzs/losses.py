@@ -1,0 +1,78 @@
+"""Which labels train a zero-shot model: the three published settings.
+
+Source: the label handling of ZegCLIP and CLIP-RC. All three take labels of the whole vocabulary and leave the ignored
+ones as they are; what is ignored, and unseen classes in the inductive setting, counts as negative for every class
+in :func:`fastzs.ops.mask_loss` unless told otherwise.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastzs.ops import label_map
+
+
+def inductive_target(target: Tensor, seen: Sequence[int], classes: int, ignore_index: int = 255) -> Tensor:
+    """Labels among the seen classes only: the n-th of ``seen`` becomes n, all other classes ``ignore_index``.
+
+    Args:
+        target: integer labels of any shape, in [0, ``classes``) or ``ignore_index``.
+        seen: class indices.
+
+    Returns:
+        int64, of the same shape.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
+    table = torch.full((classes,), ignore_index, device=target.device)
+    table[torch.tensor(list(seen), device=target.device)] = torch.arange(len(seen), device=target.device)
+    ignored = target == ignore_index
+    return torch.where(ignored, ignore_index, table[_in_range(target, ignored, classes)])
+
+
+def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ignore_index: int = 255) -> Tensor:
+    """Pixels of unseen classes get the model's own best unseen class; which pixels these are, the labels tell.
+
+    That is the published protocol (ZegCLIP and after it CLIP-RC): the labels of unseen classes are not used, but
+    where they are is.
+
+    Args:
+        target: integer labels [B, H, W], in [0, C) or ``ignore_index``.
+        logits: low-resolution logits [B, C, h, w].
+        seen: class indices; the others are unseen.
+
+    Returns:
+        int64 [B, H, W].
+
+    Raises:
+        ValueError: every class is seen, or a label is out of range.
+    """
+    classes = logits.shape[1]
+    is_seen = torch.zeros(classes, dtype=torch.bool, device=target.device)
+    is_seen[torch.tensor(list(seen), device=target.device)] = True
+    unseen = (~is_seen).nonzero().flatten()
+    if len(unseen) == 0:
+        raise ValueError("transductive training: every class is seen; leave out `seen` to train on all labels")
+    ignored = target == ignore_index
+    replaced = ~ignored & ~is_seen[_in_range(target, ignored, classes)]
+    size = (target.shape[1], target.shape[2])
+    best = [
+        label_map(image[None, unseen], [[0, 0, *size]], size, activation="sigmoid").labels.long()
+        for image in logits.detach()
+    ]
+    return torch.where(replaced, unseen[torch.stack(best)], target.long())
+
+
+def _in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
+    """``target`` as indices, 0 where ignored."""
+    index = target.long().masked_fill(ignored, 0)
+    if index.numel() and target.device.type == "cpu":
+        low, high = index.min().item(), index.max().item()
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"the labels run from {low} to {high}; wanted 0 to {classes - 1}, the {classes} classes of the "
+                "vocabulary, or the ignored label"
+            )
+    return index

@@ -1,0 +1,400 @@
+"""What ZegCLIP and CLIP-RC share: a prompted CLIP tower, a vocabulary, checkpoints, losses."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from fastzs import clip as clip_module
+from fastzs.clip import Clip, VisionTransformer, WeightsError
+from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
+from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD, read_state
+from fastzs.losses import inductive_target, transductive_target
+from fastzs.ops import mask_loss
+from fastzs.vocabulary import Vocabulary
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# CLIP ViTs by the sizes of their tensors (width, layers, patch, joint width): whose text tower fits a checkpoint
+_KNOWN = {
+    (768, 12, 16, 512): "ViT-B-16",
+    (768, 12, 32, 512): "ViT-B-32",
+    (1024, 24, 14, 768): "ViT-L-14",
+}
+# In published checkpoints, but no output depends on them (shared/unused in forward, or state of the training loss).
+_UNUSED = (".self_attn.", ".norm1.", "decode_head.loss_decode.", "decode_head.conv_seg.", "text_encoder.")
+
+
+class TrainingBatch(NamedTuple):
+    """What the losses are made of."""
+
+    encoded: Encoded
+    text: Tensor  # [C, D]: the classes that get logits
+    target: Tensor  # [B, H, W], indices of these classes or ignore_index
+    seen: list[int] | None  # in the transductive setting, where the other classes' labels are still to be replaced
+    ignore_index: int
+
+    def mask_losses(self, logits: Tensor, focal: float, dice: float) -> dict[str, Tensor]:
+        """Weighted focal and dice loss of logits [B, C, h, w]."""
+        target = self.target
+        if self.seen is not None:
+            target = transductive_target(target, logits, self.seen, self.ignore_index)
+        loss = mask_loss(logits, target, ignore_index=self.ignore_index)
+        return {"focal": focal * loss.focal, "dice": dice * loss.dice}
+
+
+class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", license="apache-2.0"):
+    """A frozen CLIP ViT with learnt prompts, and a decoder that turns class names into masks.
+
+    Subclasses have a ``decode_head`` and :meth:`decode`. Parameters carry the published checkpoints' names.
+    """
+
+    activation = "sigmoid"
+    default_templates = "single"
+    other: str  # a sentence for checkpoints of the other model
+    mark: str  # a parameter that tells this model's checkpoints from the other's
+
+    def __init__(
+        self,
+        *,
+        backbone: str,
+        weights: str,
+        sizes: Mapping[str, Any] | None,
+        prompts: int,
+        deep_prompts: int | None,
+        bridge: tuple[int, int] | None,
+        crop: int,
+        dropout: float,
+        seen: Sequence[str] | Sequence[int] | None,
+        calibration: float,
+        double_class_embedding: bool,
+        imagenet_normalization: bool,
+    ):
+        super().__init__()
+        self.backbone_name, self.weights = backbone, str(weights)
+        self._clip: Clip | None = None
+        plain = None
+        if sizes is None:
+            self._clip = clip_module.load(backbone, weights)
+            plain = self._clip.vision()
+            if not isinstance(plain, VisionTransformer):
+                raise ValueError(
+                    f"{type(self).__name__}: {backbone} is not a vision transformer, which its prompts need"
+                )
+            sizes = _sizes_of(plain) | {"grid": crop // plain.patch_size}
+        self.sizes = dict(sizes)
+        self.backbone = PromptedVisionTransformer(
+            prompts=prompts,
+            deep_prompts=deep_prompts,
+            bridge=bridge,
+            prompt_dropout=dropout,
+            double_class_embedding=double_class_embedding,
+            **self.sizes,
+        )
+        if plain is not None:
+            self.backbone.start_from(plain)
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_("prompt" in name)
+        self.dropout = dropout
+        self.crop = self.short_side = crop
+        self.stride = crop * 5 // 6  # published: 426 of 512
+        if imagenet_normalization:
+            self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        else:
+            self.mean, self.std = (self._clip.mean, self._clip.std) if self._clip else (OPENAI_MEAN, OPENAI_STD)
+        self.seen = None if seen is None else list(seen)
+        self.calibration = calibration
+        self._vocabulary: tuple[Vocabulary, Tensor] | None = None
+        # what save_pretrained writes: sizes instead of the download they came from
+        self._hub_mixin_config = {
+            "backbone": backbone,
+            "weights": self.weights,
+            "sizes": self.sizes,
+            "prompts": prompts,
+            "deep_prompts": self.backbone.deep_prompts,
+            "crop": crop,
+            "dropout": dropout,
+            "seen": self.seen,
+            "calibration": calibration,
+            "double_class_embedding": double_class_embedding,
+            "imagenet_normalization": imagenet_normalization,
+        }
+
+    @property
+    def patch_size(self) -> int:
+        return self.backbone.patch_size
+
+    @property
+    def clip(self) -> Clip:
+        """The CLIP whose text tower belongs to the model, found when it is first asked for.
+
+        Raises:
+            WeightsError: no known CLIP fits, or its weights are not there.
+        """
+        if self._clip is None:
+            if not self.backbone_name:
+                raise WeightsError(
+                    f"{type(self).__name__}: the checkpoint has no text tower and its sizes are no known CLIP's; "
+                    "give the text vectors: Vocabulary(names, embeddings=...)"
+                )
+            self._clip = clip_module.load(self.backbone_name, self.weights)
+        return self._clip
+
+    def text(self, vocabulary: Vocabulary | Tensor) -> Tensor:
+        """Text vectors [rows, D] in the model's dtype and on its device.
+
+        Raises:
+            ValueError: they are not as wide as the model's joint space.
+        """
+        like, wide = self.backbone.proj, self.backbone.output_dim
+        if isinstance(vocabulary, Tensor):
+            if vocabulary.ndim != 2 or vocabulary.shape[1] != wide or len(vocabulary) == 0:
+                raise ValueError(
+                    f"{type(self).__name__}: text vectors are {list(vocabulary.shape)}; wanted [classes, {wide}]"
+                )
+            return vocabulary.to(like)
+        if self._vocabulary and self._vocabulary[0] is vocabulary:
+            text = self._vocabulary[1]
+            if text.dtype == like.dtype and text.device == like.device:
+                return text
+        with torch.inference_mode(False), torch.no_grad():
+            given = vocabulary.embeddings
+            text = vocabulary.embed(self.clip, self.default_templates) if given is None else given
+            if text.shape[1] != wide:
+                raise ValueError(
+                    f"{type(self).__name__}: the vocabulary's vectors are {text.shape[1]} wide; "
+                    f"this checkpoint wants {wide}, the joint space of its CLIP"
+                )
+            text = text.to(like, copy=True)
+        self._vocabulary = (vocabulary, text)
+        return text
+
+    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
+        """Low-resolution logits [B, C, h, w], fp32 at least; a pixel's class probabilities are their sigmoids.
+
+        Args:
+            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
+            vocabulary: the classes, or their text vectors [C, D].
+
+        Raises:
+            ValueError: vectors of another width, or fewer patches along a side than the bridge has tokens.
+        """
+        encoded = self.backbone.encode(images.to(self.backbone.proj.dtype))
+        logits = self.decode(encoded, self.text(vocabulary))
+        return vocabulary.reduce(logits) if isinstance(vocabulary, Vocabulary) else logits
+
+    def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
+        """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
+        raise NotImplementedError
+
+    def seen_indices(self, names: Sequence[str]) -> list[int] | None:
+        """Where the seen classes are among ``names``; None if the model was not told any.
+
+        Raises:
+            ValueError: none of the seen classes is among them, or an index is too large.
+        """
+        return None if self.seen is None else class_indices(self.seen, names)
+
+    def training_batch(
+        self,
+        images: Tensor,
+        target: Tensor,
+        vocabulary: Vocabulary | Tensor,
+        seen: Sequence | None,
+        transductive: bool,
+        ignore_index: int,
+    ) -> "TrainingBatch":
+        """The batch of one of the three published settings; see the models' ``losses``."""
+        if (
+            isinstance(vocabulary, Vocabulary)
+            and vocabulary.synonyms == "max"
+            and len(vocabulary.phrases) > len(vocabulary)
+        ):
+            raise ValueError("training wants one text vector for each class: Vocabulary(..., synonyms='mean')")
+        if transductive and seen is None:
+            raise ValueError("transductive training: tell which classes are seen, seen=[...]")
+        text = self.text(vocabulary)
+        indices = None
+        if seen is not None:
+            names = vocabulary.names if isinstance(vocabulary, Vocabulary) else [str(i) for i in range(len(text))]
+            indices = class_indices(seen, names)
+            if not transductive:
+                target = inductive_target(target, indices, len(text), ignore_index)
+                text, indices = text[indices], None
+        encoded = self.backbone.encode(images.to(self.backbone.proj.dtype))
+        return TrainingBatch(encoded, text, target, indices, ignore_index)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:
+        """Read a published checkpoint (mmcv's ``.pth``) or a safetensors file with the same names.
+
+        Sizes come from the tensors. Heads do not show in them: 64 channels each, as in every CLIP, unless ``heads``
+        (of the tower) or ``decoder_heads`` say otherwise; ``bridge=(rows, columns)`` is needed if it is not square.
+        Parameters that no output depends on are left out. Only tensors are read; no pickled code runs.
+
+        Raises:
+            WeightsError: not a checkpoint of this model, damaged, of sizes that do not fit each other, tensors missing
+                or unexpected (named).
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise WeightsError(f"checkpoint {path}: there is no such file")
+        state = read_state(path)
+        cls._check_kind(path, state)
+        used = {name: t for name, t in state.items() if not any(part in f".{name}" for part in _UNUSED)}
+        try:
+            options = cls._sizes(used, options)
+        except KeyError as error:
+            raise WeightsError(
+                f"{path}: {error.args[0]!r} is missing; is this a whole {cls.__name__} checkpoint?"
+            ) from error
+        with torch.device("meta"):
+            model = cls(**options)
+        model = model.to_empty(device="cpu")
+        model._load(path, used)
+        model._clip = _own_text_tower(path, state, model)
+        return model.eval()
+
+    @classmethod
+    def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:
+        if any(cls.mark in name for name in state):
+            return
+        if any(name.startswith("decode_head.") for name in state) and any(
+            "prompt_embeddings" in name for name in state
+        ):
+            raise WeightsError(f"{path}: {cls.other}")
+        some = ", ".join(list(state)[:3])
+        raise WeightsError(f"{path}: not a {cls.__name__} checkpoint (no {cls.mark!r} in it; it holds {some}, ...)")
+
+    @classmethod
+    def _sizes(cls, state: Mapping[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        """Constructor arguments from the tensors; KeyError names one that is missing."""
+        width, output_dim = state["backbone.proj"].shape
+        layers = count_layers(state, "backbone.transformer.resblocks.")
+        if width % 64 and "heads" not in options:
+            raise WeightsError(
+                f"a tower {width} wide cannot have heads of 64 channels; tell how many it has: heads=..."
+            )
+        sizes = {
+            "width": width,
+            "layers": layers,
+            "heads": options.pop("heads", width // 64),
+            "patch_size": state["backbone.conv1.weight"].shape[-1],
+            "grid": math.isqrt(len(state["backbone.positional_embedding"]) - 1),
+            "output_dim": output_dim,
+            "mlp_ratio": _ratio(len(state["backbone.transformer.resblocks.0.mlp.c_fc.weight"]), width),
+        }
+        deep = state.get("backbone.deep_prompt_embeddings")
+        known = _KNOWN.get((width, layers, sizes["patch_size"], output_dim), "")
+        return {
+            "backbone": known,
+            "weights": "openai",
+            "sizes": sizes,
+            "prompts": state["backbone.prompt_embeddings"].shape[1],
+            "deep_prompts": 0 if deep is None else len(deep),
+            "crop": sizes["grid"] * sizes["patch_size"],
+        } | options
+
+    def _load(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        wanted = self.state_dict()
+        missing = sorted(wanted.keys() - state.keys())
+        unexpected = sorted(state.keys() - wanted.keys() - self._left_out(state))
+        if missing or unexpected:
+            parts = [
+                f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+            ]
+            raise WeightsError(f"{path}: does not fit {type(self).__name__}; {'; '.join(parts)}")
+        for name, tensor in wanted.items():
+            if state[name].shape != tensor.shape:
+                raise WeightsError(
+                    f"{path}: {name} is {list(state[name].shape)}; "
+                    f"the checkpoint's other tensors want {list(tensor.shape)}"
+                )
+            if not torch.isfinite(state[name]).all():
+                raise WeightsError(
+                    f"{path}: {name} has NaN or infinite values; the file is damaged or training diverged"
+                )
+            tensor.copy_(state[name])
+
+    def _left_out(self, state: Mapping[str, Tensor]) -> set[str]:
+        """Names of a published checkpoint that this model has no use for."""
+        return set()
+
+
+def _own_text_tower(path: Path, state: Mapping[str, Tensor], model: PromptTuned) -> Clip | None:
+    """The text tower inside a published checkpoint, if there is one."""
+    prefix = "text_encoder."
+    if f"{prefix}token_embedding.weight" not in state:
+        return None
+    width = state[f"{prefix}ln_final.weight"].shape[0]
+    text = {
+        "context_length": len(state[f"{prefix}positional_embedding"]),
+        "vocab_size": len(state[f"{prefix}token_embedding.weight"]),
+        "width": width,
+        "heads": max(1, width // 64),
+        "layers": count_layers(state, f"{prefix}transformer.resblocks."),
+    }
+    return Clip(
+        backbone=model.backbone_name,
+        source=str(path),
+        config={"embed_dim": model.backbone.output_dim, "vision_cfg": {"layers": 0}, "text_cfg": text},
+        quick_gelu=True,
+        mean=model.mean,
+        std=model.std,
+        fingerprint=clip_module.weights._file_fingerprint(path),
+        path=path,
+    )
+
+
+def _sizes_of(tower: VisionTransformer) -> dict[str, Any]:
+    block = tower.transformer.resblocks[0]
+    return {
+        "width": tower.width,
+        "layers": len(tower.transformer.resblocks),
+        "heads": block.attn.heads,
+        "patch_size": tower.patch_size,
+        "output_dim": tower.output_dim,
+        "mlp_ratio": _ratio(block.mlp.c_fc.out_features, tower.width),
+        "quick_gelu": not isinstance(block.mlp.gelu, nn.GELU),
+    }
+
+
+def _ratio(hidden: int, width: int) -> float:
+    """A ratio that gives ``hidden`` again when multiplied by ``width`` and cut to an integer."""
+    ratio = hidden / width
+    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
+
+
+def class_indices(seen: Sequence, names: Sequence[str]) -> list[int]:
+    """Positions of the seen classes, given by name or index, among ``names``, ascending."""
+    place = {" ".join(name.casefold().split()): i for i, name in enumerate(names)}
+    indices, unknown = [], []
+    for item in seen:
+        if isinstance(item, str):
+            index = place.get(" ".join(item.casefold().split()))
+        else:
+            index = int(item) if 0 <= int(item) < len(names) else None
+        (unknown if index is None else indices).append(item if index is None else index)
+    if unknown or not indices:
+        what = f"{_some([str(item) for item in unknown])} is not among" if unknown else "no class is among"
+        raise ValueError(
+            f"seen classes: {what} the {len(names)} names ({_some(list(names))}); write them as the vocabulary does"
+        )
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"seen classes: {len(indices) - len(set(indices))} of them are given twice")
+    return sorted(indices)
+
+
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Number of layers under ``prefix``."""
+    numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix)}
+    if not numbers:
+        raise KeyError(prefix)
+    return max(numbers) + 1
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
