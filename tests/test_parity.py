@@ -12,12 +12,9 @@ from tests.parity.__main__ import main
 from tests.parity.runner import checks, files
 
 GOLDENS = Path(__file__).parent / "goldens"
-PENDING = ("C_maskclip",)  # their runner comes with fastzs.models.MaskCLIP
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in files([str(GOLDENS)]) if not path.stem.startswith(PENDING)], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", files([str(GOLDENS)]), ids=lambda path: path.stem)
 def test_golden(path):
     results = [check for _, check in checks(path)]
     assert results

@@ -6,7 +6,7 @@ Zero-Shot Semantic Segmentation" (CLIP-RC), CVPR 2024 (region-level bridge).
 """
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +77,10 @@ class PromptedVisionTransformer(VisionTransformer):
         self._prompt_kv: Memo[list[tuple[Tensor, Tensor]]] = Memo()
 
     @property
+    def blocks(self) -> list[Block]:
+        return cast(list[Block], list(self.transformer.resblocks))
+
+    @property
     def deep_prompts(self) -> int:
         return len(self.deep_prompt_embeddings) if hasattr(self, "deep_prompt_embeddings") else 0
 
@@ -99,7 +103,7 @@ class PromptedVisionTransformer(VisionTransformer):
 
     def prompt_tokens(self, batch: int) -> list[Tensor]:
         """Prompts of the layers that have their own, each [1, M, C], or [B, M, C] under dropout."""
-        embeddings = [self.prompt_embeddings]
+        embeddings: list[Tensor] = [self.prompt_embeddings]
         if self.deep_prompts:
             embeddings.append(self.deep_prompt_embeddings)
         tokens = self.prompt_proj(torch.cat(embeddings))  # [1 + deep, M, C]
@@ -112,13 +116,10 @@ class PromptedVisionTransformer(VisionTransformer):
 
         They depend on no picture, so in evaluation they are computed once.
         """
-        blocks = self.transformer.resblocks[: 1 + self.deep_prompts]
+        blocks = self.blocks[: 1 + self.deep_prompts]
 
         def compute() -> list[tuple[Tensor, Tensor]]:
-            return [
-                block.attn.project(block.ln_1(tokens), "kv")
-                for block, tokens in zip(blocks, self.prompt_tokens(batch), strict=True)
-            ]
+            return [keys_values(*pair) for pair in zip(blocks, self.prompt_tokens(batch), strict=True)]
 
         if self.training and self.prompt_dropout:
             return compute()
@@ -144,7 +145,7 @@ class PromptedVisionTransformer(VisionTransformer):
             regions = self.region_level_bridge.to(tokens).expand(len(tokens), -1, -1)
             tokens = torch.cat([tokens, regions], dim=1)
         x = self.ln_pre(tokens)  # [B, 1 + N + R, C]
-        blocks = self.transformer.resblocks
+        blocks = self.blocks
         if not self.deep_prompts:
             x = self._carry(x, layout) if self.prompts else _run(blocks, x, layout)
         else:
@@ -162,10 +163,16 @@ class PromptedVisionTransformer(VisionTransformer):
         (prompts,) = self.prompt_tokens(len(x))
         m = self.prompts
         x = torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        blocks = self.transformer.resblocks
+        blocks = self.blocks
         x = _run(blocks[:-1], x, TokenLayout(1 + m, layout.grid, layout.bridge))
-        prompt_kv = blocks[-1].attn.project(blocks[-1].ln_1(x[:, 1 : 1 + m]), "kv")
+        prompt_kv = keys_values(blocks[-1], x[:, 1 : 1 + m])
         return step(blocks[-1], torch.cat([x[:, :1], x[:, 1 + m :]], dim=1), layout, prompt_kv)
+
+
+def keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of tokens [B, M, C] in a layer, each [B, H, M, d]."""
+    k, v = block.attn.project(block.ln_1(tokens), "kv")
+    return k, v
 
 
 def step(block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -175,7 +182,7 @@ def step(block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, 
     return x + block.mlp(block.ln_2(x))
 
 
-def _run(blocks, x: Tensor, layout: TokenLayout) -> Tensor:
+def _run(blocks: list[Block], x: Tensor, layout: TokenLayout) -> Tensor:
     for block in blocks:
         x = step(block, x, layout, None)
     return x

@@ -199,7 +199,7 @@ def load(backbone: str = "ViT-B-16", weights: str | Path = "openai") -> Clip:
             published=openai,
             mean=OPENAI_MEAN,
             std=OPENAI_STD,
-            fingerprint=_file_fingerprint(path),
+            fingerprint=file_fingerprint(path),
         )
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if name not in tags:
@@ -241,7 +241,7 @@ def _from_folder(folder: Path, source: str) -> Clip:
         quick_gelu=model.get("quick_gelu", False),
         mean=preprocess.get("mean", OPENAI_MEAN),
         std=preprocess.get("std", OPENAI_STD),
-        fingerprint=_file_fingerprint(path),
+        fingerprint=file_fingerprint(path),
         tokenizer=tokenizer,
         templates="shapes" if closed else None,
         background=tuple(closed["background"]) if closed else None,
@@ -281,7 +281,7 @@ def _unknown(what: str, name: str, known: Sequence[str]) -> str:
     return f"unknown {what}: {name!r}; nearest known: {', '.join(near)}"
 
 
-def _file_fingerprint(path: Path) -> str:
+def file_fingerprint(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):

@@ -1,5 +1,5 @@
 """Decoder blocks shared by the models."""
 
-from fastzs.decoders.blocks import CrossAttention, DecoderLayer, HeadMeanScores, RelationDescriptor, scores, stack
+from fastzs.decoders.blocks import CrossAttention, DecoderLayer, HeadMeanScores, Layers, RelationDescriptor, scores
 
-__all__ = ["CrossAttention", "DecoderLayer", "HeadMeanScores", "RelationDescriptor", "scores", "stack"]
+__all__ = ["CrossAttention", "DecoderLayer", "HeadMeanScores", "Layers", "RelationDescriptor", "scores"]

@@ -54,11 +54,12 @@ class DecoderLayer(nn.Module):
         return self.norm3(x + self._drop(self.linear2(self._drop(F.relu(self.linear1(x))))))
 
 
-def stack(layer: nn.Module, count: int) -> nn.Module:
-    """``count`` copies of a layer under the name ``layers``; equal at first, as the published decoders start."""
-    out = nn.Module()
-    out.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
-    return out
+class Layers(nn.Module):
+    """``count`` copies of a layer, under the name ``layers``; equal at first, as the published decoders start."""
+
+    def __init__(self, layer: DecoderLayer, count: int):
+        super().__init__()
+        self.layers = nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
 class HeadMeanScores(nn.Module):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastzs.clip import WeightsError
 from fastzs.clip.prompted import Encoded
-from fastzs.decoders import DecoderLayer, RelationDescriptor, scores, stack
+from fastzs.decoders import DecoderLayer, Layers, RelationDescriptor, scores
 from fastzs.models.prompt_tuned import PromptTuned, count_layers
 from fastzs.vocabulary import Vocabulary
 
@@ -57,8 +57,8 @@ class ClipRCHead(nn.Module):
         super().__init__()
         self.q_proj = RelationDescriptor(dim)
         self.lateral_proj = nn.Linear(3 * dim, dim)
-        self.decoder_q = stack(DecoderLayer(dim, heads, hidden, dropout), layers)
-        self.decoder_v = stack(DecoderLayer(dim, heads, hidden, dropout), layers)
+        self.decoder_q = Layers(DecoderLayer(dim, heads, hidden, dropout), layers)
+        self.decoder_v = Layers(DecoderLayer(dim, heads, hidden, dropout), layers)
         self.recovery_decoder = Recovery(dim, heads, hidden, dropout) if recovery else None
 
 
@@ -132,18 +132,10 @@ class ClipRC(PromptTuned):
             imagenet_normalization=imagenet_normalization,
         )
         dim = self.backbone.output_dim
-        decoder = {
-            "decoder_layers": decoder_layers,
-            "decoder_heads": decoder_heads or max(1, dim // 64),
-            "decoder_hidden": decoder_hidden or 4 * dim,
-        }
-        self._hub_mixin_config |= {
-            **decoder,
-            "bridge": list(bridge),
-            "recovery": recovery,
-            "train_bridge": train_bridge,
-        }
-        self.decode_head = ClipRCHead(dim, *decoder.values(), dropout, recovery)
+        heads, hidden = decoder_heads or max(1, dim // 64), decoder_hidden or 4 * dim
+        self.settings.update(decoder_layers=decoder_layers, decoder_heads=heads, decoder_hidden=hidden)
+        self.settings.update(bridge=list(bridge), recovery=recovery, train_bridge=train_bridge)
+        self.decode_head = ClipRCHead(dim, decoder_layers, heads, hidden, dropout, recovery)
         self.backbone.region_level_bridge.requires_grad_(train_bridge)
 
     def lateral(self, encoded: Encoded) -> Tensor:

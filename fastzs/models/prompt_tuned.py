@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, VisionTransformer, WeightsError
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
-from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD, read_state
+from fastzs.clip.vision import Block
+from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD, file_fingerprint, read_state
 from fastzs.losses import inductive_target, transductive_target
 from fastzs.ops import mask_loss
 from fastzs.vocabulary import Vocabulary
@@ -109,7 +110,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         self.calibration = calibration
         self._vocabulary: tuple[Vocabulary, Tensor] | None = None
         # what save_pretrained writes: sizes instead of the download they came from
-        self._hub_mixin_config = {
+        self.settings: dict[str, Any] = {
             "backbone": backbone,
             "weights": self.weights,
             "sizes": self.sizes,
@@ -122,6 +123,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
             "double_class_embedding": double_class_embedding,
             "imagenet_normalization": imagenet_normalization,
         }
+        self._hub_mixin_config = self.settings
 
     @property
     def patch_size(self) -> int:
@@ -344,20 +346,21 @@ def _own_text_tower(path: Path, state: Mapping[str, Tensor], model: PromptTuned)
         quick_gelu=True,
         mean=model.mean,
         std=model.std,
-        fingerprint=clip_module.weights._file_fingerprint(path),
+        fingerprint=file_fingerprint(path),
         path=path,
     )
 
 
 def _sizes_of(tower: VisionTransformer) -> dict[str, Any]:
-    block = tower.transformer.resblocks[0]
+    block = cast(Block, tower.transformer.resblocks[0])
+    mlp_width = cast(nn.Linear, block.mlp.c_fc).out_features
     return {
         "width": tower.width,
         "layers": len(tower.transformer.resblocks),
         "heads": block.attn.heads,
         "patch_size": tower.patch_size,
         "output_dim": tower.output_dim,
-        "mlp_ratio": _ratio(block.mlp.c_fc.out_features, tower.width),
+        "mlp_ratio": _ratio(mlp_width, tower.width),
         "quick_gelu": not isinstance(block.mlp.gelu, nn.GELU),
     }
 

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastzs.clip.prompted import Encoded
-from fastzs.decoders import DecoderLayer, HeadMeanScores, RelationDescriptor, stack
+from fastzs.decoders import DecoderLayer, HeadMeanScores, Layers, RelationDescriptor
 from fastzs.models.prompt_tuned import PromptTuned, count_layers
 from fastzs.vocabulary import Vocabulary
 
@@ -27,7 +27,7 @@ class ZegCLIPHead(nn.Module):
     def __init__(self, dim: int, layers: int, heads: int, hidden: int, dropout: float):
         super().__init__()
         self.q_proj = RelationDescriptor(dim)
-        self.decoder_1 = stack(DecoderLayer(dim, heads, hidden, dropout), layers - 1)
+        self.decoder_1 = Layers(DecoderLayer(dim, heads, hidden, dropout), layers - 1)
         self.decoder_1.layers.append(HeadMeanScores(dim, heads))
 
 
@@ -87,13 +87,9 @@ class ZegCLIP(PromptTuned):
             imagenet_normalization=imagenet_normalization,
         )
         dim = self.backbone.output_dim
-        decoder = {
-            "decoder_layers": decoder_layers,
-            "decoder_heads": decoder_heads or max(1, dim // 64),
-            "decoder_hidden": decoder_hidden or 4 * dim,
-        }
-        self._hub_mixin_config |= decoder
-        self.decode_head = ZegCLIPHead(dim, *decoder.values(), dropout)
+        heads, hidden = decoder_heads or max(1, dim // 64), decoder_hidden or 4 * dim
+        self.settings.update(decoder_layers=decoder_layers, decoder_heads=heads, decoder_hidden=hidden)
+        self.decode_head = ZegCLIPHead(dim, decoder_layers, heads, hidden, dropout)
 
     def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
         """Logits [B, C, h, w] of the classes with text vectors [C, D]."""

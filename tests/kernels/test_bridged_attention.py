@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fastzs.kernels.bridged_attention import split as split_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastzs.kernels.bridged_attention import split as split_module
 from fastzs.ops import TokenLayout, bridged_attention
 
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -39,7 +39,8 @@ def inputs(layout, prompts, dtype, batch=2, heads=3, dim=32, size=1.0, prompt_ba
 def run(tensors, layout, impl, weights):
     """Output and the gradients of all inputs."""
     tensors = [t.clone().requires_grad_() for t in tensors]
-    out = bridged_attention(*tensors[:3], layout, prompt_kv=tuple(tensors[3:]) or None, impl=impl)
+    q, k, v, *prompts = tensors
+    out = bridged_attention(q, k, v, layout, prompt_kv=(prompts[0], prompts[1]) if prompts else None, impl=impl)
     return [out.detach(), *torch.autograd.grad(out, tensors, weights.to(out.dtype))]
 
 
@@ -214,9 +215,9 @@ def test_bad_layouts(arguments, message):
 
 def test_bad_inputs():
     layout = TokenLayout(1, (2, 2), (1, 1))
-    x = torch.zeros(2, 3, 6, 8)
+    x, y, p = torch.zeros(2, 3, 6, 8), torch.zeros(2, 3, 7, 8), torch.zeros(3, 3, 4, 8)
     with pytest.raises(ValueError, match=r"7 tokens, but the layout has .*: 6"):
-        bridged_attention(*[torch.zeros(2, 3, 7, 8)] * 3, layout)
+        bridged_attention(y, y, y, layout)
     with pytest.raises(ValueError, match="wanted one shape"):
         bridged_attention(x, x, x[..., :4], layout)
     with pytest.raises(TypeError, match=r"v is torch\.float64; wanted torch\.float32"):
@@ -224,8 +225,8 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match="k is on meta"):
         bridged_attention(x, x.to("meta"), x, layout)
     with pytest.raises(ValueError, match=r"wanted \[1 or 2, 3, P, 8\]"):
-        bridged_attention(x, x, x, layout, prompt_kv=(torch.zeros(3, 3, 4, 8),) * 2)
+        bridged_attention(x, x, x, layout, prompt_kv=(p, p))
     with pytest.raises(RuntimeError, match="no such backend"):
         bridged_attention(x, x, x, layout, impl="triton")
     with pytest.raises(RuntimeError, match=r"split.*log-sum-exp"):
-        bridged_attention(*[x.to("meta")] * 3, layout, impl="split")
+        bridged_attention(x.to("meta"), x.to("meta"), x.to("meta"), layout, impl="split")
