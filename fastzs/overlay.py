@@ -5,6 +5,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 # Above, below and between the entries of the legend, in units of the letter size.
 MARGIN, GAP = 0.6, 0.5
+# Pixels worked on at a time, so that a large picture does not need several times its size.
+PIECE = 1 << 20
 
 
 def voc_colours(count: int) -> np.ndarray:
@@ -31,8 +33,17 @@ def label_colours(count: int, background: int | None) -> np.ndarray:
     return colours
 
 
+def labels_present(labels: np.ndarray, count: int) -> list[int]:
+    """Which of the labels 0 to ``count - 1`` occur, in order."""
+    flat = labels.reshape(-1)
+    seen = np.zeros(count, np.int64)
+    for start in range(0, len(flat), PIECE):
+        seen += np.bincount(flat[start : start + PIECE], minlength=count)
+    return np.flatnonzero(seen).tolist()
+
+
 def draw_overlay(
-    picture: Image.Image,
+    picture: np.ndarray,
     labels: np.ndarray,
     names: tuple[str, ...],
     background: int | None,
@@ -41,7 +52,7 @@ def draw_overlay(
     """Tint a picture by its labels and put a legend of the names that occur below it.
 
     Args:
-        picture: RGB, width x height.
+        picture: uint8 RGB ``[3, height, width]``.
         labels: integers ``[height, width]``, indices into ``names``.
         background: the label whose pixels stay as they are, if any.
         opacity: 0 (the picture) to 1 (the colours).
@@ -49,22 +60,32 @@ def draw_overlay(
     Returns:
         RGB image, at least as wide as the picture (wider where a name would not fit) and higher by the legend.
     """
+    height, width = labels.shape
     colours = label_colours(len(names), background)
-    tinted = Image.blend(picture, Image.fromarray(colours[labels]), opacity)
-    if background is not None:
-        tinted.paste(picture, mask=Image.fromarray(labels == background))
-    present = np.flatnonzero(np.bincount(labels.ravel(), minlength=len(names)))
-    entries = [(_one_line(names[i]), None if i == background else tuple(colours[i].tolist())) for i in present]
-    return _with_legend(tinted, entries)
+    entries = [
+        (_one_line(names[i]), None if i == background else tuple(colours[i].tolist()))
+        for i in labels_present(labels, len(names))
+    ]
+    canvas = _legend(entries, width, height)
+    rows = max(PIECE // width, 1)
+    for top in range(0, height, rows):
+        some = labels[top : top + rows]
+        plain = Image.fromarray(np.ascontiguousarray(picture[:, top : top + rows].transpose(1, 2, 0)))
+        tinted = Image.blend(plain, Image.fromarray(colours[some]), opacity)
+        if background is not None:
+            tinted.paste(plain, mask=Image.fromarray(some == background))
+        canvas.paste(tinted, (0, top))
+    return canvas
 
 
-def _with_legend(image: Image.Image, entries: list[tuple[str, tuple[int, ...] | None]]) -> Image.Image:
-    letter = min(max(min(image.size) // 28, 12), 96)
+def _legend(entries: list[tuple[str, tuple[int, ...] | None]], width: int, height: int) -> Image.Image:
+    """A white canvas with the legend below the ``height`` rows that are left to the picture."""
+    letter = min(max(min(width, height) // 28, 12), 96)
     font = ImageFont.load_default(letter)
     margin, gap = round(letter * MARGIN), round(letter * GAP)
     # Each entry is a square of the letter size, half a letter of space and the name.
     widths = [letter + gap + round(font.getlength(name)) for name, _ in entries]
-    width = max(image.width, 2 * margin + max(widths))
+    width = max(width, 2 * margin + max(widths))
 
     rows, free = [[]], width - 2 * margin
     for entry, needed in zip(entries, widths, strict=True):
@@ -75,11 +96,10 @@ def _with_legend(image: Image.Image, entries: list[tuple[str, tuple[int, ...] | 
         free -= needed + 2 * gap
 
     step = letter + gap
-    canvas = Image.new("RGB", (width, image.height + 2 * margin + step * len(rows) - gap), "white")
-    canvas.paste(image)
+    canvas = Image.new("RGB", (width, height + 2 * margin + step * len(rows) - gap), "white")
     draw = ImageDraw.Draw(canvas)
     for i, row in enumerate(rows):
-        top = image.height + margin + step * i
+        top = height + margin + step * i
         for name, colour, left in row:
             draw.rectangle((left, top, left + letter - 1, top + letter - 1), fill=colour, outline="black")
             draw.text((left + letter + gap, top + letter / 2), name, fill="black", font=font, anchor="lm")

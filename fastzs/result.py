@@ -12,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 
 from fastzs.files import write_atomically
-from fastzs.overlay import draw_overlay, label_colours
+from fastzs.overlay import draw_overlay, label_colours, labels_present
 from fastzs.pictures import Picture, read_picture
 
 # The text chunk of a saved label map that holds its names, a JSON list.
@@ -70,18 +70,13 @@ class Segmentation:
         None without scores) and ``mask`` (PIL image, mode L, 255 where the label is and 0 elsewhere).
         """
         labels = self.labels.numpy()
-        counts = np.bincount(labels.ravel(), minlength=len(self.names))
-        sums = None
-        if self.scores is not None:
-            sums = np.bincount(labels.ravel(), self.scores.numpy().ravel(), len(self.names))
-        return [
-            {
-                "label": self.names[i],
-                "score": None if sums is None else float(sums[i] / counts[i]),
-                "mask": Image.fromarray((labels == i).view(np.uint8) * np.uint8(255)),
-            }
-            for i in np.flatnonzero(counts)
-        ]
+        found = []
+        for i in labels_present(labels, len(self.names)):
+            mask = labels == i
+            score = None if self.scores is None else float(self.scores.numpy()[mask].mean(dtype=np.float64))
+            image = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
+            found.append({"label": self.names[i], "score": score, "mask": image})
+        return found
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the labels as a PNG whose pixel values are the labels, with the names in a text chunk.
@@ -114,7 +109,7 @@ class Segmentation:
         """
         with Image.open(path) as image:
             image.load()
-            names = getattr(image, "text", {}).get(NAMES_KEY)
+            names = image.info.get(NAMES_KEY)
             if names is None:
                 raise ValueError(f"{os.fspath(path)}: has no names in it, so Segmentation.save did not write it")
             names = tuple(json.loads(names))
@@ -156,7 +151,7 @@ class Segmentation:
                 f"the labels are {self.labels.shape[1]} x {self.labels.shape[0]}"
             )
         image = draw_overlay(
-            Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy()),
+            pixels.cpu().numpy(),
             self.labels.numpy(),
             self.names,
             self.background,
@@ -181,9 +176,10 @@ class Segmentation:
                 "COCO masks need pycocotools, which is not installed: pip install 'fastzs[export]'"
             ) from error
         labels = self.labels.numpy()
+        by_column = np.ascontiguousarray(labels.T)  # the order in which COCO counts its runs
         annotations = []
-        for i in np.unique(labels).tolist():
-            runs: Any = coco.encode(np.asfortranarray(labels == i, dtype=np.uint8))
+        for i in labels_present(labels, len(self.names)):
+            runs: Any = coco.encode((by_column == i).view(np.uint8).T)
             annotations.append(
                 {
                     "id": len(annotations) + 1,

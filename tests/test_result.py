@@ -69,7 +69,7 @@ def test_any_names_survive(tmp_path, names):
 def test_saved_file_has_the_names_where_others_find_them(tmp_path):
     example(2).save(tmp_path / "labels.png")
     with Image.open(tmp_path / "labels.png") as image:
-        assert json.loads(image.text["fastzs.names"]) == ["class 0", "class 1"]
+        assert json.loads(image.info["fastzs.names"]) == ["class 0", "class 1"]
 
 
 def test_load_refuses_other_pictures(tmp_path):
@@ -252,9 +252,19 @@ def test_overlay_refuses(tmp_path):
 
 
 def test_draw_overlay_does_not_change_its_inputs():
-    picture, labels = Image.new("RGB", (3, 2), "white"), np.zeros((2, 3), np.uint8)
+    picture, labels = np.full((3, 2, 5), 255, np.uint8), np.zeros((2, 5), np.uint8)
     draw_overlay(picture, labels, ("a",), None, 1.0)
-    assert np.asarray(picture).min() == 255
+    assert picture.min() == 255
+
+
+def test_large_pictures_in_pieces(monkeypatch):
+    result = example(5, (50, 41), background=True, picture=torch.randint(256, (3, 50, 41), dtype=torch.uint8))
+    whole = np.asarray(result.overlay())
+    names = [segment["label"] for segment in result.segments]
+    for piece in (1, 100, 2049, 2050):
+        monkeypatch.setattr("fastzs.overlay.PIECE", piece)
+        assert np.array_equal(np.asarray(result.overlay()), whole)
+        assert [segment["label"] for segment in result.segments] == names
 
 
 class FullDisk:
