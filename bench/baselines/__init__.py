@@ -1,0 +1,1 @@
+"""What the benchmarks compare with: the same computations, written with PyTorch alone."""
