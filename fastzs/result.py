@@ -96,7 +96,7 @@ class Segmentation:
         else:
             image = Image.fromarray(self.labels.numpy().astype(np.uint16))
         text = PngImagePlugin.PngInfo()
-        text.add_itxt(NAMES_KEY, json.dumps(self.names, ensure_ascii=False))
+        text.add_text(NAMES_KEY, json.dumps(self.names))
         write_atomically(path, _encoded(image, format="PNG", pnginfo=text))
 
     @classmethod

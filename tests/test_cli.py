@@ -103,8 +103,10 @@ class TestSegment:
         assert "2 of 3 pictures segmented, 1 done before" in capsys.readouterr().out
         assert main(command) == 0
         assert "0 of 3 pictures segmented, 3 done before" in capsys.readouterr().out
-        assert main([*command, "--background", "prompt"]) == 0
-        assert "3 of 3 pictures segmented, 0 done before" in capsys.readouterr().out
+        for change in (["--background", "prompt"], ["--classes", "cat,cow"], ["--classes", "cow,cat"]):
+            assert main([*command, *change]) == 0
+            assert "3 of 3 pictures segmented, 0 done before" in capsys.readouterr().out
+        assert Segmentation.load(out / "one.png").names == ("cow", "cat")
 
     def test_results_inside_the_folder_of_pictures(self, pictures, capsys):
         command = ["segment", str(pictures), "--classes", "cat,dog", "--output", str(pictures / "out"), "--overlay"]
@@ -141,10 +143,11 @@ class TestSegment:
         )
         out = tmp_path / "o"
         assert main(["segment", str(pictures), "--classes", "a,b", "--output", str(out), *options.split()]) == 0
-        assert FakeSegmenter.loaded == {
+        wanted = {
             "model": "m", "backbone": "RN50", "weights": "w", "device": "cpu", "precision": "bf16", "short_side": 32,
             "crop": (16, 24), "stride": 8, "batch": 3, "threshold": 0.3, "dense": "qq", "ffn": False,
         }  # fmt: skip
+        assert {key: FakeSegmenter.loaded[key] for key in wanted} == wanted
         assert record(out)["settings"]["crop"] == [16, 24]
 
     def test_config_file_is_the_command_line(self, pictures, tmp_path, capsys):

@@ -146,6 +146,10 @@ def test_same_stem_in_one_folder_and_across_runs(pictures):
         assert (outcome.skipped, outcome.done) == (skipped, 1 - skipped)
     assert Segmentation.load(pictures / "out" / "a-4.png").labels.shape == (2, 3)
     assert run(pictures) == Outcome(found=6, skipped=6)
+    # Names that differ in case only are the same file on some file systems.
+    Image.new("RGB", (4, 4)).save(pictures / "in" / "B.gif")
+    run(pictures)
+    assert "B-2.png" in tree(pictures / "out")
     # Done again under other settings, each goes where it was.
     count = len(tree(pictures / "out"))
     run(pictures, settings="other")
