@@ -96,8 +96,8 @@ class ResNet(ModifiedResNet):
         if kind == "identity":
             attended = pool.v_proj(tokens[:, 1:])
         else:
-            projected = (self._heads(proj(tokens)) for proj in (pool.q_proj, pool.k_proj, pool.v_proj))
-            attended = dense_attention(*projected, kind, grid).transpose(1, 2).flatten(2)
+            q, k, v = (self._heads(proj(tokens)) for proj in (pool.q_proj, pool.k_proj, pool.v_proj))
+            attended = dense_attention(q, k, v, kind, grid).transpose(1, 2).flatten(2)
         return pool.c_proj(attended).transpose(1, 2).unflatten(2, grid)
 
     def keys(self, tokens: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class TextEncoder(nn.Module):
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """Texts -> unit vectors fp32 [n, D], ``batch`` at a time on the tower's device."""
-        device = self.tower.ln_final.weight.device
+        device = self.tower.token_embedding.weight.device
         rows = [
             self(self.tokenizer(list(texts[i : i + batch])).to(device)).float() for i in range(0, len(texts), batch)
         ]

@@ -124,6 +124,11 @@ class VisionTransformer(nn.Module):
         self._position_cache: dict[tuple, Tensor] = {}
 
     @property
+    def blocks(self) -> list[Block]:
+        """The transformer blocks, first to last."""
+        return [block for block in self.transformer.resblocks if isinstance(block, Block)]
+
+    @property
     def width(self) -> int:
         return self.proj.shape[0]
 
@@ -166,13 +171,13 @@ class VisionTransformer(nn.Module):
         """Tokens [B, 1 + h * w, C] that enter the last block, and the grid (h, w)."""
         tokens, grid = self.embed(images)
         tokens = self.ln_pre(tokens)
-        for block in self.transformer.resblocks[:-1]:
+        for block in self.blocks[:-1]:
             tokens = block(tokens)
         return tokens, grid
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """Picture embedding [B, D] from the tokens entering the last block: only the CLS row is computed."""
-        last = self.transformer.resblocks[-1]
+        last = self.blocks[-1]
         y = last.ln_1(tokens)
         (q,) = last.attn.project(y[:, :1], "q")
         k, v = last.attn.project(y, "kv")
@@ -194,20 +199,21 @@ class VisionTransformer(nn.Module):
 
     def last_values(self, tokens: Tensor, grid: tuple[int, int], kind: str, residual: bool, ffn: bool) -> Tensor:
         """Patch rows of the last block under the operator ``kind``, [B, h * w, C], before ``ln_post``."""
-        last = self.transformer.resblocks[-1]
+        last = self.blocks[-1]
         y = last.ln_1(tokens)
         patches = tokens[:, 1:]
         if kind == "identity":
             (v,) = last.attn.project(y[:, 1:], "v")
             attended = last.attn.merge(v)
         else:
-            attended = last.attn.merge(dense_attention(*last.attn.project(y), kind, grid))
+            q, k, v = last.attn.project(y)
+            attended = last.attn.merge(dense_attention(q, k, v, kind, grid))
         z = patches + attended if residual else attended
         return z + last.mlp(last.ln_2(z)) if ffn else z
 
     def keys(self, tokens: Tensor) -> Tensor:
         """Key vectors of the last block after its output projection, [B, h * w, C] (MaskCLIP's key smoothing)."""
-        last = self.transformer.resblocks[-1]
+        last = self.blocks[-1]
         (k,) = last.attn.project(last.ln_1(tokens[:, 1:]), "k")
         return last.attn.merge(k)
 

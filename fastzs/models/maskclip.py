@@ -118,9 +118,10 @@ class MaskCLIP(nn.Module):
             images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
             vocabulary: names, or their text embeddings [C, D].
         """
-        text = vocabulary
         if isinstance(vocabulary, Vocabulary):
             text = vocabulary.embed(self.clip, self.default_templates)
+        else:
+            text = vocabulary
         features, keys = self.features(images)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         logits = pixel_text_logits(features, text.to(features), LOGIT_SCALE)
@@ -138,7 +139,6 @@ class MaskCLIP(nn.Module):
         if self.smoothing is not None:
             assert keys is not None
             probabilities = F.softmax(logits, dim=1)
-            # only the published form knows a threshold
-            options = {"threshold": self.smoothing_threshold} if self.smoothing == "official" else {}
-            logits = key_smoothing(keys.to(logits), probabilities, mode=self.smoothing, **options)
+            threshold = self.smoothing_threshold if self.smoothing == "official" else 1.0
+            logits = key_smoothing(keys.to(logits), probabilities, mode=self.smoothing, threshold=threshold)
         return logits.unflatten(2, tuple(grid))

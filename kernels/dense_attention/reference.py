@@ -21,7 +21,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, kind: str, grid: tuple[int,
     scale = q.shape[-1] ** -0.5
     pairs = {"qk": [(q, k)], "qq": [(q, q)], "kk": [(k, k)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}
     pairs["kk+gaussian"] = pairs["kk"]
-    weights = 0
+    weights = torch.zeros((), dtype=q.dtype, device=q.device)
     for a, b in pairs[kind]:
         scores = a[..., prefix:, :] @ b.transpose(-1, -2) * scale  # [B, H, N, prefix + N]
         if kind == "kk+gaussian":
