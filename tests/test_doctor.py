@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,3 +93,14 @@ def test_watch_sees_only_what_happens_meanwhile():
     choose("an op", "auto", reasons)
     assert [(c.op, c.backend, c.reasons) for c in inner] == [("another", "reference", reasons)]
     assert [c.op for c in outer] == ["an op", "another"]
+
+
+@pytest.mark.parametrize(("major", "precision"), [(9, "bf16"), (8, "bf16"), (7, "fp32")])
+def test_describes_a_gpu(monkeypatch, major, precision):
+    about = SimpleNamespace(name="A GPU", major=major, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    device = doctor.describe_device(torch.device("cuda:1"))
+    assert (device["device"], device["name"], device["precision"]) == ("cuda:1", "A GPU", precision)
+    assert device["details"] == f"compute capability {major}.0, 80 GiB"
+    assert ("have bf16" in device["why"]) == (precision == "bf16")
