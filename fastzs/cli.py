@@ -67,6 +67,12 @@ def _segment_parser() -> ArgumentParser:
         default="openai",
         help="open_clip's name of weights; 'shapes', the small model that is built in; 'random'; a file or folder",
     )
+    add(
+        "--checkpoint",
+        type=str | None,
+        help="trained model: .pth or safetensors file, folder, hub id (clip_rc, zegclip)",
+    )
+    add("--seen", type=str | None, help="the checkpoint's training classes, by commas, to calibrate against the others")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
@@ -104,26 +110,31 @@ def _segment(config: Namespace) -> int:
     import fastzs
     from fastzs.doctor import describe_device, versions
 
+    options = dict(config.options)
+    if config.seen is not None:
+        options["seen"] = [name.strip() for name in config.seen.split(",")]
     try:
         segmenter = fastzs.load(
             config.model,
             backbone=config.backbone,
             weights=config.weights,
+            checkpoint=config.checkpoint,
             device=config.device,
             precision=config.precision,
             short_side=config.short_side,
             crop=config.crop,
             stride=config.stride,
             batch=config.batch,
-            **config.options,
+            **options,
         )
     except TypeError as error:  # of a name among the options that the model does not have
         raise ValueError(f"--options {config.options}: {error}") from error
-    clip = segmenter.model.clip
+    clip: Any = segmenter.model.clip
     decisive = {
         "fastzs": __version__,
         "model": config.model,
-        "options": config.options,
+        "options": options,
+        "checkpoint": config.checkpoint and getattr(segmenter.model, "fingerprint", config.checkpoint),
         "weights": clip.fingerprint,
         "precision": str(segmenter.dtype),
         "vocabulary": vocabulary.hash,

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastzs import clip as clip_module
-from fastzs.models.maskclip import MaskCLIP
+from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
+from fastzs.models.prompt_tuned import PromptTuned
 from fastzs.ops import label_map
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
@@ -23,7 +24,8 @@ from fastzs.windows import resize_size, window_grid
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODELS = {"maskclip": MaskCLIP}
+Model = MaskCLIP | ClipRC | ZegCLIP
+MODELS: dict[str, type[Model]] = {"maskclip": MaskCLIP, "clip_rc": ClipRC, "zegclip": ZegCLIP}
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
 
@@ -33,6 +35,7 @@ def load(
     *,
     backbone: str = "ViT-B-16",
     weights: str | Path = "openai",
+    checkpoint: str | Path | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     short_side: int | None = None,
@@ -44,12 +47,17 @@ def load(
     """A model ready to segment pictures.
 
     Args:
-        model: "maskclip".
-        backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download.
+        model: "maskclip", which needs no training, or "clip_rc" or "zegclip" with a ``checkpoint``.
+        backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download. Of a
+            checkpoint without a text tower they name the CLIP that the text tower is taken from.
+        checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or
+            ``push_to_hub`` wrote.
         device: "auto" takes a GPU if there is one.
         precision: "auto" takes bf16 where the device computes it natively, else fp32.
         short_side, crop, stride, batch: see :class:`Segmenter`.
-        options: the model's own settings, see :class:`fastzs.models.MaskCLIP`.
+        options: the model's own settings, see :class:`fastzs.models.MaskCLIP`, and for trained ones
+            ``from_checkpoint`` and the constructor of :class:`fastzs.models.ClipRC` (``seen=[...]``: the training
+            classes, whose scores are lowered).
 
     Raises:
         ValueError: unknown model, device or precision (nearest known names are given).
@@ -58,12 +66,30 @@ def load(
     if model not in MODELS:
         near = difflib.get_close_matches(model, MODELS, n=3, cutoff=0.3) or list(MODELS)
         raise ValueError(f"unknown model {model!r}; nearest known: {', '.join(near)}")
-    network = MODELS[model](clip_module.load(backbone, weights), **options)
+    network = _network(model, backbone, weights, checkpoint, options)
     chosen = choose_device(device)
     dtype = choose_precision(precision, chosen)
-    return Segmenter(
-        network.to(chosen, dtype), short_side=short_side, crop=crop, stride=stride, batch=batch
-    )
+    return Segmenter(network.to(chosen, dtype), short_side=short_side, crop=crop, stride=stride, batch=batch)
+
+
+def _network(
+    model: str, backbone: str, weights: str | Path, checkpoint: str | Path | None, options: dict[str, Any]
+) -> Model:
+    kind = MODELS[model]
+    if issubclass(kind, MaskCLIP):
+        if checkpoint is not None:
+            raise ValueError("maskclip has no training and so no checkpoint; give CLIP's weights as weights=...")
+        return kind(clip_module.load(backbone, weights), **options)
+    if checkpoint is None:
+        raise ValueError(
+            f"{model} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
+            f"start from fastzs.models.{kind.__name__}(...); model='maskclip' needs none"
+        )
+    if Path(checkpoint).is_file() or Path(checkpoint).suffix in (".pth", ".pt", ".safetensors"):
+        if (backbone, str(weights)) != ("ViT-B-16", "openai"):
+            options = {"backbone": backbone, "weights": str(weights)} | options
+        return kind.from_checkpoint(checkpoint, **options)
+    return kind.from_pretrained(str(checkpoint), **options)
 
 
 def choose_device(name: str) -> torch.device:
@@ -114,7 +140,7 @@ class Segmenter:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Model,
         *,
         short_side: int | None = None,
         crop: int | tuple[int, int] | None = None,
@@ -130,7 +156,8 @@ class Segmenter:
         self.crop = model.crop if crop is None else crop
         self.stride = model.stride if stride is None and crop is None else stride
         if self.crop and not self.stride:
-            self.stride = tuple(max(1, 2 * side // 3) for side in _pair(self.crop))
+            height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+            self.stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
         self.batch = batch
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
@@ -183,7 +210,7 @@ class Segmenter:
             original = read_picture(picture)
             resized = self._resize(original)
         size = (resized.shape[1], resized.shape[2])
-        if self.crop:
+        if self.crop and self.stride:  # a crop always has a stride
             windows = window_grid(size, self.crop, self.stride)
         else:
             windows = torch.tensor([[0, 0, *size]])
@@ -195,7 +222,7 @@ class Segmenter:
                 size,
                 output_size=(original.shape[1], original.shape[2]),
                 activation=self.model.activation,
-                seen=getattr(self.model, "seen", None),
+                seen=self.model.seen_indices(classes) if isinstance(self.model, PromptTuned) else None,
                 calibration=getattr(self.model, "calibration", 0.0),
                 threshold=threshold if background == "threshold" else None,
                 return_scores=scores,
@@ -220,7 +247,3 @@ class Segmenter:
         wanted = resize_size(size, self.short_side, LONG_SIDE * self.short_side)
         # antialiasing changes nothing where pictures grow, as in the published pipelines on their data sets
         return picture if wanted == size else TF.resize(picture, list(wanted), antialias=True)
-
-
-def _pair(side: int | tuple[int, int]) -> tuple[int, int]:
-    return (side, side) if isinstance(side, int) else side

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -77,6 +78,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         super().__init__()
         self.backbone_name, self.weights = backbone, str(weights)
         self._clip: Clip | None = None
+        self.fingerprint = ""  # of the checkpoint file, for run records
         plain = None
         if sizes is None:
             self._clip = clip_module.load(backbone, weights)
@@ -184,9 +186,15 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         Raises:
             ValueError: vectors of another width, or fewer patches along a side than the bridge has tokens.
         """
-        encoded = self.backbone.encode(images.to(self.backbone.proj.dtype))
-        logits = self.decode(encoded, self.text(vocabulary))
+        logits = self.decode(self.encode(images), self.text(vocabulary))
         return vocabulary.reduce(logits) if isinstance(vocabulary, Vocabulary) else logits
+
+    def encode(self, images: Tensor) -> Encoded:
+        """The tower's features; sides are enlarged to multiples of the patch, so that they cover the whole picture."""
+        size = [-(-side // self.patch_size) * self.patch_size for side in images.shape[2:]]
+        if size != list(images.shape[2:]):
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        return self.backbone.encode(images.to(self.backbone.proj.dtype))
 
     def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
         """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
@@ -226,8 +234,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
             if not transductive:
                 target = inductive_target(target, indices, len(text), ignore_index)
                 text, indices = text[indices], None
-        encoded = self.backbone.encode(images.to(self.backbone.proj.dtype))
-        return TrainingBatch(encoded, text, target, indices, ignore_index)
+        return TrainingBatch(self.encode(images), text, target, indices, ignore_index)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:
@@ -257,6 +264,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
             model = cls(**options)
         model = model.to_empty(device="cpu")
         model._load(path, used)
+        model.fingerprint = file_fingerprint(path)
         model._clip = _own_text_tower(path, state, model)
         return model.eval()
 
@@ -346,7 +354,7 @@ def _own_text_tower(path: Path, state: Mapping[str, Tensor], model: PromptTuned)
         quick_gelu=True,
         mean=model.mean,
         std=model.std,
-        fingerprint=file_fingerprint(path),
+        fingerprint=model.fingerprint,
         path=path,
     )
 

@@ -1,0 +1,278 @@
+"""What ClipRC and ZegCLIP share: published checkpoints, own files, the segmenter, the command line, bad input."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import fastzs
+from bench.baselines.prompt_tuned import Published
+from fastzs.cli import main
+from fastzs.clip import WeightsError
+from fastzs.models import ClipRC, ZegCLIP
+from fastzs.vocabulary import Vocabulary
+from fastzs.windows import resize_size
+from tests.models.official import DECODER, model, published_state, write
+
+KINDS = {"clip_rc": ClipRC, "zegclip": ZegCLIP}
+HEADS = {"heads": 3, "decoder_heads": DECODER["decoder_heads"]}
+NAMES = ["cat", "dog", "tree", "sky"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def text():
+    return F.normalize(torch.randn(4, 32, generator=torch.Generator().manual_seed(7)), dim=1)
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(8))
+
+
+@torch.no_grad()
+def test_published_checkpoint(kind, tmp_path, images, text):
+    net = model(kind)
+    path = write(tmp_path / "voc.pth", published_state(net))
+    loaded = kind.from_checkpoint(path, **HEADS)
+    assert not loaded.training
+    assert torch.equal(loaded(images, text), net(images, text))
+    assert (loaded.crop, loaded.stride, loaded.short_side) == (64, 53, 64)
+    assert not any(unused in name for name in loaded.state_dict() for unused in ("self_attn", "norm1", "recovery"))
+
+
+@torch.no_grad()
+def test_wrapped_for_several_gpus(tmp_path, images, text):
+    net = model(ZegCLIP)
+    state = {f"module.{name}": t for name, t in published_state(net).items()}
+    loaded = ZegCLIP.from_checkpoint(write(tmp_path / "voc.pth", state), **HEADS)
+    assert torch.equal(loaded(images, text), net(images, text))
+
+
+@torch.no_grad()
+def test_safetensors_with_the_same_names(kind, tmp_path, images, text):
+    net = model(kind)
+    save_file(published_state(net), tmp_path / "voc.safetensors")
+    loaded = kind.from_checkpoint(tmp_path / "voc.safetensors", **HEADS)
+    assert torch.equal(loaded(images, text), net(images, text))
+
+
+@torch.no_grad()
+def test_save_and_load_our_own(kind, tmp_path, images, text):
+    net = model(kind, seen=["cat", "dog"], calibration=0.2, deep_prompts=1)
+    net.save_pretrained(tmp_path)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(dict(net.named_parameters()))
+    assert json.loads((tmp_path / "config.json").read_text())["sizes"]["width"] == 48
+    loaded = kind.from_pretrained(tmp_path)
+    assert torch.equal(loaded.eval()(images, text), net(images, text))
+    assert (loaded.seen, loaded.calibration) == (["cat", "dog"], 0.2)
+    assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
+def test_recovery_can_be_kept_for_more_training(tmp_path):
+    net = model(ClipRC)
+    path = write(tmp_path / "voc.pth", published_state(net))
+    loaded = ClipRC.from_checkpoint(path, recovery=True, **HEADS)
+    assert torch.equal(
+        loaded.decode_head.recovery_decoder.linear_q_out.weight, net.decode_head.recovery_decoder.linear_q_out.weight
+    )
+
+
+def test_bridge_that_is_not_square(tmp_path, images, text):
+    net = model(ClipRC, bridge=(2, 3))
+    path = write(tmp_path / "voc.pth", published_state(net))
+    with torch.no_grad():
+        assert torch.equal(ClipRC.from_checkpoint(path, bridge=(2, 3), **HEADS)(images, text), net(images, text))
+    with pytest.raises(WeightsError, match=r"6 region tokens, not 2 x 2; .* bridge=\(rows, columns\)"):
+        ClipRC.from_checkpoint(path, **HEADS)
+
+
+def test_checkpoint_of_the_other_model(tmp_path):
+    one, other = (write(tmp_path / f"{n}.pth", published_state(model(k))) for n, k in KINDS.items())
+    with pytest.raises(WeightsError, match=r"this is a CLIP-RC checkpoint, not ZegCLIP's; .*ClipRC.from_checkpoint"):
+        ZegCLIP.from_checkpoint(one, **HEADS)
+    with pytest.raises(WeightsError, match=r"this is a ZegCLIP checkpoint, not CLIP-RC's; .*ZegCLIP.from_checkpoint"):
+        ClipRC.from_checkpoint(other, **HEADS)
+
+
+def test_no_checkpoint_at_all(kind, tmp_path):
+    with pytest.raises(WeightsError, match="there is no such file"):
+        kind.from_checkpoint(tmp_path / "nothing.pth")
+    with pytest.raises(WeightsError, match=f"not a {kind.__name__} checkpoint .*it holds conv.weight"):
+        kind.from_checkpoint(write(tmp_path / "other.pth", {"conv.weight": torch.zeros(3)}))
+
+
+def test_tensors_missing_or_unexpected(kind, tmp_path):
+    state = published_state(model(kind))
+    incomplete = {name: t for name, t in state.items() if name != "backbone.ln_post.weight"}
+    with pytest.raises(WeightsError, match=r"missing: backbone\.ln_post\.weight"):
+        kind.from_checkpoint(write(tmp_path / "a.pth", incomplete), **HEADS)
+    incomplete = {name: t for name, t in state.items() if name != "backbone.proj"}
+    with pytest.raises(WeightsError, match=r"'backbone\.proj' is missing; is this a whole"):
+        kind.from_checkpoint(write(tmp_path / "b.pth", incomplete), **HEADS)
+    with pytest.raises(WeightsError, match=r"unexpected: backbone\.adapter\.weight"):
+        kind.from_checkpoint(write(tmp_path / "c.pth", state | {"backbone.adapter.weight": torch.ones(2)}), **HEADS)
+
+
+def test_another_width(kind, tmp_path):
+    state = published_state(model(kind))
+    state["decode_head.q_proj.weight"] = torch.zeros(32, 48)
+    with pytest.raises(WeightsError, match=r"q_proj.weight is \[32, 48\]; .* want \[32, 64\]"):
+        kind.from_checkpoint(write(tmp_path / "a.pth", state), **HEADS)
+    with pytest.raises(WeightsError, match=r"a tower 48 wide cannot have heads of 64 channels; .* heads="):
+        kind.from_checkpoint(write(tmp_path / "b.pth", published_state(model(kind))))
+    net = kind.from_checkpoint(write(tmp_path / "c.pth", published_state(model(kind))), **HEADS)
+    with pytest.raises(ValueError, match=r"text vectors are \[4, 16\]; wanted \[classes, 32\]"):
+        net(torch.zeros(1, 3, 64, 64), torch.zeros(4, 16))
+    with pytest.raises(ValueError, match="vectors are 16 wide; this checkpoint wants 32"):
+        net(torch.zeros(1, 3, 64, 64), Vocabulary(NAMES, embeddings=torch.zeros(4, 16)))
+
+
+def test_damaged_files(kind, tmp_path):
+    path = write(tmp_path / "whole.pth", published_state(model(kind)))
+    (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:20000])
+    with pytest.raises(WeightsError, match="cannot be read as weights"):
+        kind.from_checkpoint(tmp_path / "cut.pth", **HEADS)
+    state = published_state(model(kind))
+    state["backbone.ln_pre.weight"][3] = torch.nan
+    with pytest.raises(WeightsError, match=r"ln_pre.weight has NaN"):
+        kind.from_checkpoint(write(tmp_path / "nan.pth", state), **HEADS)
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_code_does_not_run(kind, tmp_path, zipped):
+    trap = tmp_path / "it ran"
+    content = {"state_dict": published_state(model(kind)), "meta": Code(trap)}
+    if zipped:
+        torch.save(content, tmp_path / "bad.pth")
+    else:
+        (tmp_path / "bad.pth").write_bytes(pickle.dumps(content))
+    with pytest.raises(WeightsError, match=r"refused, since reading it would run code|cannot be read as weights"):
+        kind.from_checkpoint(tmp_path / "bad.pth", **HEADS)
+    assert not trap.exists()
+
+
+def test_without_a_text_tower(kind, tmp_path):
+    net = kind.from_checkpoint(write(tmp_path / "voc.pth", published_state(model(kind))), **HEADS)
+    with pytest.raises(WeightsError, match=r"no text tower .*embeddings="):
+        net(torch.zeros(1, 3, 64, 64), Vocabulary(NAMES))
+
+
+@torch.no_grad()
+def test_text_tower_of_the_checkpoint(kind, tmp_path, monkeypatch, images):
+    monkeypatch.setenv("FASTZS_CACHE", str(tmp_path))
+    net = kind.from_checkpoint(write(tmp_path / "voc.pth", published_state(model(kind), text_tower=True)), **HEADS)
+    logits = net(images, Vocabulary(NAMES))
+    assert torch.equal(logits, net(images, Vocabulary(NAMES).embed(net.clip)))
+    assert not torch.equal(logits[:, 0], logits[:, 1])
+    assert net(images, Vocabulary([{"cat": ["kitten", "tomcat"]}, "dog"])).shape[1] == 2
+
+
+@torch.no_grad()
+def test_a_vocabulary_is_embedded_once(kind, text, images):
+    net, vocabulary = model(kind), Vocabulary(NAMES, embeddings=text)
+    first = net.text(vocabulary)
+    assert net.text(vocabulary) is first
+    net.to(torch.float64)
+    assert net.text(vocabulary).dtype == torch.float64
+    other = Vocabulary(NAMES, embeddings=-text)
+    assert torch.equal(net.text(other), -text.double())
+
+
+def picture(height, width):
+    noise = np.random.default_rng(0).integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return noise.repeat(8, 0).repeat(8, 1)[:height, :width].copy()
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"), [("clip_rc", None), ("clip_rc", ["dog", "sky"]), ("zegclip", None), ("zegclip", ["cat", "sky"])]
+)
+def test_segments_as_published(name, seen, tmp_path, text):
+    """From a picture to labels through sliding windows, against the published order of work."""
+    net = model(KINDS[name], seed=1)  # of this one the best class changes over the picture
+    state = published_state(net)
+    path = write(tmp_path / "voc.pth", state)
+    segmenter = fastzs.load(name, checkpoint=path, seen=seen, precision="fp32", device="cpu", **HEADS)
+    original = picture(50, 90)
+    result = segmenter(original, Vocabulary(NAMES, embeddings=text))
+    size = resize_size((50, 90), 64)
+    resized = segmenter._resize(torch.from_numpy(original).permute(2, 0, 1)).float()
+    assert resized.shape[1:] == size
+    image = (resized / 255 - torch.tensor(net.mean)[:, None, None]) / torch.tensor(net.std)[:, None, None]
+    published = Published(name, state, 3, 4, 64).eval()
+    indices = None if seen is None else [NAMES.index(n) for n in seen]
+    labels = published.segment(image[None], text, segmenter.stride, (50, 90), indices)
+    assert (result.labels != labels).float().mean() < 1e-3  # measured 0; two scores may tie
+    assert len(labels.unique()) > 1
+    if seen is not None:
+        plain = published.segment(image[None], text, segmenter.stride, (50, 90))
+        assert not torch.equal(plain, labels)
+
+
+def test_whole_picture_at_once(tmp_path, text):
+    path = write(tmp_path / "voc.pth", published_state(model(ClipRC)))
+    segmenter = fastzs.load("clip_rc", checkpoint=path, crop=0, **HEADS)
+    assert segmenter(picture(50, 90), Vocabulary(NAMES, embeddings=text)).labels.shape == (50, 90)
+
+
+def test_own_folder_through_load(tmp_path, text):
+    net = model(ClipRC, seen=["dog"])
+    net.save_pretrained(tmp_path)
+    segmenter = fastzs.load("clip_rc", checkpoint=tmp_path)
+    assert segmenter.model.seen == ["dog"]
+    assert segmenter(picture(50, 90), Vocabulary(NAMES, embeddings=text)).labels.shape == (50, 90)
+
+
+def test_classes_that_do_not_match_the_seen_ones(tmp_path, text):
+    path = write(tmp_path / "voc.pth", published_state(model(ClipRC)))
+    segmenter = fastzs.load("clip_rc", checkpoint=path, seen=["dog", "zebra"], **HEADS)
+    with pytest.raises(ValueError, match=r"seen classes: zebra is not among the 4 names .* write them as the vocab"):
+        segmenter(picture(50, 90), Vocabulary(NAMES, embeddings=text))
+
+
+def test_load_needs_a_checkpoint_where_training_is_needed(tmp_path):
+    with pytest.raises(ValueError, match="clip_rc needs a trained checkpoint"):
+        fastzs.load("clip_rc")
+    with pytest.raises(ValueError, match="maskclip has no training"):
+        fastzs.load("maskclip", checkpoint="voc.pth")
+    with pytest.raises(WeightsError, match="there is no such file"):
+        fastzs.load("clip_rc", checkpoint=tmp_path / "voc.pth")
+
+
+def test_command_line(tmp_path, monkeypatch):
+    """``fastzs segment --model clip_rc --checkpoint FILE`` on a checkpoint in the published format."""
+    monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path / "voc.pth", published_state(model(ClipRC), text_tower=True))
+    Image.fromarray(picture(50, 90)).save(tmp_path / "street.png")
+    options = ["--options.heads=3", "--options.decoder_heads=4", "--precision=fp32"]
+    arguments = ["segment", str(tmp_path / "street.png"), "--model=clip_rc", f"--checkpoint={path}"]
+    code = main([*arguments, "--classes=cat,dog,tree", "--seen=dog", f"--output={tmp_path / 'out'}", *options])
+    assert code == 0
+    labels = np.array(Image.open(next((tmp_path / "out").glob("**/street*.png"))))
+    assert labels.shape == (50, 90)
+    assert set(np.unique(labels)) <= {0, 1, 2}
+
+
+def test_command_line_with_a_bad_checkpoint(tmp_path, capsys):
+    Image.fromarray(picture(50, 90)).save(tmp_path / "street.png")
+    path = write(tmp_path / "voc.pth", published_state(model(ZegCLIP)))
+    arguments = ["segment", str(tmp_path / "street.png"), "--model=clip_rc", f"--checkpoint={path}", "--classes=cat"]
+    assert main([*arguments, f"--output={tmp_path / 'out'}"]) == 2
+    assert "this is a ZegCLIP checkpoint" in capsys.readouterr().err
