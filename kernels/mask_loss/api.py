@@ -1,6 +1,8 @@
 """``mask_loss``: focal and dice loss of class masks, from low-resolution logits."""
 
+import importlib.util
 import math
+import os
 from typing import NamedTuple
 
 import torch
@@ -9,6 +11,7 @@ from ..dispatch import choose
 from .compiled import MISSING
 from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TARGET_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -43,7 +46,7 @@ def mask_loss(
 
     Args:
         logits: ``[B, C, h, w]``, fp32, bf16 or fp16 (fp64 with the reference), any strides. Sums are taken in
-            fp32 or better. NaN and infinite logits make both losses NaN.
+            fp32 or better. NaN logits make both losses NaN; infinite ones make focal infinite or NaN.
         target: ``[B, H, W]``, uint8, int16, int32 or int64, labels in [0, C) or ``ignore_index``. Any size; H a
             multiple of h and W of w is the usual case.
         alpha: weight of the pixels of the class, in [0, 1]; 1 - alpha weighs the others.
@@ -64,10 +67,13 @@ def mask_loss(
     _validate(logits, target, alpha, gamma, ignored, normalizer)
     skip = ignored == "skip"
     options = (float(alpha), float(gamma), ignore_index, skip)
-    if choose("mask_loss", impl, _reasons(logits)) == "reference":
+    with_nodes = torch.is_grad_enabled() and logits.requires_grad
+    backend = choose("mask_loss", impl, _reasons(logits, target))
+    if backend == "reference":
         sums = mask_sums_reference(logits, target, *options)
+    elif backend == "triton":
+        sums, _ = torch.ops.fastzs.mask_sums_triton(logits, target, *options, with_nodes)
     else:
-        with_nodes = torch.is_grad_enabled() and logits.requires_grad
         sums, _ = torch.ops.fastzs.mask_sums(logits, target, *options, with_nodes)
 
     if skip:
@@ -77,17 +83,23 @@ def mask_loss(
     return _losses(sums, pixels, normalizer, present_only)
 
 
-def _reasons(logits: torch.Tensor) -> dict[str, str | None]:
-    """For each backend, best first, why it cannot run on these logits."""
+def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None]:
+    """For each backend, best first, why it cannot run on these tensors."""
     device = logits.device.type
-    cpu = MISSING["cpu"]
+    cpu, triton = MISSING["cpu"], None
     if device != "cpu":
         cpu = f"the logits are on {device}"
-    elif logits.dtype == torch.float64:
-        cpu = "the logits are float64; wanted float32, bfloat16 or float16"
     elif logits.shape[1] >= 32767:
         cpu = f"there are {logits.shape[1]} classes; wanted fewer than 32767"
-    return {"cpu": cpu, "reference": None}
+    if not HAS_TRITON:
+        triton = "Triton is not installed"
+    elif device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        triton = f"the logits are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    elif target.shape[2] > 128 * logits.shape[3]:
+        triton = f"{logits.shape[3]} columns become {target.shape[2]}; wanted at most 128 times as many"
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        cpu = triton = f"the logits are {logits.dtype}; wanted float32, bfloat16 or float16"
+    return {"cpu": cpu, "triton": triton, "reference": None}
 
 
 def _losses(

@@ -1,18 +1,18 @@
 """What makes a backend's ``mask_sums`` a PyTorch operator: its fake implementation and its gradient.
 
-Every backend is an operator with the schema::
-
-    (Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool skip, bool with_nodes)
-        -> (Tensor sums, Tensor nodes)
-
-``sums`` is ``[B, C, 4]`` fp32 as in ``reference.py``. ``nodes`` is ``[B, C, 3, h, w]`` fp32: the gradients of the
-first three sums with respect to the logits, taken in the same pass over the pixels, so that backward is one
-small product at low resolution. Without ``with_nodes`` it is empty.
+Every backend is an operator of one schema: ``fastzs::mask_sums`` in the compiled library (csrc/mask_loss.*) and
+``fastzs::mask_sums_triton``. ``sums`` is ``[B, C, 4]`` fp32 as in ``reference.py``. ``nodes`` is ``[B, C, 3, h, w]``
+fp32: the gradients of the first three sums with respect to the logits, taken in the same pass over the pixels, so
+that backward is one small product at low resolution. Without ``with_nodes`` it is empty.
 """
 
 import torch
 
 FIELDS = 3
+SCHEMA = (
+    "(Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool skip, bool with_nodes)"
+    " -> (Tensor sums, Tensor nodes)"
+)
 
 # logits gives shape and dtype, and makes the result depend on it: a second derivative then raises, rather than
 # leaving this loss out of it.
@@ -66,3 +66,16 @@ def register(name: str) -> None:
     """Give the operator ``name`` its fake implementation and its gradient."""
     torch.library.register_fake(name, _fake)
     torch.library.register_autograd(name, _backward, setup_context=_setup_context)
+
+
+torch.library.define("fastzs::mask_sums_triton", SCHEMA)
+
+
+@torch.library.impl("fastzs::mask_sums_triton", ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
+def _mask_sums_triton(logits, target, alpha, gamma, ignore_index, skip, with_nodes):
+    from .triton import mask_sums  # imports triton, which not every machine has
+
+    return mask_sums(logits, target, alpha, gamma, ignore_index, skip, with_nodes)
+
+
+register("fastzs::mask_sums_triton")

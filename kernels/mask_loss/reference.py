@@ -52,7 +52,7 @@ def check_labels(target: torch.Tensor, C: int, ignore_index: int) -> None:
     if target.is_cuda or torch.compiler.is_compiling():
         # Neither a tracer nor a GPU's queue can stop for the value that is wrong.
         message = f"mask_loss: target has labels outside [0, {C}) that are not ignore_index={ignore_index}"
-        torch._assert_async(~wrong.any(), message)
+        torch.ops.aten._assert_async.msg(~wrong.any(), message)
     elif wrong.any():
         label = target[wrong][0].item()
         raise RuntimeError(
