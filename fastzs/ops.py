@@ -4,7 +4,7 @@ from fastzs.kernels.bridged_attention.api import TokenLayout, bridged_attention
 from fastzs.kernels.dense_attention.api import dense_attention
 from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
-from fastzs.kernels.mask_loss.api import MaskLoss, mask_loss
+from fastzs.kernels.mask_loss.api import MaskLoss, mask_loss, pixel_text_mask_loss
 from fastzs.kernels.pixel_text_logits.api import pixel_text_logits
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "label_map",
     "mask_loss",
     "pixel_text_logits",
+    "pixel_text_mask_loss",
     "prompt_denoising",
 ]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..dispatch import choose
+from ..pixel_text_logits import pixel_text_logits
 from .compiled import MISSING
 from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
 
@@ -81,6 +82,39 @@ def mask_loss(
     else:
         pixels = target.shape[1] * target.shape[2]
     return _losses(sums, pixels, normalizer, present_only)
+
+
+def pixel_text_mask_loss(
+    features: torch.Tensor,
+    text: torch.Tensor,
+    target: torch.Tensor,
+    scale: float = 1.0,
+    *,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    ignore_index: int = 255,
+    ignored: str = "negative",
+    normalizer: float | torch.Tensor | None = None,
+    present_only: bool = True,
+    impl: str = "auto",
+) -> MaskLoss:
+    """:func:`mask_loss` of :func:`pixel_text_logits`: the loss of pixel features ``[B, D, h, w]`` in one call.
+
+    What is kept for backward has the resolution of the features: they, their norms, the logits and the
+    gradients of the loss's sums. Arguments, result and errors are those of the two functions; ``impl`` chooses the
+    backend of the loss.
+    """
+    return mask_loss(
+        pixel_text_logits(features, text, scale),
+        target,
+        alpha=alpha,
+        gamma=gamma,
+        ignore_index=ignore_index,
+        ignored=ignored,
+        normalizer=normalizer,
+        present_only=present_only,
+        impl=impl,
+    )
 
 
 def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None]:
