@@ -1,7 +1,6 @@
 """``label_map``: from the windows' low-resolution class maps to the labels of a picture, in one pass."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from .reference import label_map_reference
+from .compiled import why_not_cpu
+from .operator import score_dtype
 
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 RESIZES = ("two-stage", "single")
@@ -80,18 +80,14 @@ def label_map(
         RuntimeError: ``impl`` cannot run here.
     """
     if logits.ndim != 4 or 0 in logits.shape:
-        raise ValueError(
-            f"label_map: logits has shape {tuple(logits.shape)}; wanted [W, C, h, w], none of them 0"
-        )
+        raise ValueError(f"label_map: logits has shape {tuple(logits.shape)}; wanted [W, C, h, w], none of them 0")
     if logits.dtype not in DTYPES:
         raise TypeError(f"label_map: logits is {logits.dtype}; wanted float32, bfloat16, float16 or float64")
     classes = logits.shape[1]
     height, width = _size("picture_size", picture_size)
     out_height, out_width = (height, width) if output_size is None else _size("output_size", output_size)
     if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"label_map: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}"
-        )
+        raise ValueError(f"label_map: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     if resize not in RESIZES:
         raise ValueError(f"label_map: resize={resize!r} is unknown; use one of {', '.join(RESIZES)}")
     if not 1 <= top_k <= classes:
@@ -105,39 +101,32 @@ def label_map(
             raise ValueError(f"label_map: threshold={threshold}; wanted {wanted}")
         background = classes if background is None else background
     elif background is not None:
-        raise ValueError(
-            f"label_map: background={background} is used only with a threshold, and there is none"
-        )
+        raise ValueError(f"label_map: background={background} is used only with a threshold, and there is none")
     last = max(classes - 1, -1 if background is None else background)
     if (background or 0) < 0 or last >= INT16_LABELS:
         raise ValueError(
-            f"label_map: {classes} classes and background={background}; labels are int16, "
-            f"so 0 to {INT16_LABELS - 1}"
+            f"label_map: {classes} classes and background={background}; labels are int16, so 0 to {INT16_LABELS - 1}"
         )
     count = classes + (background is not None and background >= classes)
-    label_dtype = torch.uint8 if count <= 255 and last <= 255 else torch.int16
     penalty = None if seen is None else calibration * _seen_mask(seen, classes, logits)
-    places = _windows(windows, logits.shape[0], height, width)
-    if logits.device.type == "cpu" and not math.isfinite(logits.sum(dtype=torch.float64).item()):
-        warnings.warn(
-            "label_map: logits has NaN or infinite values; classes lose where they have one", stacklevel=2
-        )
-    choose("label_map", impl, {"reference": None})
-    labels, scores = label_map_reference(
-        logits,
-        places,
+    reasons = {"cpu": why_not_cpu(logits), "reference": None}
+    labels, scores = torch.ops.fastzs.label_map(
+        logits.detach(),
+        _windows(windows, logits.shape[0]),
         (height, width),
         (out_height, out_width),
         activation,
         penalty,
         threshold,
-        0 if background is None else background,
+        background or 0,
         top_k,
         resize,
-        label_dtype,
+        count > 255 or last > 255,
+        return_scores,
+        choose("label_map", impl, reasons),
     )
     if top_k == 1:
-        labels, scores = labels[0], scores[0]
+        labels, scores = labels[0], scores[0] if return_scores else None
     return LabelMap(labels, scores if return_scores else None)
 
 
@@ -151,62 +140,24 @@ def _size(name: str, size: Sequence[int]) -> tuple[int, int]:
 def _seen_mask(seen: Tensor | Sequence[int], classes: int, logits: Tensor) -> Tensor:
     """``[C]``, 1 at the seen classes, 0 elsewhere."""
     given = torch.as_tensor(seen, device=logits.device)
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     if given.dtype == torch.bool:
         if given.shape != (classes,):
             raise ValueError(f"label_map: the seen mask has shape {tuple(given.shape)}; wanted ({classes},)")
-        return given.to(dtype)
-    given = given.flatten().long()
-    wrong = [n for n in given.tolist() if not 0 <= n < classes]
-    if wrong:
-        raise ValueError(f"label_map: seen names class {wrong[0]}; wanted 0 to {classes - 1}")
-    mask = torch.zeros(classes, dtype=dtype, device=logits.device)
-    mask[given] = 1
-    return mask
+        return given.to(score_dtype(logits))
+    if not torch.compiler.is_compiling():
+        wrong = [n for n in given.flatten().tolist() if n not in range(classes)]
+        if wrong:
+            raise ValueError(f"label_map: seen names class {wrong[0]}; wanted 0 to {classes - 1}")
+    mask = torch.zeros(classes, dtype=score_dtype(logits), device=logits.device)
+    return mask.index_fill(0, given.flatten().long(), 1)
 
 
-def _windows(windows, count: int, height: int, width: int) -> list[list[int]]:
-    """The windows as lists, after seeing that each is inside the picture and no pixel is left out."""
+def _windows(windows: Tensor | Sequence[Sequence[int]], count: int) -> Tensor:
+    """``[W, 4]`` int64 on the CPU; what the windows hold is checked when the operator runs."""
     given = torch.as_tensor(windows)
     if given.is_floating_point() or given.shape != (count, 4):
         raise ValueError(
             f"label_map: windows is {given.dtype} of shape {tuple(given.shape)}; wanted integers of shape "
             f"[{count}, 4], one (top, left, height, width) for each of the logits' windows"
         )
-    places = given.long().tolist()
-    for n, (top, left, window_height, window_width) in enumerate(places):
-        if [window_height, window_width] != places[0][2:]:
-            raise ValueError(
-                f"label_map: window {n} is {window_height} x {window_width}, the first {places[0][2]} x "
-                f"{places[0][3]}; wanted one size for all"
-            )
-        inside = top >= 0 and left >= 0 and top + window_height <= height and left + window_width <= width
-        if window_height < 1 or window_width < 1 or not inside:
-            raise ValueError(
-                f"label_map: window {n} (top {top}, left {left}, height {window_height}, "
-                f"width {window_width}) does not lie in the picture of {height} x {width}"
-            )
-    _require_cover(places, height, width)
-    return places
-
-
-def _require_cover(places: list[list[int]], height: int, width: int) -> None:
-    """Count visits on a grid of the windows' edges: between two edges all pixels have one count."""
-    rows = sorted({0, height, *(p[0] for p in places), *(p[0] + p[2] for p in places)})
-    cols = sorted({0, width, *(p[1] for p in places), *(p[1] + p[3] for p in places)})
-    row_of, col_of = {y: n for n, y in enumerate(rows)}, {x: n for n, x in enumerate(cols)}
-    change = torch.zeros(len(rows), len(cols), dtype=torch.int32)
-    for top, left, window_height, window_width in places:
-        r0, r1, c0, c1 = row_of[top], row_of[top + window_height], col_of[left], col_of[left + window_width]
-        change[r0, c0] += 1
-        change[r1, c0] -= 1
-        change[r0, c1] -= 1
-        change[r1, c1] += 1
-    empty = (change.cumsum(0).cumsum(1)[:-1, :-1] == 0).nonzero().tolist()
-    if empty:
-        pixels = sum((rows[r + 1] - rows[r]) * (cols[c + 1] - cols[c]) for r, c in empty)
-        r, c = empty[0]
-        raise ValueError(
-            f"label_map: {pixels} of the picture's {height} x {width} pixels lie in no window, among them "
-            f"rows {rows[r]} to {rows[r + 1] - 1}, columns {cols[c]} to {cols[c + 1] - 1}"
-        )
+    return given.to("cpu", torch.int64)

@@ -131,7 +131,7 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     scores = torch.where(scores.isnan(), -torch.inf, scores)
     if top_k == 1:
         return scores.max(0, keepdim=True)
-    values, classes = scores.sort(0, descending=True, stable=True)
+    values, classes = scores.sort(dim=0, descending=True, stable=True)
     return values[:top_k], classes[:top_k]
 
 
@@ -147,8 +147,9 @@ def label_map_reference(
     top_k: int,
     resize: str,
     label_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Labels ``[k, H', W']`` and scores alike, on the logits' device; see :func:`fastzs.ops.label_map`."""
+    return_scores: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Labels ``[k, H', W']`` and, if asked for, scores alike, on the logits' device; see ``label_map``."""
     device = logits.device
     logits = logits.detach().cpu()
     logits = logits if logits.dtype == torch.float64 else logits.float()
@@ -159,7 +160,7 @@ def label_map_reference(
     resized = tuple(grid) != tuple(output_size)
     row_taps, col_taps = resize_taps(grid[0], output_size[0]), resize_taps(grid[1], output_size[1])
     labels = torch.empty((top_k, *output_size), dtype=label_dtype)
-    values = torch.empty((top_k, *output_size), dtype=logits.dtype)
+    values = torch.empty((top_k, *output_size), dtype=logits.dtype) if return_scores else None
     tile_rows, tile_cols = tile_shape(logits.shape[1], output_size, grid, logits.element_size())
     for r0 in range(0, output_size[0], tile_rows):
         r1 = min(r0 + tile_rows, output_size[0])
@@ -174,6 +175,7 @@ def label_map_reference(
             value, label = best(scores, top_k)
             if threshold is not None:
                 label = torch.where(value < threshold, background, label)
-            values[:, r0:r1, c0:c1] = value
+            if values is not None:
+                values[:, r0:r1, c0:c1] = value
             labels[:, r0:r1, c0:c1] = label
-    return labels.to(device), values.to(device)
+    return labels.to(device), None if values is None else values.to(device)

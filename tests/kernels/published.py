@@ -55,9 +55,7 @@ def slide_windows(picture_size, crop: int, stride: int) -> list[tuple[int, int, 
     return windows
 
 
-def smooth_logits(
-    windows: int, classes: int, height: int, width: int, seed: int = 0, scale: float = 4.0
-) -> Tensor:
+def smooth_logits(windows: int, classes: int, height: int, width: int, seed: int = 0, scale: float = 4.0) -> Tensor:
     """``[W, C, h, w]`` fp32 as segmenters give them: few classes stand out, in connected regions."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(windows, classes, max(2, height // 6), max(2, width // 6), generator=generator)

@@ -2,11 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastzs.kernels.label_map import reference
-from fastzs.kernels.label_map.api import label_map
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.kernels.published import published_scores, slide_windows
+from fastzs.kernels.label_map import compiled, reference
+from fastzs.kernels.label_map.api import label_map
+from tests.kernels.published import published_scores, slide_windows, smooth_logits
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -53,9 +55,365 @@ def test_golden_whole_inference():
     """MaskCLIP's published whole inference: resize to the input, then to the original size, then argmax."""
     golden = load_file(GOLDENS / "C_maskclip_vit.safetensors")
     logits = golden["out64.image1.refined_kspd"]
-    got = label_map(
-        logits, [(0, 0, 96, 80)], (96, 80), output_size=(113, 89), activation="none", return_scores=True
-    )
+    got = label_map(logits, [(0, 0, 96, 80)], (96, 80), output_size=(113, 89), activation="none", return_scores=True)
     assert torch.equal(got.labels, golden["out64.image1.whole_labels"][0])
     want = golden["out64.image1.whole_scores_sub"][0].amax(0)
+    assert got.scores is not None
     torch.testing.assert_close(got.scores[::4, ::4], want, rtol=0, atol=1e-12)
+
+
+# ---- every backend against the fp64 reference ------------------------------------------------------------------
+
+BACKENDS = [
+    pytest.param("reference"),
+    pytest.param("cpu", marks=pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))),
+]
+SCORE_ERROR = 1e-6  # from fp32 logits, of the largest score or 1: measured 6.4e-7 (softmax on portable vectors)
+
+
+def assert_agrees(logits, windows, picture, output, top_k=1, single=False, impl="cpu", slack=SCORE_ERROR, **options):
+    """Scores within ``slack`` of the fp64 reference's, and labels equal except where scores tie within it.
+
+    Returns how many labels differ.
+    """
+    options = {"output_size": output, "top_k": top_k, "resize": "single" if single else "two-stage", **options}
+    got = label_map(logits, windows, picture, return_scores=True, impl=impl, **options)
+    want = label_map(logits.double(), windows, picture, return_scores=True, impl="reference", **options)
+    assert got.labels.dtype == want.labels.dtype
+    assert got.labels.shape == want.labels.shape
+    assert got.scores is not None
+    assert want.scores is not None
+    assert got.scores.dtype == torch.float32
+    size = max(1.0, want.scores.abs().max().item())
+    error = (got.scores.double() - want.scores).abs().max().item()
+    assert error <= slack * size, (error, size)
+    # A label that differs must have the winner's score: ask the reference for all scores of these pixels.
+    every = label_map(logits.double(), windows, picture, return_scores=True, impl="reference",
+                      **{**options, "top_k": logits.shape[1]})  # fmt: skip
+    assert every.scores is not None
+    shape = (-1, *want.scores.shape[-2:])
+    order = every.labels.view(shape).long().argsort(0)
+    scores = every.scores.view(shape).gather(0, order)  # [C, H', W'], by class
+    of_label = scores.gather(0, got.labels.view(shape).long())
+    gap = (of_label - want.scores.view(shape)).abs().max().item()
+    assert gap <= 2 * slack * size, gap
+    return int((got.labels != want.labels).sum())
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
+@pytest.mark.parametrize(("picture", "crop", "stride", "size", "output"), CASES)
+def test_backend(picture, crop, stride, size, output, activation, single, impl):
+    for classes, top_k in ((1, 1), (7, 3), (40, 1), (40, 9)):
+        logits, windows = random_case(picture, crop, stride, size, classes, torch.float32)
+        seen = range(0, classes, 3)
+        assert_agrees(logits, windows, picture, output, top_k, single, impl, activation=activation, seen=seen)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits(dtype, impl):
+    logits, windows = random_case((96, 160), 64, 48, (4, 4), 30, torch.float32)
+    assert_agrees(logits.to(dtype), windows, (96, 160), (120, 200), impl=impl)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_any_shape(impl, data):
+    picture = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70)))
+    crop = data.draw(st.integers(1, 70))
+    stride = data.draw(st.integers(max(1, crop // 2), crop))
+    size = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
+    output = data.draw(st.none() | st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    classes = data.draw(st.sampled_from([1, 2, 16, 17, 33, 260, 1000]))
+    activation = data.draw(st.sampled_from(["sigmoid", "softmax", "none"]))
+    if len(slide_windows(picture, crop, stride)) * classes > 20000:
+        classes = 17
+    logits, windows = random_case(picture, crop, stride, size, classes, torch.float32)
+    options = {
+        "activation": activation,
+        "seen": data.draw(st.none() | st.just(range(classes // 2))),
+        "calibration": data.draw(st.sampled_from([0.1, 0.0, -0.3, 2.0])),
+        "top_k": data.draw(st.integers(1, min(classes, 12))),
+        "single": data.draw(st.booleans()),
+    }
+    assert_agrees(logits, windows, picture, output, impl=impl, **options)
+
+
+# ---- leaving classes out is exact ----------------------------------------------------------------------------------
+
+
+def adversarial_logits(kind: str, windows: int, classes: int, h: int, w: int) -> torch.Tensor:
+    """Maps on which a careless comparison of whole blocks goes wrong."""
+    generator = torch.Generator().manual_seed(classes)
+    noise = torch.randn(windows, classes, h, w, generator=generator)
+    if kind == "noise":  # almost no class is below another over a whole block
+        return 3 * noise
+    if kind == "hair":  # classes apart by a few units in the last place
+        return 1 + noise[:, :1] + 1e-6 * noise
+    if kind == "spikes":  # each class wins at one node only
+        maps = torch.full((windows, classes, h, w), -4.0)
+        at = torch.randint(h * w, (windows, classes, 1), generator=generator)
+        return maps.flatten(2).scatter(2, at, 4.0).view(maps.shape)
+    if kind == "windows":  # what one window wants, the other refuses
+        return noise + 6 * torch.linspace(-1, 1, classes)[:, None, None] * (1 - 2 * (torch.arange(windows) % 2)).view(
+            -1, 1, 1, 1
+        )
+    if kind == "saturated":  # sigmoids of 1 in fp32 that differ in the logits
+        return 30 + 10 * noise
+    if kind == "tiny":  # sigmoids near 0
+        return -40 + 10 * noise
+    if kind == "ramps":  # crossings inside the blocks
+        x = torch.linspace(-1, 1, w) * torch.linspace(-9, 9, classes)[:, None]
+        return x[None, :, None].expand(windows, classes, h, w) + 0.2 * noise
+    assert kind == "smooth"
+    return smooth_logits(windows, classes, h, w)
+
+
+@pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
+@pytest.mark.parametrize("kind", ["noise", "hair", "spikes", "windows", "saturated", "tiny", "ramps", "smooth"])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_adversarial(kind, calibrated):
+    picture, output = (100, 150), (83, 131)
+    windows = slide_windows(picture, 64, 43)
+    logits = adversarial_logits(kind, len(windows), 60, 8, 8)
+    options = {"seen": range(0, 60, 2), "calibration": 0.2} if calibrated else {}
+    for size in (None, output):
+        for top_k in (1, 2):
+            # scores of 40 sigmas saturate: ties of many classes, their labels by their scores
+            assert_agrees(logits, windows, picture, size, top_k, **options)
+        assert_agrees(logits, windows, picture, size, activation="none", **options)
+
+
+@pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_instruction_sets(isa, monkeypatch):
+    monkeypatch.setenv("FASTZS_CPU_ISA", isa)
+    picture = (100, 150)
+    windows = slide_windows(picture, 64, 43)
+    for kind in ("noise", "windows", "smooth"):
+        logits = adversarial_logits(kind, len(windows), 60, 8, 8)
+        for activation in ("sigmoid", "softmax"):
+            assert_agrees(logits, windows, picture, (83, 131), activation=activation, seen=range(30))
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_threads_and_repeats_give_the_same_bits(impl):
+    logits, windows = random_case((96, 160), 64, 48, (4, 4), 30, torch.float32)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 2):
+            torch.set_num_threads(n)
+            results.append(label_map(logits, windows, (96, 160), return_scores=True, impl=impl))
+    finally:
+        torch.set_num_threads(threads)
+    for labels, scores in results[1:]:
+        assert torch.equal(labels, results[0].labels)
+        assert torch.equal(scores, results[0].scores)
+
+
+# ---- what is promised at the edges ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_equal_scores_give_the_lowest_class(impl):
+    logits = torch.full((1, 300, 3, 3), 0.7)
+    got = label_map(logits, [(0, 0, 20, 20)], (20, 20), output_size=(13, 31), top_k=3, impl=impl)
+    assert got.labels.dtype == torch.int16
+    assert [got.labels[k].unique().tolist() for k in range(3)] == [[0], [1], [2]]
+    logits[:, 200:] = 0.8
+    got = label_map(logits, [(0, 0, 20, 20)], (20, 20), impl=impl)
+    assert got.labels.unique().tolist() == [200]
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_threshold_and_background(impl):
+    logits = torch.tensor([-2.0, 2.0]).view(1, 1, 1, 2).repeat(1, 2, 1, 1)
+    logits[:, 1] -= 1
+    args = (logits, [(0, 0, 2, 8)], (2, 8))
+    got = label_map(*args, threshold=0.5, impl=impl)
+    assert got.scores is None
+    assert got.labels.tolist() == [[2, 2, 2, 2, 0, 0, 0, 0]] * 2
+    assert label_map(*args, threshold=0.5, background=255, impl=impl).labels[0].tolist() == [255] * 4 + [0] * 4
+    got = label_map(*args, threshold=0.5, background=1000, top_k=2, impl=impl)
+    assert got.labels.dtype == torch.int16
+    assert got.labels[1, 0].tolist() == [1000] * 5 + [1] * 3  # the second class is above 0.5 only at the end
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize(
+    ("classes", "threshold", "dtype"),
+    [(255, None, torch.uint8), (254, 0.5, torch.uint8), (255, 0.5, torch.int16), (256, None, torch.int16)],
+)
+def test_label_dtype(classes, threshold, dtype, impl):
+    got = label_map(torch.zeros(1, classes, 1, 1), [(0, 0, 4, 4)], (4, 4), threshold=threshold, impl=impl)
+    assert got.labels.dtype == dtype
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite(bad, impl):
+    """A class with a bad logit loses where that logit is used, and one warning says so."""
+    logits = torch.zeros(1, 3, 4, 4)
+    logits[0, 1] = 1.0
+    logits[0, 1, 0, 0] = bad
+    with pytest.warns(UserWarning, match="NaN or infinite") as caught:
+        got = label_map(logits, [(0, 0, 16, 16)], (16, 16), return_scores=True, impl=impl)
+    assert len(caught) == 1
+    touched = torch.zeros(16, 16, dtype=torch.bool)
+    touched[:6, :6] = True  # the pixels between node (0, 0) and its neighbours
+    assert got.labels[touched].unique().tolist() == [0]
+    assert got.labels[~touched].unique().tolist() == [1]
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        got = label_map(torch.full((1, 3, 2, 2), bad), [(0, 0, 4, 4)], (4, 4), return_scores=True, impl=impl)
+    assert got.labels.unique().tolist() == [0]
+    assert got.scores is not None
+    assert got.scores.unique().tolist() == [-float("inf")]
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_seen_as_mask_or_indices(impl):
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+    mask = torch.zeros(9, dtype=torch.bool)
+    mask[[1, 4]] = True
+    for seen in ([1, 4], torch.tensor([4, 1]), mask):
+        got = label_map(logits, windows, (40, 40), seen=seen, calibration=0.5, return_scores=True, impl=impl)
+        want = published_scores(logits, windows, (40, 40), seen=[1, 4], calibration=0.5).max(0)
+        torch.testing.assert_close(got.scores, want.values, rtol=0, atol=1e-6)
+        assert torch.equal(got.labels.long(), want.indices)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_strided_logits(impl):
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+    wide = torch.randn(len(windows), 9, 8, 8)
+    wide[:, :, ::2, 1::2] = logits
+    got = label_map(wide[:, :, ::2, 1::2], windows, (40, 40), impl=impl)
+    assert torch.equal(got.labels, label_map(logits, windows, (40, 40), impl=impl).labels)
+
+
+@pytest.mark.parametrize(("impl", "bound"), [("reference", 100e6), ("cpu", 10e6)])
+def test_large_picture_in_little_memory(impl, bound):
+    """Four windows in a row, 300 classes: a ``[C, H, W]`` map would take 307 MB."""
+    if impl == "cpu" and compiled.MISSING is not None:
+        pytest.skip(compiled.MISSING)
+    windows = [(0, 256 * n, 256, 256) for n in range(4)]
+    logits = smooth_logits(len(windows), 300, 8, 8)
+    assert peak_memory(lambda: label_map(logits, windows, (256, 1024), output_size=(200, 800), impl=impl)) < bound
+
+
+def peak_memory(call) -> int:
+    """Bytes the process grew by at most while ``call`` ran."""
+    import threading
+    import time
+
+    page = 4096
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    call()
+    before, most, done = resident(), 0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.is_set():
+            most = max(most, resident())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    call()
+    done.set()
+    thread.join()
+    return most - before
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"logits": torch.ones(2, 3, 4)}, ValueError, r"\(2, 3, 4\); wanted \[W, C, h, w\]"),
+        ({"logits": torch.ones(2, 0, 4, 4)}, ValueError, "none of them 0"),
+        ({"logits": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "int32"),
+        ({"windows": [(0, 0, 8, 8)]}, ValueError, r"\[2, 4\]"),
+        ({"windows": [(0.0, 0.0, 8.0, 8.0)] * 2}, ValueError, "float32"),
+        ({"windows": [(0, 0, 8, 8), (0, 4, 8, 6)]}, ValueError, "window 1 is 8 x 6, the first 8 x 8"),
+        ({"windows": [(0, 0, 8, 8), (0, 5, 8, 8)]}, ValueError, "window 1 .top 0, left 5.* 8 x 12"),
+        ({"windows": [(0, -1, 8, 8), (0, 4, 8, 8)]}, ValueError, "left -1"),
+        ({"windows": [(0, 0, 8, 0)] * 2}, ValueError, "width 0"),
+        ({"windows": [(0, 0, 8, 5), (0, 7, 8, 5)]}, ValueError, "16 of .* rows 0 to 7, columns 5 to 6"),
+        ({"windows": [(0, 0, 4, 12), (3, 0, 4, 12)]}, ValueError, "12 of .* rows 7 to 7, columns 0 to 11"),
+        ({"picture_size": (8, 0)}, ValueError, r"picture_size=\(8, 0\)"),
+        ({"picture_size": (8,)}, ValueError, "picture_size"),
+        ({"output_size": (0, 8)}, ValueError, r"output_size=\(0, 8\)"),
+        ({"activation": "relu"}, ValueError, "activation='relu'"),
+        ({"resize": "nearest"}, ValueError, "resize='nearest'"),
+        ({"top_k": 0}, ValueError, "top_k=0"),
+        ({"top_k": 4}, ValueError, "top_k=4"),
+        ({"calibration": float("nan")}, ValueError, "calibration=nan"),
+        ({"threshold": 1.5}, ValueError, "threshold=1.5; wanted 0 to 1"),
+        ({"threshold": float("nan")}, ValueError, "threshold=nan"),
+        ({"threshold": float("inf"), "activation": "none"}, ValueError, "finite"),
+        ({"background": 3}, ValueError, "only with a threshold"),
+        ({"threshold": 0.5, "background": -1}, ValueError, "background=-1"),
+        ({"threshold": 0.5, "background": 40000}, ValueError, "background=40000; labels are int16"),
+        ({"logits": torch.ones(2, 40000, 1, 1)}, ValueError, "40000 classes"),
+        ({"seen": [0, 3]}, ValueError, "seen names class 3"),
+        ({"seen": [-1]}, ValueError, "seen names class -1"),
+        ({"seen": torch.ones(4, dtype=torch.bool)}, ValueError, r"\(4,\); wanted \(3,\)"),
+        ({"impl": "gpu"}, ValueError, "impl='gpu'"),
+        ({"impl": "cpu", "logits": torch.ones(2, 3, 4, 4).double()}, RuntimeError, "float64"),
+    ],
+)
+def test_bad_input(change, error, words):
+    options = {
+        "logits": torch.ones(2, 3, 4, 4),
+        "windows": [(0, 0, 8, 8), (0, 4, 8, 8)],
+        "picture_size": (8, 12),
+        **change,
+    }
+    with pytest.raises(error, match=words):
+        label_map(options.pop("logits"), options.pop("windows"), options.pop("picture_size"), **options)
+
+
+# ---- PyTorch's machinery -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+@pytest.mark.parametrize("options", [{}, {"top_k": 2, "return_scores": True, "threshold": 0.3}])
+def test_opcheck(options, impl):
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+    args = (logits, torch.tensor(windows), [40, 40], [30, 50], "sigmoid", 0.1 * torch.ones(9),
+            options.get("threshold"), 9, options.get("top_k", 1), "two-stage", False,
+            options.get("return_scores", False), impl)  # fmt: skip
+    torch.library.opcheck(torch.ops.fastzs.label_map, args)
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_compile_and_export(impl):
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+
+    class Program(torch.nn.Module):
+        def forward(self, logits, windows):
+            out = label_map(2 * logits, windows, (40, 40), seen=[0, 1], return_scores=True, impl=impl)
+            return out.labels, out.scores
+
+    inputs = (logits, torch.tensor(windows))
+    want = Program()(*inputs)
+    for program in (torch.compile(Program(), fullgraph=True, backend="aot_eager"),
+                    torch.export.export(Program(), inputs).module()):  # fmt: skip
+        for a, b in zip(program(*inputs), want, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_no_gradient():
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+    got = label_map(logits.requires_grad_(), windows, (40, 40), return_scores=True)
+    assert got.scores is not None
+    assert not got.scores.requires_grad
