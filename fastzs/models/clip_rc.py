@@ -235,5 +235,6 @@ class ClipRC(PromptTuned):
 
     def _left_out(self, state: Mapping[str, Tensor]) -> set[str]:
         if self.decode_head.recovery_decoder is not None:
-            return set()
-        return {name for name in state if name.startswith("decode_head.recovery_decoder.")}
+            return super()._left_out(state)
+        recovery = {name for name in state if name.startswith("decode_head.recovery_decoder.")}
+        return recovery | super()._left_out(state)

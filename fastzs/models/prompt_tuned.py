@@ -331,7 +331,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
 
     def _left_out(self, state: Mapping[str, Tensor]) -> set[str]:
         """Names of a published checkpoint that this model has no use for."""
-        return set()
+        return set() if self.backbone.deep_prompts else {"backbone.prompt_norm.weight", "backbone.prompt_norm.bias"}
 
 
 def _own_text_tower(path: Path, state: Mapping[str, Tensor], model: PromptTuned) -> Clip | None:

@@ -142,4 +142,5 @@ class ZegCLIP(PromptTuned):
     def _left_out(self, state: Mapping[str, Tensor]) -> set[str]:
         last = f"decode_head.decoder_1.layers.{len(self.decode_head.decoder_1.layers) - 1}."
         parts = ("multihead_attn.v.", "multihead_attn.proj.", "linear1.", "linear2.", "norm2.", "norm3.")
-        return {name for name in state if name.startswith(tuple(last + part for part in parts))}
+        dead = {name for name in state if name.startswith(tuple(last + part for part in parts))}
+        return dead | super()._left_out(state)

@@ -51,6 +51,15 @@ def test_published_checkpoint(kind, tmp_path, images, text):
 
 
 @torch.no_grad()
+def test_checkpoint_with_carried_prompts(tmp_path, images, text):
+    """Without deep prompts the published code has a prompt_norm that it does not use."""
+    net = model(ZegCLIP, deep_prompts=0)
+    unused = {"backbone.prompt_norm.weight": torch.ones(48), "backbone.prompt_norm.bias": torch.ones(48)}
+    loaded = ZegCLIP.from_checkpoint(write(tmp_path / "voc.pth", published_state(net) | unused), **HEADS)
+    assert torch.equal(loaded(images, text), net(images, text))
+
+
+@torch.no_grad()
 def test_wrapped_for_several_gpus(tmp_path, images, text):
     net = model(ZegCLIP)
     state = {f"module.{name}": t for name, t in published_state(net).items()}

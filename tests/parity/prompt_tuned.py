@@ -272,7 +272,8 @@ def _train_forward(
     logits = model.decode(encoded, text)
     if transductive:
         target = transductive_target(target, logits, base)
-    yield golden.check("mid.gt_final", target[:, None])
+    if images.dtype == torch.float64:  # in fp32 pseudo labels may tie
+        yield golden.check("mid.gt_final", target[:, None])
     predicted = upsampled(logits, size)
     yield golden.check("out64.pred_masks_sub", predicted)
     counted = target != 255
