@@ -66,13 +66,19 @@ def extension(cuda: bool):
     if not torch.cuda.is_available():
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
     sources += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cu"))
-    return cpp_extension.CUDAExtension(
+    built = cpp_extension.CUDAExtension(
         LIBRARY,
         sources,
         define_macros=[*macros, ("USE_CUDA", None)],
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "-lineinfo"]},
         **options,
     )
+    # The library needs no CUDA library to load, so it also loads where torch has none, and with any CUDA runtime. What
+    # it does want of torch's CUDA part, the current stream, it finds through libtorch.so, which nothing else asks for.
+    built.libraries = [name for name in built.libraries if name not in ("cudart", "c10_cuda", "torch_cuda")]
+    built.libraries += ["cudart_static", "rt", "dl", "pthread"]
+    built.extra_link_args = ["-Wl,--no-as-needed", "-ltorch"]
+    return built
 
 
 def build_command(wanted: str, no_cuda: str | None):
@@ -136,4 +142,5 @@ def build_options() -> dict:
     return {"ext_modules": [built], "cmdclass": {"build_ext": build_command(wanted, no_cuda)}}
 
 
-setup(**build_options())
+if __name__ == "__main__":
+    setup(**build_options())

@@ -65,7 +65,7 @@ def mask_loss(
         ValueError: shapes or devices do not fit, a dimension is 0, or an option is out of range.
         RuntimeError: a label is out of range (on a GPU: a device-side assertion), or ``impl`` cannot run.
     """
-    _validate(logits, target, alpha, gamma, ignored, normalizer)
+    _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer)
     skip = ignored == "skip"
     options = (float(alpha), float(gamma), ignore_index, skip)
     with_nodes = torch.is_grad_enabled() and logits.requires_grad
@@ -120,11 +120,15 @@ def pixel_text_mask_loss(
 def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None]:
     """For each backend, best first, why it cannot run on these tensors."""
     device = logits.device.type
-    cpu, triton = MISSING["cpu"], None
+    cpu, cuda, triton = MISSING["cpu"], MISSING["cuda"], None
     if device != "cpu":
         cpu = f"the logits are on {device}"
     elif logits.shape[1] >= 32767:
         cpu = f"there are {logits.shape[1]} classes; wanted fewer than 32767"
+    if device != "cuda":
+        cuda = f"the logits are on {device}"
+    elif max(*logits.shape[2:], *target.shape[1:]) >= 65535:
+        cuda = f"{list(logits.shape[2:])} or {list(target.shape[1:])} is too large; wanted less than 65535"
     if not HAS_TRITON:
         triton = "Triton is not installed"
     elif device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
@@ -132,8 +136,8 @@ def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None
     elif target.shape[2] > 128 * logits.shape[3]:
         triton = f"{logits.shape[3]} columns become {target.shape[2]}; wanted at most 128 times as many"
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        cpu = triton = f"the logits are {logits.dtype}; wanted float32, bfloat16 or float16"
-    return {"cpu": cpu, "triton": triton, "reference": None}
+        cpu = cuda = triton = f"the logits are {logits.dtype}; wanted float32, bfloat16 or float16"
+    return {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": None}
 
 
 def _losses(
@@ -160,7 +164,7 @@ def _mean_over_ranks(count: torch.Tensor) -> torch.Tensor:
     return count / torch.distributed.get_world_size()
 
 
-def _validate(logits, target, alpha, gamma, ignored, normalizer) -> None:
+def _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer) -> None:
     for name, tensor, dims in (("logits", logits, "[B, C, h, w]"), ("target", target, "[B, H, W]")):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"mask_loss: {name} is {type(tensor).__name__}; wanted a tensor {dims}")
@@ -179,6 +183,8 @@ def _validate(logits, target, alpha, gamma, ignored, normalizer) -> None:
         )
     if logits.device != target.device:
         raise ValueError(f"mask_loss: logits are on {logits.device}, target is on {target.device}")
+    if not -(2**31) <= ignore_index < 2**31:
+        raise ValueError(f"mask_loss: ignore_index is {ignore_index}; wanted a 32-bit integer")
     if not 0 <= alpha <= 1:
         raise ValueError(f"mask_loss: alpha is {alpha}; wanted a number in [0, 1]")
     if not 0 <= gamma < math.inf:

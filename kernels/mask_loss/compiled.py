@@ -1,4 +1,4 @@
-"""The backends of ``mask_loss`` in the compiled library: the operator ``fastzs::mask_sums`` (csrc/mask_loss.*)."""
+"""The backends of ``mask_loss`` in the compiled library: the operator ``fastzs::mask_sums`` (csrc/mask_loss*)."""
 
 from ..extension import why_missing
 from .operator import register

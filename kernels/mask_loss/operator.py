@@ -1,6 +1,6 @@
 """What makes a backend's ``mask_sums`` a PyTorch operator: its fake implementation and its gradient.
 
-Every backend is an operator of one schema: ``fastzs::mask_sums`` in the compiled library (csrc/mask_loss.*) and
+Every backend is an operator of one schema: ``fastzs::mask_sums`` in the compiled library (csrc/mask_loss*) and
 ``fastzs::mask_sums_triton``. ``sums`` is ``[B, C, 4]`` fp32 as in ``reference.py``. ``nodes`` is ``[B, C, 3, h, w]``
 fp32: the gradients of the first three sums with respect to the logits, taken in the same pass over the pixels, so
 that backward is one small product at low resolution. Without ``with_nodes`` it is empty.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fastzs.kernels import extension
 
 ROOT = Path(__file__).parents[2]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from fastzs.kernels.mask_loss import mask_loss
 from safetensors import safe_open
+
+from fastzs.kernels.mask_loss import mask_loss
 
 from .tolerances import assert_close
 
@@ -149,6 +150,7 @@ def test_normaliser_is_averaged_over_ranks(tmp_path):
         (lambda z, t: ((z, t.numpy()), {}), TypeError, "target is ndarray"),
         (lambda z, t: ((z.to("meta"), t), {}), ValueError, "logits are on meta, target is on cpu"),
         (lambda z, t: ((z, t), {"alpha": 1.5}), ValueError, "alpha is 1.5"),
+        (lambda z, t: ((z, t), {"ignore_index": 2**31}), ValueError, "ignore_index is 2147483648"),
         (lambda z, t: ((z, t), {"gamma": -1.0}), ValueError, "gamma is -1.0"),
         (lambda z, t: ((z, t), {"gamma": float("nan")}), ValueError, "gamma is nan"),
         (lambda z, t: ((z, t), {"ignored": "drop"}), ValueError, "ignored is 'drop'"),

@@ -189,29 +189,6 @@ def test_nodes_machine_code(arch):
     assert seen.shared == 0
 
 
-def gpu_case(**changes):
-    return tuple(t.cuda() for t in case(**{"B": 3, "C": 21, "h": 32, "w": 31, "H": 512, "W": 496, **changes}))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("ignored", ["negative", "skip"])
-def test_on_a_gpu(dtype, ignored):
-    check(*gpu_case(dtype=dtype), ignored=ignored)
-    check(*gpu_case(dtype=dtype, H=331, W=517), ignored=ignored, gamma=1.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
-def test_bitwise_repeatable_on_a_gpu():
-    logits, target = gpu_case()
-    first = torch.ops.fastzs.mask_sums_triton(logits, target, 0.25, 2.0, 255, False, True)
-    for _ in range(3):
-        again = torch.ops.fastzs.mask_sums_triton(logits, target, 0.25, 2.0, 255, False, True)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
 MUTATIONS = {
     "the ignore rule is dropped": ("& (label != ignore_index)", "", {}),
     "ignored pixels are kept": ("keep = tl.where(label != ignore_index, 1.0, 0.0)", "keep = 1.0", {"ignored": "skip"}),
