@@ -1,6 +1,6 @@
 """The end of the pipeline as the published code computes it: eager, with the full ``[C, H, W]`` score maps.
 
-What ``label_map`` is compared with, in tests and in bench/.
+What ``label_map`` is compared with, in bench/ and in its tests.
 """
 
 import torch
@@ -53,6 +53,23 @@ def slide_windows(picture_size, crop: int, stride: int) -> list[tuple[int, int, 
             top, left = min(i * stride, picture_size[0] - height), min(j * stride, picture_size[1] - width)
             windows.append((top, left, height, width))
     return windows
+
+
+def scene(classes: int, picture_size, crop: int, windows, kind: str) -> Tensor:
+    """``[W, C, 32, 32]`` fp32 logits of overlapping windows of one picture, or ``kind="noise"``.
+
+    ``"regions"`` is what segmenters give: neighbours alike, few classes high at once, windows that agree where they
+    overlap but for a little noise. ``"noise"`` is the worst case for ``label_map``: nothing is alike.
+    """
+    generator = torch.Generator().manual_seed(classes)
+    if kind == "noise":
+        return torch.randn(len(windows), classes, 32, 32, generator=generator)
+    nodes = [round(n * 32 / crop) for n in picture_size]
+    whole = smooth_logits(1, classes, *nodes, seed=classes)[0]
+    tops = [min(round(top * 32 / crop), nodes[0] - 32) for top, *_ in windows]
+    lefts = [min(round(left * 32 / crop), nodes[1] - 32) for _, left, *_ in windows]
+    maps = torch.stack([whole[:, t : t + 32, x : x + 32] for t, x in zip(tops, lefts, strict=True)])
+    return maps + 0.2 * torch.randn(maps.shape, generator=generator)
 
 
 def smooth_logits(windows: int, classes: int, height: int, width: int, seed: int = 0, scale: float = 4.0) -> Tensor:
