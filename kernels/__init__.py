@@ -1,1 +1,1 @@
-"""The ops: one folder each, with ``api.py`` (validate, choose a backend), ``reference.py`` (the specification) and backends."""
+"""The ops: a folder each with ``api.py`` (checks, choice of backend), ``reference.py`` (specification), backends."""

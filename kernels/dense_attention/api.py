@@ -49,7 +49,8 @@ def dense_attention(
         raise ValueError(f"dense_attention: kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
     if not (q.ndim == 4 and q.shape == k.shape == v.shape):
         raise ValueError(
-            f"dense_attention: q, k and v must share one shape [B, H, L, d], got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+            "dense_attention: q, k and v must share one shape [B, H, L, d], "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
     if q.shape[-2] < grid[0] * grid[1]:
         raise ValueError(f"dense_attention: {q.shape[-2]} tokens are fewer than the {grid[0]} x {grid[1]} patches")
