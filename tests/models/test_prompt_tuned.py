@@ -235,6 +235,45 @@ def test_segments_as_published(name, seen, tmp_path, text):
         assert not torch.equal(plain, labels)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_bf16(name, tmp_path, text):
+    path = write(tmp_path / "voc.pth", published_state(model(KINDS[name], seed=1)))
+    vocabulary = Vocabulary(NAMES, embeddings=text)
+    low, full = (
+        fastzs.load(name, checkpoint=path, precision=precision, device="cpu", **HEADS)(picture(50, 90), vocabulary)
+        for precision in ("bf16", "fp32")
+    )
+    assert (low.labels == full.labels).float().mean() > 0.9  # measured 0.951 and 0.996
+
+
+@pytest.mark.parametrize("size", [(40, 30), (20, 200)])
+def test_windows_shrink_to_a_smaller_picture(size, tmp_path, text):
+    """As in the published code: the crop is at most the picture. Here no picture is resized."""
+    path = write(tmp_path / "voc.pth", published_state(model(ClipRC)))
+    segmenter = fastzs.load("clip_rc", checkpoint=path, short_side=0, **HEADS)
+    assert segmenter(picture(*size), Vocabulary(NAMES, embeddings=text)).labels.shape == size
+
+
+def test_more_than_255_classes(tmp_path):
+    path = write(tmp_path / "voc.pth", published_state(model(ClipRC)))
+    embeddings = F.normalize(torch.randn(300, 32, generator=torch.Generator().manual_seed(0)), dim=1)
+    segmenter = fastzs.load("clip_rc", checkpoint=path, precision="fp32", **HEADS)
+    labels = segmenter(picture(50, 90), Vocabulary([f"c{i}" for i in range(300)], embeddings=embeddings)).labels
+    assert labels.dtype == torch.int16
+    assert labels.min() >= 0
+    assert labels.max() < 300
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_trains_under_autocast(name, images, text):
+    net = model(KINDS[name]).train()
+    target = torch.randint(0, 4, (2, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = net.losses(images, target, text)
+    losses["total"].backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.requires_grad)
+
+
 def test_whole_picture_at_once(tmp_path, text):
     path = write(tmp_path / "voc.pth", published_state(model(ClipRC)))
     segmenter = fastzs.load("clip_rc", checkpoint=path, crop=0, **HEADS)

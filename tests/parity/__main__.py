@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from tests.parity.runner import NoRunner, checks, files
+from tests.parity.runner import checks, files
 
 
 def main(paths: list[str]) -> int:
@@ -22,9 +22,9 @@ def main(paths: list[str]) -> int:
                 print(line)
                 if not check.ok:
                     failed.append(line)
-        except NoRunner as error:
-            failed.append(f"{path}: {error}")
-            print(f"{path}: {error}")
+        except Exception as error:  # one broken file must not hide the others
+            failed.append(f"{path}: {type(error).__name__}: {error}")
+            print(failed[-1])
     print(f"{count} comparisons, {len(failed)} failures")
     if failed:
         print("\n".join(failed))

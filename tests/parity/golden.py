@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -104,6 +105,12 @@ class Golden:
             tolerance = GRADIENT_FP32 if gradient else FORWARD_FP32
         scale = scale or reference.abs().max().item() or 1.0
         return Check(name, run, (value.double() - reference.double()).abs().max().item() / scale, tolerance)
+
+    def checks(self, name: str, value: Tensor, **options) -> Iterator[Check]:
+        """:meth:`check` of the tensor ``name`` and of its subsample ``name_sub``, whichever the file holds."""
+        for held in (name, f"{name}_sub"):
+            if held in self:
+                yield self.check(held, value, **options)
 
     def check_labels(self, name: str, scores: Tensor, labels: Tensor | None = None) -> Check:
         """Compare ``labels`` (the best of ``scores`` if omitted) with those under ``name``; ties may differ.

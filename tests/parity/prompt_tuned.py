@@ -59,9 +59,9 @@ def as_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def both(golden: Golden, name: str, value: Tensor) -> Iterator[Check]:
     """``out64.name``, and in fp32 also ``out.name``, which the official code gave in fp32."""
-    if value.dtype == torch.float32 and f"out.{name}" in golden:
-        yield golden.check(f"out.{name}", value)
-    yield golden.check(f"out64.{name}", value)
+    if value.dtype == torch.float32:
+        yield from golden.checks(f"out.{name}", value)
+    yield from golden.checks(f"out64.{name}", value)
 
 
 def encoded_checks(golden: Golden, encoded: Encoded, variant: str = "") -> Iterator[Check]:
@@ -78,7 +78,7 @@ def backbone(golden: Golden) -> Iterator[Check]:
         seen = []
         model.ln_pre.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
         encoded = model.encode(image)
-        yield golden.check("mid64.ln_pre_out", seen[0])
+        yield from golden.checks("mid64.ln_pre_out", seen[0])
         yield from encoded_checks(golden, encoded)
         if encoded.bridge is not None:
             assert model.bridge is not None
@@ -168,22 +168,20 @@ def head(kind: type[ClipRC] | type[ZegCLIP], prefix: str, golden: Golden) -> Ite
         logits = model.decode(encoded, text)
         if isinstance(model, ClipRC):
             streams = model.streams(encoded, text)
-            yield golden.check("mid64.combine_token", model.descriptor(streams.visual, text))
-            yield golden.check("mid64.q_proj_out", model.decode_head.q_proj(streams.visual, text))
-            yield golden.check("mid64.lateral_proj_out", model.lateral(encoded))
-            for name, value in ((f"q_layer{last}", streams.queries), (f"lateral_layer{last}", streams.features)):
-                if f"mid64.{name}" in golden:  # some files hold the first layers only
-                    yield golden.check(f"mid64.{name}", value)
-            yield golden.check("mid64.fusion_attn_map", logits)
+            yield from golden.checks("mid64.combine_token", model.descriptor(streams.visual, text))
+            yield from golden.checks("mid64.q_proj_out", model.decode_head.q_proj(streams.visual, text))
+            yield from golden.checks("mid64.lateral_proj_out", model.lateral(encoded))
+            # some files hold the first layers only
+            yield from golden.checks(f"mid64.q_layer{last}", streams.queries)
+            yield from golden.checks(f"mid64.lateral_layer{last}", streams.features)
+            yield from golden.checks("mid64.fusion_attn_map", logits)
         else:
-            yield golden.check(f"mid64.attn_layer{last}", logits.flatten(2))
+            yield from golden.checks(f"mid64.attn_layer{last}", logits.flatten(2))
         size = (c["img"], c["img"])
         probabilities = upsampled(logits, size).sigmoid()
         scores = calibrated(probabilities, c["base"])
-        if dtype == torch.float32:
-            yield golden.check("out.pred_inductive_sub", scores)
-        yield golden.check("out64.pred_inductive", scores)
-        yield golden.check("out64.pred_transductive_sub", probabilities)
+        yield from both(golden, "pred_inductive", scores)
+        yield from both(golden, "pred_transductive", probabilities)
         for setting, values, seen in (("inductive", scores, c["base"]), ("transductive", probabilities, None)):
             labels = [label_map(one[None], [[0, 0, *size]], size, seen=seen).labels for one in logits]
             yield golden.check_labels(f"out64.labels_{setting}", values, torch.stack(labels))
@@ -207,16 +205,15 @@ def slide(kind: type[ClipRC] | type[ZegCLIP], prefix: str, golden: Golden) -> It
                 scores = calibrated(upsampled(crop[None], (h, w)).sigmoid(), seen)
                 total[:, :, y : y + h, x : x + w] += scores
                 visits[y : y + h, x : x + w] += 1
-                if f"out64.{setting}.crop0_sub" in golden and (y, x) == (0, 0):
-                    yield golden.check(f"out64.{setting}.crop0_sub", scores)
+                if (y, x) == (0, 0):
+                    yield from golden.checks(f"out64.{setting}.crop0", scores)
             total /= visits
             rescaled = upsampled(total, tuple(c["ori_shape"]))
-            if f"out64.{setting}.scores_sub" in golden:
-                yield golden.check(f"out64.{setting}.scores_sub", total)
-                yield golden.check(f"out64.{setting}.scores_rescaled_sub", rescaled)
+            yield from golden.checks(f"out64.{setting}.scores", total)
+            yield from golden.checks(f"out64.{setting}.scores_rescaled", rescaled)
             best = rescaled.topk(2, dim=1).values
             # a difference of two scores: its rounding is theirs
-            yield golden.check(f"out64.{setting}.min_margin", (best[:, 0] - best[:, 1]).min(), scale=1.0)
+            yield from golden.checks(f"out64.{setting}.min_margin", (best[:, 0] - best[:, 1]).min(), scale=1.0)
             labels = label_map(
                 logits, windows, size, output_size=c["ori_shape"], seen=seen or None, calibration=CALIBRATION
             ).labels
@@ -247,16 +244,15 @@ def train(kind: type[ClipRC] | type[ZegCLIP], prefix: str, setting: str, golden:
         losses = model.losses(images, target, text, seen=c["base"], transductive=transductive, **weights)
         for name, value in losses.items():
             if dtype == torch.float32:
-                yield golden.check(f"loss.{LOSSES[name]}", value)
-            yield golden.check(f"loss64.{LOSSES[name]}", value)
+                yield from golden.checks(f"loss.{LOSSES[name]}", value)
+            yield from golden.checks(f"loss64.{LOSSES[name]}", value)
         losses["total"].backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             norm = golden[f"gradnorm64.{name}"].item()
             scale = largest if norm < NO_GRADIENT * largest else None
-            yield golden.check(f"gradnorm64.{name}", parameter.grad.norm(), gradient=True, scale=scale)
-            if f"grad64.{name}" in golden:
-                yield golden.check(f"grad64.{name}", parameter.grad, gradient=True, scale=scale)
+            yield from golden.checks(f"gradnorm64.{name}", parameter.grad.norm(), gradient=True, scale=scale)
+            yield from golden.checks(f"grad64.{name}", parameter.grad, gradient=True, scale=scale)
         yield from _train_forward(golden, model, images, target, text, transductive)
 
 
@@ -273,23 +269,23 @@ def _train_forward(
     if transductive:
         target = transductive_target(target, logits, base)
     if images.dtype == torch.float64:  # in fp32 pseudo labels may tie
-        yield golden.check("mid.gt_final", target[:, None])
+        yield from golden.checks("mid.gt_final", target[:, None])
     predicted = upsampled(logits, size)
-    yield golden.check("out64.pred_masks_sub", predicted)
+    yield from golden.checks("out64.pred_masks", predicted)
     counted = target != 255
     right = (predicted.argmax(1) == target)[counted].to(images.dtype)
     accuracy = 100 * right.sum()[None] / (len(right) + torch.finfo(torch.float32).eps)  # as mmseg divides
     if images.dtype == torch.float32:
-        yield golden.check("loss.acc_seg", accuracy)
-    yield golden.check("loss64.acc_seg", accuracy)
+        yield from golden.checks("loss.acc_seg", accuracy)
+    yield from golden.checks("loss64.acc_seg", accuracy)
     if isinstance(model, ClipRC):
         streams = model.streams(encoded, text)
         assert model.decode_head.recovery_decoder is not None
         queries, features = model.decode_head.recovery_decoder(streams.queries, streams.features)
-        yield golden.check("out64.q", queries)
-        yield golden.check("out64.lateral", features)
-        yield golden.check("out64.ori_q", model.descriptor(streams.visual, text))
-        yield golden.check("out64.ori_lateral", encoded.patches)
+        yield from golden.checks("out64.q", queries)
+        yield from golden.checks("out64.lateral", features)
+        yield from golden.checks("out64.ori_q", model.descriptor(streams.visual, text))
+        yield from golden.checks("out64.ori_lateral", encoded.patches)
 
 
 RUNNERS: dict[str, Callable[[Golden], Iterator[Check]]] = {}
