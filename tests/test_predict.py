@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import fastzs
 from fastzs.models import MaskCLIP
 from fastzs.predict import Segmenter, choose_device, choose_precision, native_bf16
+from fastzs.windows import window_grid
 from tests.tiny import tiny_clip
 
 NAMES = ["cat", "dog", "sky"]
@@ -54,6 +55,18 @@ def test_pictures_of_every_kind_give_the_same(picture, kind, tmp_path):
 def test_any_size_with_any_windows(size, windows):
     picture = torch.randint(256, (3, *size), dtype=torch.uint8)
     assert segmenter(**windows)(picture, NAMES).labels.shape == size
+
+
+def test_each_window_sees_its_own_part(picture):
+    seg = segmenter(short_side=0, crop=(24, 32), stride=(16, 20))
+    vocabulary = fastzs.Vocabulary(NAMES)
+    windows = window_grid((50, 70), (24, 32), (16, 20))
+    logits = seg.logits(picture, windows, vocabulary)
+    assert len(logits) == len(windows) == 9
+    for i, (top, left, height, width) in enumerate(windows.tolist()):
+        part = picture[:, top : top + height, left : left + width]
+        alone = seg.model((part / 255 - 0.5)[None] / 0.5, vocabulary)
+        torch.testing.assert_close(logits[i], alone[0], rtol=1e-4, atol=1e-3)
 
 
 def test_windows_do_not_depend_on_the_batch(picture):
