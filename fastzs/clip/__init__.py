@@ -1,9 +1,10 @@
 """CLIP as a dense encoder: towers, text tower, weights."""
 
 from fastzs.clip.resnet import ResNet
+from fastzs.clip.state import WeightsError
 from fastzs.clip.templates import TEMPLATES
 from fastzs.clip.text import TextEncoder
 from fastzs.clip.vision import VisionTransformer
-from fastzs.clip.weights import Clip, WeightsError, load
+from fastzs.clip.weights import Clip, load
 
 __all__ = ["TEMPLATES", "Clip", "ResNet", "TextEncoder", "VisionTransformer", "WeightsError", "load"]

@@ -1,14 +1,7 @@
-"""Where CLIP weights come from: an open_clip tag, a hub id, a file, a folder, the package itself, or nowhere (random).
-
-Files are data: safetensors, or ``torch.load(weights_only=True)``, or OpenAI's TorchScript archives of which only the
-tensors are read. No pickled code runs.
-"""
+"""Where CLIP weights come from: an open_clip tag, a hub id, a file, a folder, the package itself, or nowhere."""
 
 import difflib
-import hashlib
 import json
-import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,10 +9,18 @@ from pathlib import Path
 
 import open_clip
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastzs.clip.resnet import ResNet
+from fastzs.clip.state import (
+    WeightsError,
+    file_fingerprint,
+    fit,
+    is_maskclip,
+    is_torchscript,
+    read_state,
+    to_openai_names,
+)
 from fastzs.clip.text import TextEncoder, WordTokenizer
 from fastzs.clip.vision import VisionTransformer
 
@@ -27,10 +28,6 @@ SHAPES = Path(__file__).parent / "shapes"
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 _VIT_OPTIONS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
 _RESNET_OPTIONS = {"image_size", "layers", "width", "patch_size", "head_width"}
-
-
-class WeightsError(ValueError):
-    """Weights that cannot be found, read or fitted; the message says which and what to do."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Clip:
             state = {k.removeprefix("visual."): v for k, v in self._state().items() if k.startswith("visual.")}
             if not state:
                 raise WeightsError(f"{self.source}: the file holds no vision tower (no keys under 'visual.')")
-            _fit(tower, state, self.source)
+            fit(tower, state, self.source)
         return tower.requires_grad_(False).eval()
 
     def text(self) -> TextEncoder:
@@ -113,7 +110,7 @@ class Clip:
                         "(Vocabulary(names, embeddings=...)) or use weights that have one"
                     )
                 wanted = encoder.tower.state_dict()
-                _fit(encoder.tower, {k: v for k, v in state.items() if k in wanted}, self.source)
+                fit(encoder.tower, {k: v for k, v in state.items() if k in wanted}, self.source)
             self._text.append(encoder.requires_grad_(False).eval())
         return self._text[0]
 
@@ -190,7 +187,7 @@ def load(backbone: str = "ViT-B-16", weights: str | Path = "openai") -> Clip:
         )
     if Path(name).is_file():
         path = Path(name).resolve()
-        openai = _is_torchscript(path) or _is_maskclip(read_state(path))
+        openai = is_torchscript(path) or is_maskclip(read_state(path))
         return Clip(
             **common,
             source=name,
@@ -279,133 +276,3 @@ def _offline(what: str, where: str, filename: str, error: Exception) -> str:
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=4, cutoff=0.4) or list(known)[:8]
     return f"unknown {what}: {name!r}; nearest known: {', '.join(near)}"
-
-
-def file_fingerprint(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weights file by name: safetensors, torch (weights only) or TorchScript; wrappers are opened.
-
-    Raises:
-        WeightsError: unreadable, truncated, not a dictionary of tensors, or a pickle that wants to run code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if _is_torchscript(path):
-            return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path}: refused, since reading it would run code or create objects other than tensors "
-            f"({str(error).splitlines()[0]}); save its state_dict with safetensors and use that"
-        ) from error
-    except Exception as error:
-        raise WeightsError(f"{path}: cannot be read as weights ({type(error).__name__}: {error})") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
-    if isinstance(content, dict) and isinstance(content.get("clip"), dict):  # MaskCLIP's ViT16_clip_weights.pth
-        content = content["clip"] | {f"proj.{k}": v for k, v in content.get("proj", {}).items()}
-    if not isinstance(content, dict):
-        raise WeightsError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
-    state = {str(k).removeprefix("module."): v for k, v in content.items() if isinstance(v, Tensor)}
-    if not state:
-        raise WeightsError(f"{path}: holds no tensors")
-    return state
-
-
-_MASKCLIP_NAMES = (
-    # vision transformers
-    ("cls_token", "class_embedding"),
-    ("pos_embed", "positional_embedding"),
-    ("patch_embed.projection.", "conv1."),
-    ("ln0.", "ln_pre."),
-    ("ln1.", "ln_post."),
-    ("layers.", "transformer.resblocks."),
-    ("attn.attn.", "attn."),
-    ("ffn.layers.0.0.", "mlp.c_fc."),
-    ("ffn.layers.1.", "mlp.c_proj."),
-    (".ln1.", ".ln_1."),
-    (".ln2.", ".ln_2."),
-    # residual networks
-    ("stem.0.", "conv1."),
-    ("stem.1.", "bn1."),
-    ("stem.3.", "conv2."),
-    ("stem.4.", "bn2."),
-    ("stem.6.", "conv3."),
-    ("stem.7.", "bn3."),
-    ("downsample.1.", "downsample.0."),
-    ("downsample.2.", "downsample.1."),
-)
-
-
-def _is_maskclip(state: dict[str, Tensor]) -> bool:
-    return any(key.removeprefix("backbone.") in ("cls_token", "stem.0.weight") for key in state)
-
-
-def to_openai_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring MaskCLIP's converted checkpoints, which use mmsegmentation's names, to OpenAI's.
-
-    The projections into the text space are taken from the decode head (``head.``, ``decode_head.`` or no prefix).
-    Anything else passes unchanged.
-    """
-    if not _is_maskclip(state):
-        return state
-    prefix = "backbone." if any(key.startswith("backbone.") for key in state) else ""
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        head, _, leaf = key.removeprefix("decode_").removeprefix("head.").rpartition(".")
-        if head == "proj":
-            out["visual.proj"] = value.flatten(1).T  # [D, C, 1, 1] -> [C, D]
-        elif head in ("q_proj", "k_proj", "v_proj", "c_proj"):
-            out[f"visual.attnpool.{head}.{leaf}"] = value.flatten(1) if leaf == "weight" else value
-        elif key.startswith(prefix):
-            out[f"visual.{_openai_name(key.removeprefix(prefix))}"] = value
-    for key in ("visual.class_embedding", "visual.positional_embedding"):
-        if key in out:
-            out[key] = out[key].flatten(0, -2) if key.endswith("positional_embedding") else out[key].flatten()
-    return out
-
-
-def _openai_name(name: str) -> str:
-    for old, new in _MASKCLIP_NAMES:
-        if old[0] == "." or old.startswith(("attn.", "ffn.", "downsample.")):
-            name = name.replace(old, new)
-        elif name == old or (old.endswith(".") and name.startswith(old)):
-            name = new + name.removeprefix(old)
-    return name
-
-
-def _fit(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    wanted = module.state_dict()
-    missing = sorted(set(wanted) - set(state))
-    unexpected = sorted(set(state) - set(wanted))
-    wrong = [
-        f"{k} is {list(state[k].shape)}, wanted {list(wanted[k].shape)}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
-    if missing or unexpected or wrong:
-        parts = [
-            f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-            for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong))
-            if names
-        ]
-        raise WeightsError(f"{source}: the weights do not fit the backbone; " + "; ".join(parts))
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
-        raise WeightsError(f"{source}: NaN or infinite values in {', '.join(bad[:6])}")
-    module.load_state_dict(state)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastzs.clip.weights import WeightsError, build_vision, load
+from fastzs.clip.state import WeightsError
+from fastzs.clip.weights import build_vision, load
 
 # (model, layers kept; None keeps all). The giants are cut in depth only: width, heads and sizes stay theirs.
 ARCHITECTURES = [

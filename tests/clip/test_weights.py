@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastzs import clip
-from fastzs.clip.weights import WeightsError, read_state, to_openai_names
+from fastzs.clip.state import WeightsError, read_state, to_openai_names
 
 TINY = {
     "embed_dim": 16,

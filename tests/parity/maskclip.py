@@ -8,7 +8,7 @@ from open_clip.modified_resnet import Bottleneck
 from torch import Tensor, nn
 
 from fastzs.clip import Clip
-from fastzs.clip.weights import to_openai_names
+from fastzs.clip.state import to_openai_names
 from fastzs.models.maskclip import LOGIT_SCALE, MaskCLIP
 from tests.parity.golden import DTYPES, Check, Golden
 
