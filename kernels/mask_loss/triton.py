@@ -17,7 +17,9 @@ import triton.language as tl
 from .reference import check_labels
 
 FIELDS = 3  # focal, prob, overlap: the sums that have a gradient
-TILE = 512  # pixels of a tile; see tests/kernels/test_mask_loss_triton.py for what it takes of an SM
+TILE = (
+    256  # pixels of a tile, two for each thread; see tests/kernels/test_mask_loss_triton.py for what it takes of an SM
+)
 # Cells of as many images at a time as fit in this many bytes: bounds what is kept beside the result.
 WORKSPACE = 64 << 20
 

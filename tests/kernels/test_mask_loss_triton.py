@@ -55,7 +55,7 @@ SHAPES = {
     "scale 7/3": (2, 2, 3, 6, 7, 14),
     "smaller": (1, 3, 6, 5, 4, 3),
     "one column": (1, 3, 6, 1, 51, 1),
-    "tile wider than 512": (1, 2, 1, 1, 3, 100),
+    "one cell a tile": (1, 2, 1, 2, 3, 200),
 }
 
 
@@ -141,14 +141,15 @@ def test_operator_agrees_with_its_declaration():
     torch.testing.assert_close(compiled(logits), mask_loss(logits, target, impl="triton"))
 
 
-# Registers per thread that the machine code may take, by architecture: measured with Triton 3.9, and some slack
-# for other versions. A block has 128 threads; with 128 registers four blocks, half of what an SM holds, fit.
-FORWARD_REGISTERS = {80: 128, 90: 128, 100: 144}  # 96 to 128, 101 to 107, 104 to 132
+# Registers per thread that the machine code may take: with 80, six blocks of 128 threads fit an SM. Measured with
+# Triton 3.9: 39 to 58; with 3.6, which moves more through shared memory: 54 to 78.
+REGISTERS = 80
+ARCHITECTURES = (80, 90, 100)
 POINTERS = ("logits_ptr", "target_ptr", "cells_ptr")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("arch", FORWARD_REGISTERS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("logits", "labels", "square", "skip", "columns", "nodes"),
     [
@@ -170,12 +171,12 @@ def test_forward_machine_code(arch, logits, labels, square, skip, columns, nodes
     seen = resources(mask_sums_fwd_kernel, signature, constants, arch, 4, aligned=POINTERS)
     assert seen.local_accesses == 0
     assert seen.atomics == 0
-    assert seen.shared <= min(SHARED_LIMIT[arch], 1024)  # 128 to 512 bytes
-    assert seen.registers <= FORWARD_REGISTERS[arch], seen
+    assert seen.shared <= min(SHARED_LIMIT[arch], 1024)
+    assert seen.registers <= REGISTERS, seen
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("arch", FORWARD_REGISTERS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_nodes_machine_code(arch):
     from fastzs.kernels.mask_loss.triton import mask_sums_nodes_kernel
 
