@@ -142,14 +142,14 @@ class PromptedVisionTransformer(VisionTransformer):
         tokens, grid = self.embed(images)
         layout = TokenLayout(1, grid, self.bridge)
         if self.bridge:
-            regions = self.region_level_bridge.to(tokens).expand(len(tokens), -1, -1)
+            regions = self.region_level_bridge.to(tokens).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([tokens, regions], dim=1)
         x = self.ln_pre(tokens)  # [B, 1 + N + R, C]
         blocks = self.blocks
         if not self.deep_prompts:
             x = self._carry(x, layout) if self.prompts else _run(blocks, x, layout)
         else:
-            prompts = self.prompt_kv(len(x))
+            prompts = self.prompt_kv(x.shape[0])
             for i, block in enumerate(blocks):
                 x = step(block, x, layout, prompts[i] if i < len(prompts) else None)
             # the published code leaves the bridge out here
@@ -160,9 +160,9 @@ class PromptedVisionTransformer(VisionTransformer):
 
     def _carry(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """All layers with the first one's prompts as tokens; the last layer computes only the rows that are read."""
-        (prompts,) = self.prompt_tokens(len(x))
+        (prompts,) = self.prompt_tokens(x.shape[0])
         m = self.prompts
-        x = torch.cat([x[:, :1], prompts.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        x = torch.cat([x[:, :1], prompts.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
         blocks = self.blocks
         x = _run(blocks[:-1], x, TokenLayout(1 + m, layout.grid, layout.bridge))
         prompt_kv = keys_values(blocks[-1], x[:, 1 : 1 + m])

@@ -164,7 +164,7 @@ class VisionTransformer(nn.Module):
         patches = self.conv1(images.to(self.conv1.weight.dtype))  # [B, C, h, w]
         grid = (patches.shape[2], patches.shape[3])
         cls = self.class_embedding * (2 if self.double_class_embedding else 1)
-        tokens = torch.cat([cls.expand(len(images), 1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([cls.expand(images.shape[0], 1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
         return tokens + self.positions(grid), grid
 
     def trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, VisionTransformer, WeightsError
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
+from fastzs.clip.state import file_fingerprint, read_state
 from fastzs.clip.vision import Block
-from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD, file_fingerprint, read_state
+from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
 from fastzs.losses import inductive_target, transductive_target
 from fastzs.ops import mask_loss
 from fastzs.vocabulary import Vocabulary
@@ -155,7 +156,7 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         """
         like, wide = self.backbone.proj, self.backbone.output_dim
         if isinstance(vocabulary, Tensor):
-            if vocabulary.ndim != 2 or vocabulary.shape[1] != wide or len(vocabulary) == 0:
+            if vocabulary.ndim != 2 or vocabulary.shape[1] != wide or vocabulary.shape[0] == 0:
                 raise ValueError(
                     f"{type(self).__name__}: text vectors are {list(vocabulary.shape)}; wanted [classes, {wide}]"
                 )

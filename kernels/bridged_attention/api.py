@@ -55,10 +55,10 @@ def bridged_attention(
     if prompt_kv is not None:
         pk, pv = prompt_kv
         wanted = (q.shape[1], q.shape[3])
-        if pk.shape != pv.shape or pk.ndim != 4 or (pk.shape[1], pk.shape[3]) != wanted or len(pk) not in (1, len(q)):
+        if pk.shape != pv.shape or pk.ndim != 4 or (pk.shape[1], pk.shape[3]) != wanted or pk.shape[0] not in (1, q.shape[0]):
             raise ValueError(
                 f"bridged_attention: prompt_kv is {list(pk.shape)}, {list(pv.shape)}; "
-                f"wanted [1 or {len(q)}, {wanted[0]}, P, {wanted[1]}] for both"
+                f"wanted [1 or {q.shape[0]}, {wanted[0]}, P, {wanted[1]}] for both"
             )
     split = None
     if layout.bridge is not None and q.device.type != "cpu":

@@ -10,7 +10,7 @@ def with_prompts(prompt_kv: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor) 
     """Keys and values with the prompts' before them, [B, H, P + L, d]."""
     if prompt_kv is None:
         return k, v
-    pk, pv = (t.expand(len(k), -1, -1, -1) for t in prompt_kv)
+    pk, pv = (t.expand(k.shape[0], -1, -1, -1) for t in prompt_kv)
     return torch.cat([pk, k], dim=2), torch.cat([pv, v], dim=2)
 
 

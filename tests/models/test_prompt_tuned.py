@@ -264,6 +264,31 @@ def test_more_than_255_classes(tmp_path):
     assert labels.max() < 300
 
 
+@torch.no_grad()
+def test_exports_with_any_vocabulary(kind, images, text):
+    """torch.export with the text vectors as an input: one graph for every batch and every number of classes."""
+    net = model(kind)
+    dynamic = ({0: torch.export.Dim("batch", max=64)}, {0: torch.export.Dim("classes", max=4096)})
+    exported = torch.export.export(net, (images, text), dynamic_shapes=dynamic).module()
+    more, names = torch.randn(3, 3, 64, 64), torch.randn(9, 32)
+    assert torch.allclose(exported(more, names), net(more, names), rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_of_a_published_checkpoint(kind):
+    """ViT-B/16 with nothing but the tensors to go by: heads of 64 channels, OpenAI's text tower."""
+    sizes = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
+    with torch.device("meta"):
+        state = published_state(kind(sizes=sizes, prompts=100))
+        options = kind._sizes(state, {})
+        net = kind(**options)
+    assert options["sizes"] == sizes | {"mlp_ratio": 4.0}
+    assert (options["backbone"], options["weights"]) == ("ViT-B-16", "openai")
+    assert (net.settings["prompts"], net.settings["deep_prompts"], net.crop, net.stride) == (100, 11, 512, 426)
+    wanted = {"decoder_layers": 3, "decoder_heads": 8, "decoder_hidden": 2048}
+    assert wanted.items() <= net.settings.items()
+    assert net.settings.get("bridge") == ([4, 4] if kind is ClipRC else None)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_trains_under_autocast(name, images, text):
     net = model(KINDS[name]).train()
