@@ -107,8 +107,10 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         self.stride = crop * 5 // 6  # published: 426 of 512
         if imagenet_normalization:
             self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        elif self.weights == "openai":
+            self.mean, self.std = OPENAI_MEAN, OPENAI_STD
         else:
-            self.mean, self.std = (self._clip.mean, self._clip.std) if self._clip else (OPENAI_MEAN, OPENAI_STD)
+            self.mean, self.std = self.clip.mean, self.clip.std
         self.seen = None if seen is None else list(seen)
         self.calibration = calibration
         self._vocabulary: tuple[Vocabulary, Tensor] | None = None

@@ -87,6 +87,19 @@ def test_save_and_load_our_own(kind, tmp_path, images, text):
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in net.parameters()]
 
 
+def test_normalisation_switch(kind):
+    assert tuple(model(kind).mean) == (0.485, 0.456, 0.406)
+    assert tuple(model(kind, imagenet_normalization=False).mean) == pytest.approx((0.48145466, 0.4578275, 0.40821073))
+
+
+@torch.no_grad()
+def test_class_embedding_switch(kind, images, text):
+    twice, once = model(kind), model(kind, double_class_embedding=False)
+    assert not torch.allclose(twice(images, text), once(images, text))
+    tokens = once.backbone.embed(images)[0][0, 0]
+    assert torch.allclose(tokens, once.backbone.class_embedding + once.backbone.positional_embedding[0])
+
+
 def test_recovery_can_be_kept_for_more_training(tmp_path):
     net = model(ClipRC)
     path = write(tmp_path / "voc.pth", published_state(net))
