@@ -2,13 +2,19 @@
 
 import difflib
 import json
+import os
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from torch import Tensor
 
 from fastzs.clip.resnet import ResNet
@@ -24,6 +30,7 @@ from fastzs.clip.state import (
 from fastzs.clip.text import TextEncoder, WordTokenizer
 from fastzs.clip.vision import VisionTransformer
 
+HUB_NAMES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
 SHAPES = Path(__file__).parent / "shapes"
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 _VIT_OPTIONS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
@@ -222,10 +229,9 @@ def _from_folder(folder: Path, source: str) -> Clip:
     if not config_path.is_file():
         raise WeightsError(f"weights folder {folder}: there is no open_clip_config.json in it")
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    names = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
-    path = next((folder / n for n in names if (folder / n).is_file()), None)
+    path = next((folder / name for name in HUB_NAMES if (folder / name).is_file()), None)
     if path is None:
-        raise WeightsError(f"weights folder {folder}: none of {', '.join(names)} is in it")
+        raise WeightsError(f"weights folder {folder}: none of {', '.join(HUB_NAMES)} is in it")
     model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
     words_path = folder / "words.json"
     closed = json.loads(words_path.read_text(encoding="utf-8")) if words_path.is_file() else None
@@ -246,30 +252,55 @@ def _from_folder(folder: Path, source: str) -> Clip:
 
 
 def _from_hub(source: str) -> Clip:
-    from huggingface_hub import hf_hub_download
-
     repository = source.removeprefix("hf-hub:")
-    try:
-        folder = Path(hf_hub_download(repository, "open_clip_config.json")).parent
-        hf_hub_download(repository, "open_clip_model.safetensors")
-    except Exception as error:
-        raise WeightsError(_offline(source, repository, "open_clip_model.safetensors", error)) from error
-    return _from_folder(folder, source)
+    config = _hub_file(source, repository, ("open_clip_config.json",))
+    _hub_file(source, repository, HUB_NAMES)
+    return _from_folder(config.parent, source)
 
 
 def _download(backbone: str, tag: str, pretrained: dict) -> Path:
+    what = f"{backbone}/{tag}"
+    if pretrained.get("hf_hub"):
+        repository, filename = os.path.split(pretrained["hf_hub"])
+        return _hub_file(what, repository, (filename,) if filename else HUB_NAMES)
     try:
         return Path(open_clip.download_pretrained(pretrained))
     except Exception as error:
-        where = (pretrained.get("hf_hub") or pretrained.get("url") or "").rstrip("/")
-        raise WeightsError(_offline(f"{backbone}/{tag}", where, "open_clip_model.safetensors", error)) from error
+        raise _cannot_fetch(what, "it", pretrained.get("url", ""), type(error).__name__) from error
 
 
-def _offline(what: str, where: str, filename: str, error: Exception) -> str:
-    return (
-        f"the weights {what} are not in the cache and could not be fetched ({type(error).__name__}); on a machine with "
-        f"a network fetch {filename} from {where} and pass its path as weights, or use weights='shapes' (drawn shapes "
-        "only) or weights='random' (no meaning, only the path) now"
+def _hub_file(what: str, repository: str, names: Sequence[str]) -> Path:
+    """The first of ``names`` that the hub's cache has, else that can be fetched; without a network it fails at once."""
+    for name in names:
+        if isinstance(cached := try_to_load_from_cache(repository, name), str):
+            return Path(cached)
+    if not _online():
+        raise _cannot_fetch(what, names[0], repository, "no network")
+    last: Exception | None = None
+    for name in names:
+        try:
+            return Path(hf_hub_download(repository, name))
+        except Exception as error:
+            last = last or error
+    raise _cannot_fetch(what, names[0], repository, type(last).__name__) from last
+
+
+def _online() -> bool:
+    """Whether the hub can be asked at all: its name resolves, or a proxy is set that may know it."""
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
+def _cannot_fetch(what: str, filename: str, where: str, reason: str) -> WeightsError:
+    return WeightsError(
+        f"the weights {what} are not in the cache and could not be fetched ({reason}); on a machine with a network "
+        f"fetch {filename} from {where} and pass its path as weights, or use weights='shapes' (drawn shapes only) or "
+        "weights='random' (no meaning, only the path) now"
     )
 
 

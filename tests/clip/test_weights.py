@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastzs import clip
+from fastzs.clip import weights
 from fastzs.clip.state import WeightsError, read_state, to_openai_names
 
 TINY = {
@@ -128,24 +129,54 @@ def test_weights_without_text_tower_say_so(folder):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "weights", "wanted"),
+    ("backbone", "name", "wanted"),
     [
         ("ViT-B-61", "openai", "ViT-B-16"),
         ("ViT-B-16", "opnai", "openai"),
         ("ViT-B-16", "nowhere/model.pt", "no such file"),
     ],
 )
-def test_unknown_names_suggest_known_ones(backbone, weights, wanted):
+def test_unknown_names_suggest_known_ones(backbone, name, wanted):
     with pytest.raises(WeightsError, match=wanted):
-        clip.load(backbone, weights)
+        clip.load(backbone, name)
 
 
-def test_offline_and_not_cached_says_what_to_do(monkeypatch):
-    def no_network(*args, **kwargs):
-        raise ConnectionError("no network")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty hub cache and no network."""
+    monkeypatch.setattr(weights, "_online", lambda: False)
+    monkeypatch.setattr(weights, "try_to_load_from_cache", lambda repo, name: hub_cache.get((repo, name)))
+    hub_cache: dict[tuple[str, str], str] = {}
+    return hub_cache
 
-    monkeypatch.setattr(open_clip, "download_pretrained", no_network)
-    with pytest.raises(WeightsError, match=r"fetch .* from timm/vit_base_patch16_clip_224.openai .*weights='shapes'"):
+
+def test_offline_and_not_cached_says_what_to_do_at_once(hub):
+    wanted = r"fetch open_clip_model.safetensors from timm/vit_base_patch16_clip_224.openai .*weights='shapes'"
+    with pytest.raises(WeightsError, match=wanted):
+        clip.load("ViT-B-16", "openai")
+    with pytest.raises(WeightsError, match="from someone/something"):
+        clip.load(weights="hf-hub:someone/something")
+
+
+def test_cached_weights_need_no_network(hub, folder):
+    path = str(folder / "open_clip_model.safetensors")
+    hub["timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"] = path
+    loaded = clip.load("ViT-B-16", "openai")
+    assert str(loaded.path) == path
+    assert loaded.published
+    assert loaded.quick_gelu
+    hub["someone/something", "open_clip_config.json"] = str(folder / "open_clip_config.json")
+    hub["someone/something", "open_clip_model.safetensors"] = path
+    assert clip.load(weights="hf-hub:someone/something").config == TINY
+
+
+def test_online_but_refused_names_the_reason(hub, monkeypatch):
+    def refused(*args):
+        raise PermissionError("gated")
+
+    monkeypatch.setattr(weights, "_online", lambda: True)
+    monkeypatch.setattr(weights, "hf_hub_download", refused)
+    with pytest.raises(WeightsError, match="PermissionError"):
         clip.load("ViT-B-16", "openai")
 
 
