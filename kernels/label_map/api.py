@@ -1,6 +1,8 @@
 """``label_map``: from the windows' low-resolution class maps to the labels of a picture, in one pass."""
 
+import importlib.util
 import math
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +13,7 @@ from ..dispatch import choose
 from .compiled import why_not_cpu
 from .operator import score_dtype
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 RESIZES = ("two-stage", "single")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -109,7 +112,7 @@ def label_map(
         )
     count = classes + (background is not None and background >= classes)
     penalty = None if seen is None else calibration * _seen_mask(seen, classes, logits)
-    reasons = {"cpu": why_not_cpu(logits), "reference": None}
+    reasons = {"cpu": why_not_cpu(logits), "triton": _why_not_triton(logits, top_k), "reference": None}
     labels, scores = torch.ops.fastzs.label_map(
         logits.detach(),
         _windows(windows, logits.shape[0]),
@@ -128,6 +131,17 @@ def label_map(
     if top_k == 1:
         labels, scores = labels[0], scores[0] if return_scores else None
     return LabelMap(labels, scores if return_scores else None)
+
+
+def _why_not_triton(logits: Tensor, top_k: int) -> str | None:
+    device = logits.device.type
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the logits are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if logits.dtype == torch.float64:
+        return "the logits are float64"
+    return f"top_k is {top_k}; wanted 1" if top_k > 1 else None
 
 
 def _size(name: str, size: Sequence[int]) -> tuple[int, int]:

@@ -44,7 +44,10 @@ def label_map(
         message = "label_map: logits has NaN or infinite values; classes lose where they have one"
         warnings.warn(message, stacklevel=3)
     dtype = torch.int16 if wide else torch.uint8
-    run = label_map_cpu if backend == "cpu" else label_map_reference
+    if backend == "triton":
+        from .triton import label_map_triton as run
+    else:
+        run = label_map_cpu if backend == "cpu" else label_map_reference
     labels, scores = run(
         logits,
         places,

@@ -1,0 +1,185 @@
+"""The Triton backend of label_map: its arithmetic in Triton's interpreter, its machine code for three GPUs.
+
+The interpreter has to be chosen before Triton is imported, so the first test runs this file again in a process
+where it is.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastzs.kernels.label_map.api import label_map
+
+from .test_label_map import adversarial_logits, assert_agrees, random_case
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+
+
+CASES = [  # picture, crop, stride, map, output, activation, resize
+    ((8, 12), 8, 5, (3, 2), None, "sigmoid", "two-stage"),  # overlap, no second step
+    ((8, 12), 8, 5, (3, 2), None, "softmax", "two-stage"),
+    ((10, 9), 6, 4, (3, 2), (3, 67), "sigmoid", "two-stage"),  # overlaps both ways, wider than a tile
+    ((10, 9), 6, 4, (3, 2), (3, 7), "none", "two-stage"),
+    ((10, 9), 6, 4, (3, 2), (3, 7), "softmax", "two-stage"),
+    ((10, 9), 6, 4, (3, 2), (5, 7), "softmax", "single"),
+    ((9, 9), 9, 9, (1, 1), (1, 1), "sigmoid", "two-stage"),
+    ((30, 20), 16, 11, (5, 16), (4, 5), "sigmoid", "two-stage"),  # smaller output
+    ((30, 20), 16, 11, (5, 16), (4, 5), "sigmoid", "single"),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("picture", "crop", "stride", "size", "output", "activation", "resize"), CASES)
+def test_agrees(picture, crop, stride, size, output, activation, resize):
+    logits, windows = random_case(picture, crop, stride, size, 19, torch.float32)
+    options = {"activation": activation, "seen": [0, 3, 17], "calibration": 0.3}
+    assert_agrees(logits, windows, picture, output, 1, resize == "single", "triton", **options)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_logits(dtype):
+    logits, windows = random_case((12, 20), 8, 6, (3, 2), 5, torch.float32)
+    assert_agrees(logits.to(dtype), windows, (12, 20), (7, 9), impl="triton")
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's, about NaN
+def test_labels():
+    logits = torch.zeros(1, 40, 2, 2)
+    assert label_map(logits, [(0, 0, 4, 4)], (4, 4), impl="triton").labels.unique().tolist() == [0]
+    logits[:, [20, 33]] = 1.0
+    assert label_map(logits, [(0, 0, 4, 4)], (4, 4), impl="triton").labels.unique().tolist() == [20]
+    got = label_map(logits, [(0, 0, 4, 4)], (4, 4), threshold=0.8, background=300, impl="triton")
+    assert got.labels.dtype == torch.int16
+    assert got.labels.unique().tolist() == [300]
+    for bad in (float("nan"), float("inf")):
+        for activation in ("sigmoid", "softmax"):
+            logits[0, 20, 0, 0] = bad
+            labels = []
+            for impl in ("triton", "reference"):
+                with pytest.warns(UserWarning, match="NaN or infinite"):
+                    got = label_map(logits, [(0, 0, 4, 4)], (4, 4), activation=activation, impl=impl)
+                labels.append(got.labels)
+            assert torch.equal(*labels)
+
+
+@interpreted
+def test_many_windows():
+    picture = (20, 30)
+    windows = [(0, left, 20, 10) for left in range(0, 21, 4)]
+    assert_agrees(adversarial_logits("windows", len(windows), 7, 3, 3), windows, picture, (10, 40), impl="triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="needs another machine")
+def test_reasons():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        label_map(torch.zeros(1, 2, 2, 2), [(0, 0, 4, 4)], (4, 4), impl="triton")
+
+
+# Measured with Triton 3.9: 40 to 56; slack for other versions. With 80 six blocks of 128 threads fit an SM.
+REGISTERS = 80
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize(
+    ("arch", "logits", "labels", "taps", "activation", "penalty", "scores"),
+    [
+        (80, "fp32", "u8", 4, 0, True, False),
+        (90, "fp32", "u8", 4, 0, True, False),
+        (100, "fp32", "u8", 4, 0, True, False),
+        (80, "bf16", "i16", 4, 1, True, True),
+        (90, "bf16", "i16", 4, 1, True, True),
+        (100, "bf16", "i16", 4, 1, True, True),
+        (90, "fp16", "u8", 1, 0, False, True),
+        (90, "fp32", "i16", 1, 2, False, False),
+    ],
+)
+def test_forward_machine_code(arch, logits, labels, taps, activation, penalty, scores):
+    from fastzs.kernels.label_map.triton import CLASSES, PIXELS, WARPS, label_map_fwd_kernel
+
+    from .aot import SHARED_LIMIT, resources
+
+    constants = {
+        "TAPS": taps,
+        "ACTIVATION": activation,
+        "PENALTY": penalty,
+        "SCORES": scores,
+        "CLASSES": CLASSES,
+        "PIXELS": PIXELS,
+    }
+    names = label_map_fwd_kernel.arg_names
+    signature = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
+    floats = [name for name in names if "weight" in name] + ["penalty_ptr", "norm_ptr", "scores_ptr"]
+    signature.update(dict.fromkeys(floats, "*fp32"))
+    signature.update(logits_ptr=f"*{logits}", labels_ptr=f"*{labels}", taps_y_ptr="*fp64", taps_x_ptr="*fp64")
+    signature.update(threshold="fp32", **dict.fromkeys(constants, "constexpr"))
+    aligned = [name for name in names if name.endswith("_ptr")]
+    seen = resources(label_map_fwd_kernel, signature, constants, arch, WARPS, aligned=aligned)
+    assert seen.local_accesses == 0, seen
+    assert seen.atomics == 0
+    assert seen.shared <= min(SHARED_LIMIT[arch], 8192), seen
+    assert seen.registers <= REGISTERS, seen
+
+
+@pytest.mark.skipif(INTERPRETED, reason="compiles")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_norm_machine_code(arch):
+    from fastzs.kernels.label_map.triton import CLASSES, PIXELS, WARPS, label_map_norm_kernel
+
+    from .aot import resources
+
+    names = label_map_norm_kernel.arg_names
+    signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature.update(rows_lo_ptr="*i32", cols_lo_ptr="*i32", CLASSES="constexpr", PIXELS="constexpr")
+    constants = {"CLASSES": CLASSES, "PIXELS": PIXELS}
+    aligned = [name for name in names if name.endswith("_ptr")]
+    seen = resources(label_map_norm_kernel, signature, constants, arch, WARPS, aligned=aligned)
+    assert seen.local_accesses == 0, seen
+    assert seen.atomics == 0
+    assert seen.shared <= 8192, seen
+    assert seen.registers <= REGISTERS, seen
+
+
+MUTATIONS = {
+    "ties go up": ("tl.min(tl.where(mixed == top[None, :], c[:, None], classes), 0)", "tl.max(c, 0)"),
+    "windows add up": ("total / tl.maximum(visits, 1.0)[None, :]", "total"),
+    "corners are swapped": ("(tap % 2) * out_w", "(1 - tap % 2) * out_w"),
+    "calibration is dropped": ("mixed -= tl.load(penalty_ptr", "mixed -= 0 * tl.load(penalty_ptr"),
+    "a column is dropped": ("(u < tl.load(windows_ptr + window * 4 + 3))", "(u < 4)"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
+    from fastzs.kernels.label_map import triton
+
+    right, wrong = MUTATIONS[name]
+    source = Path(triton.__file__).read_text()
+    assert right in source
+    path = tmp_path / "broken.py"
+    path.write_text(source.replace(right, wrong).replace("from .reference", "from fastzs.kernels.label_map.reference"))
+    spec = importlib.util.spec_from_file_location("broken_label_map", path)
+    assert spec is not None
+    assert spec.loader is not None
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    monkeypatch.setattr(triton, "label_map_triton", broken.label_map_triton)
+    with pytest.raises((AssertionError, RuntimeError)):  # RuntimeError: a label that is no class
+        test_agrees((10, 9), 6, 4, (3, 2), (3, 7), "sigmoid", "two-stage")
