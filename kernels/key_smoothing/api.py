@@ -48,12 +48,7 @@ def key_smoothing(
         TypeError: an input is not floating point.
         RuntimeError: ``impl`` cannot run here.
     """
-    if (
-        keys.ndim != 3
-        or probs.ndim != 3
-        or keys.shape[0] != probs.shape[0]
-        or keys.shape[1] != probs.shape[2]
-    ):
+    if keys.ndim != 3 or probs.ndim != 3 or keys.shape[0] != probs.shape[0] or keys.shape[1] != probs.shape[2]:
         raise ValueError(
             f"key_smoothing: keys has shape {tuple(keys.shape)} and probs {tuple(probs.shape)}; "
             "wanted [B, N, D] and [B, C, N]"
@@ -63,9 +58,7 @@ def key_smoothing(
     if not (keys.is_floating_point() and probs.is_floating_point()):
         raise TypeError(f"key_smoothing: keys is {keys.dtype} and probs {probs.dtype}; wanted floating point")
     if keys.device != probs.device:
-        raise ValueError(
-            f"key_smoothing: keys is on {keys.device} and probs on {probs.device}; wanted one device"
-        )
+        raise ValueError(f"key_smoothing: keys is on {keys.device} and probs on {probs.device}; wanted one device")
     if mode not in MODES:
         raise ValueError(f"key_smoothing: mode={mode!r} is unknown; use one of {', '.join(MODES)}")
     if weights not in WEIGHTS:
@@ -117,9 +110,7 @@ def prompt_denoising(scores: Tensor, threshold: float) -> Tensor:
         ValueError: the shape or the threshold does not fit.
     """
     if scores.ndim != 3 or scores.shape[2] == 0:
-        raise ValueError(
-            f"prompt_denoising: scores has shape {tuple(scores.shape)}; wanted [B, C, N], N at least 1"
-        )
+        raise ValueError(f"prompt_denoising: scores has shape {tuple(scores.shape)}; wanted [B, C, N], N at least 1")
     if not math.isfinite(threshold):
         raise ValueError(f"prompt_denoising: threshold={threshold}; wanted a finite number")
     return prompt_denoising_reference(scores, threshold)

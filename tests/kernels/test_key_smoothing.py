@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+
+from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -145,9 +146,7 @@ def test_golden_resnet():
     golden = load_file(GOLDENS / "C_maskclip_resnet.safetensors")
     logits = golden["out64.logits"]
     probs = (100 * logits.flatten(2)).softmax(1)
-    keys = (
-        golden["mid64.layer4"].double().flatten(2).mT @ golden["w.head.k_proj.weight"].double().flatten(1).mT
-    )
+    keys = golden["mid64.layer4"].double().flatten(2).mT @ golden["w.head.k_proj.weight"].double().flatten(1).mT
     keys = keys + golden["w.head.k_proj.bias"].double()
     got = key_smoothing(keys, probs, mode="official", threshold=0.5077).view_as(logits)
     torch.testing.assert_close(got, golden["out64.refined_ks"], rtol=1e-9, atol=1e-11)
