@@ -299,6 +299,7 @@ def test_strided_logits(impl):
 
 MEMORY = """
 import sys, torch
+from bench.machine import peak_megabytes
 from fastzs.ops import label_map
 
 windows = [(0, 256 * n, 256, 256) for n in range(4)]
