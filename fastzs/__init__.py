@@ -1,7 +1,7 @@
 """Zero-shot semantic segmentation with CLIP, fast: name the classes, get the masks.
 
-    seg = fastzs.load("maskclip", backbone="ViT-B-16", weights="openai")
-    result = seg("street.jpg", ["road", "car", "person"])
+seg = fastzs.load("maskclip", backbone="ViT-B-16", weights="openai")
+result = seg("street.jpg", ["road", "car", "person"])
 """
 
 import importlib

@@ -57,7 +57,7 @@ def one_graph(logits, target):
 
 def chunked(logits, target, classes=8):
     """A few classes at a time, recomputed in backward: the memory of one chunk, no dense one-hot."""
-    focal, dice, masks = 0, 0, 0
+    focal = dice = masks = torch.zeros((), device=logits.device)
     for first in range(0, logits.shape[1], classes):
         part = logits[:, first : first + classes]
         f, d, m = checkpoint(_some_classes, part, target, first, use_reentrant=False)

@@ -55,7 +55,8 @@ def bridged_attention(
     if prompt_kv is not None:
         pk, pv = prompt_kv
         wanted = (q.shape[1], q.shape[3])
-        if pk.shape != pv.shape or pk.ndim != 4 or (pk.shape[1], pk.shape[3]) != wanted or pk.shape[0] not in (1, q.shape[0]):
+        fits = pk.ndim == 4 and (pk.shape[1], pk.shape[3]) == wanted and pk.shape[0] in (1, q.shape[0])
+        if pk.shape != pv.shape or not fits:
             raise ValueError(
                 f"bridged_attention: prompt_kv is {list(pk.shape)}, {list(pv.shape)}; "
                 f"wanted [1 or {q.shape[0]}, {wanted[0]}, P, {wanted[1]}] for both"
