@@ -4,11 +4,12 @@
 
 The training sees pictures and captions, never label maps. Two losses read them: CLIP's contrastive loss between
 picture and caption, and a loss on the dense features that MaskCLIP reads (the last block's value path), which asks
-(a) that every name of the caption is found somewhere and no other name anywhere, and (b) that every patch shows
-something the caption names. Attributes alone ("red thing", "ring") are asked for like names, and the text of a pair is
-drawn towards the sum of the texts of its attributes; that lets unseen pairs be composed. Scenes and texts hold seen
-pairs only. In every third batch the colour channels are shuffled and the captions name no colours, so that shapes are
-learnt apart from colours: there a picture may look like an unseen pair, but no text ever names one.
+(a) that every name of the caption is found somewhere, (b) that every patch shows something the caption names, and
+(c) that neighbouring patches of like colour show the same. Attributes alone ("red thing", "ring") are asked for like
+names, and the text of a pair is drawn towards the sum of the texts of its attributes; that lets unseen pairs be
+composed. Scenes and texts hold seen pairs only. In every third batch the colour channels are shuffled and the captions
+name no colours, so that shapes are learnt apart from colours: there a picture may look like an unseen pair, but no text
+ever names one.
 """
 
 import argparse
@@ -16,7 +17,6 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from fastzs.data import shapes
 CONFIG = {
     "embed_dim": 128,
     "vision_cfg": {"image_size": 128, "layers": 5, "width": 128, "head_width": 32, "patch_size": 8},
-    "text_cfg": {"context_length": 32, "vocab_size": 0, "width": 128, "heads": 4, "layers": 1},
+    "text_cfg": {"context_length": 24, "vocab_size": 0, "width": 128, "heads": 4, "layers": 1},
 }
 MEAN = STD = (0.5, 0.5, 0.5)
 WORDS = ("a", "and", "on", "thing", *shapes.PATTERNS[1:], *shapes.COLOURS, *shapes.SHAPES, *shapes.GROUNDS)
@@ -64,6 +64,14 @@ def shuffle_channels(images: Tensor, generator: torch.Generator) -> Tensor:
     orders = torch.tensor([order for order in itertools.permutations(range(3)) if order != (0, 1, 2)])
     order = orders[torch.randint(len(orders), (len(images),), generator=generator)]  # [B, 3]
     return images[torch.arange(len(images))[:, None], order]
+
+
+def neighbours(images: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """How alike in mean colour each patch is to the one below [B, h - 1, w] and to its right [B, h, w - 1], in 0..1."""
+    mean = F.avg_pool2d(images.float() / 255, patch_size)
+    down = (mean[:, :, 1:] - mean[:, :, :-1]).square().sum(1)
+    right = (mean[:, :, :, 1:] - mean[:, :, :, :-1]).square().sum(1)
+    return (-down / 0.02).exp(), (-right / 0.02).exp()
 
 
 def caption(scenes: shapes.Scenes, scene: int, shuffled: bool) -> str:
@@ -124,16 +132,21 @@ class Model(nn.Module):
         target = named(scenes)
         pairs, colours, forms, patterns, grounds = scores.split(GROUP_SIZES, dim=1)
         t_pairs, t_colours, t_forms, _, t_grounds = target.split(GROUP_SIZES, dim=1)
-        presence = patch = torch.zeros(())
         groups = [(forms, t_forms)] if shuffled else [(pairs, t_pairs), (colours, t_colours), (forms, t_forms)]
+        near = neighbours(images, self.visual.patch_size)
+        presence = patch = smooth = torch.zeros(())
         for group, wanted in groups:
             group, wanted = torch.cat([group, grounds], 1), torch.cat([wanted, t_grounds], 1)
             logp = group.log_softmax(dim=1)  # [B, n, N]
-            k = max(1, logp.shape[2] // 16)
+            k = max(1, logp.shape[2] // 10)
             found = logp.exp().topk(k, dim=2).values.mean(2).clamp(1e-6, 1 - 1e-6)  # [B, n]
             presence = presence - found.log()[wanted].mean()
             absent = torch.where(wanted[..., None], -math.inf, logp).logsumexp(1)  # log probability of unnamed
             patch = patch - torch.log1p(-absent.exp().clamp(max=1 - 1e-6)).mean()
+            root = (logp / 2).exp().unflatten(2, grid)  # [B, n, h, w]
+            down = 1 - (root[:, :, 1:] * root[:, :, :-1]).sum(1)
+            right = 1 - (root[:, :, :, 1:] * root[:, :, :, :-1]).sum(1)
+            smooth = smooth + (near[0] * down).mean() + (near[1] * right).mean()
         pattern_logits = (patterns - 0.3 * scale).topk(max(1, patterns.shape[2] // 16), dim=2).values.mean(2)
         pattern = F.binary_cross_entropy_with_logits(pattern_logits, target.split(GROUP_SIZES, dim=1)[3].float())
         pair_text, colour_text, shape_text, _, _ = phrases.split(GROUP_SIZES)
@@ -143,18 +156,21 @@ class Model(nn.Module):
             "contrastive": contrastive,
             "presence": presence,
             "patch": patch,
+            "smooth": smooth,
             "pattern": pattern,
             "composition": composition,
         }
 
 
-def batches(generator: torch.Generator, fraction: Iterator[float]) -> Iterator[shapes.Scenes]:
-    """Small scenes first, whole pictures at the end."""
-    for done in fraction:
-        if done < 0.75:
-            yield shapes.draw(96, (64, 64), seed=generator, objects=(1, 2), radius=(10, 24), pairs=shapes.SEEN_PAIRS)
-        else:
-            yield shapes.draw(24, (128, 128), seed=generator, objects=(2, 5), radius=(10, 28), pairs=shapes.SEEN_PAIRS)
+def batch_at(done: float, generator: torch.Generator) -> shapes.Scenes:
+    """Scenes for a fraction of the training: single objects first, then a few, whole pictures at the end."""
+    if done < 0.35:
+        count, side, objects, radius = 64, 48, (1, 1), (9.0, 22.0)
+    elif done < 0.8:
+        count, side, objects, radius = 48, 64, (1, 2), (9.0, 25.0)
+    else:
+        count, side, objects, radius = 12, 128, (2, 4), (10.0, 30.0)
+    return shapes.draw(count, (side, side), seed=generator, objects=objects, radius=radius, pairs=shapes.SEEN_PAIRS)
 
 
 @torch.inference_mode()
@@ -162,7 +178,7 @@ def score(model: Model, count: int = 64, seed: int = 10_000) -> dict[str, float]
     """mIoU of the dense features on held-out scenes, over seen and unseen pairs (64 names and the 4 grounds)."""
     names = [*shapes.PAIRS, *shapes.GROUNDS]
     text = model.text.encode(names)
-    scenes = shapes.draw(count, (128, 128), seed=seed, objects=(2, 5), radius=(10, 28))
+    scenes = shapes.draw(count, (128, 128), seed=seed, objects=(2, 4), radius=(10, 30))
     truth = scenes.labels(names).long()
     n = len(names)
     form, side = torch.arange(n) % 8, torch.arange(n) // 8
@@ -222,14 +238,10 @@ def main() -> None:
     )
     start = time.monotonic()
 
-    def fraction() -> Iterator[float]:
-        while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1:
-            yield done
-
-    done = fraction()
     mean: dict[str, float] = {}
-    for step, scenes in enumerate(batches(generator, done)):
-        progress = (time.monotonic() - start) / (60 * args.minutes)
+    step = 0
+    while (progress := (time.monotonic() - start) / (60 * args.minutes)) < 1:
+        scenes = batch_at(progress, generator)
         for group in optimizer.param_groups:
             group["lr"] = (
                 1.5e-3 * min(1.0, (step + 1) / 200) * max(0.02, 0.5 * (1 + math.cos(math.pi * min(1, progress))))
@@ -239,6 +251,7 @@ def main() -> None:
             0.3 * losses["contrastive"]
             + losses["presence"]
             + losses["patch"]
+            + losses["smooth"]
             + 0.3 * losses["pattern"]
             + losses["composition"]
         )
@@ -248,7 +261,8 @@ def main() -> None:
         optimizer.step()
         for name, value in losses.items():
             mean[name] = 0.98 * mean.get(name, value.item()) + 0.02 * value.item()
-        if step % 200 == 0:
+        step += 1
+        if step % 500 == 0:
             parts = " ".join(f"{name} {value:.3f}" for name, value in (mean | score(model, 32)).items())
             save(model, args.output)
             print(f"{progress:6.1%} step {step} {parts} scale {model.logit_scale.exp().item():.1f}", flush=True)
