@@ -1,11 +1,16 @@
 """``pixel_text_logits``: cosine scores of every pixel feature against every class embedding."""
 
+import importlib.util
 import math
+import os
 
 import torch
 
 from ..dispatch import choose
+from . import operator as operator  # registers the Triton backend
 from .reference import pixel_text_logits_reference
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pixel_text_logits(
@@ -19,7 +24,8 @@ def pixel_text_logits(
             rows of a vocabulary already have unit length (published ones up to their rounding, which
             published scores contain).
         scale: factor on the cosine, for example CLIP's 100.
-        impl: ``"auto"`` or ``"reference"``, see :mod:`fastzs.kernels.dispatch`.
+        impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. Triton computes fp32, bf16 and fp16 on
+            GPUs; everything else, the CPU included, takes the reference: a norm and one matrix product of BLAS.
 
     Returns:
         ``[B, C, h, w]`` in the dtype of ``features`` (under autocast, in the autocast dtype), between
@@ -28,6 +34,7 @@ def pixel_text_logits(
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``scale`` is not a number.
         ValueError: shapes do not fit, tensors lie on different devices, or ``scale`` is not finite.
+        RuntimeError: ``impl`` cannot run.
     """
     for name, tensor, dims in (("features", features, "[B, D, h, w]"), ("text", text, "[C, D]")):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
@@ -47,5 +54,25 @@ def pixel_text_logits(
     if not math.isfinite(scale):
         raise ValueError(f"pixel_text_logits: scale is {scale}; wanted a finite number")
 
-    choose("pixel_text_logits", impl, {"reference": None})
+    device = features.device.type
+    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = features.dtype
+    backend = choose("pixel_text_logits", impl, {"triton": _why_not_triton(features, dtype), "reference": None})
+    if backend == "triton":
+        return torch.ops.fastzs.pixel_text_logits_triton(features, text.to(dtype), float(scale))
     return pixel_text_logits_reference(features, text, float(scale))
+
+
+def _why_not_triton(features: torch.Tensor, dtype: torch.dtype) -> str | None:
+    """Why Triton cannot multiply these features in ``dtype``, or None."""
+    device = features.device.type
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"the features are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    for seen in (features.dtype, dtype):
+        if seen not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the features are {seen}; wanted float32, bfloat16 or float16"
+    return None

@@ -20,6 +20,7 @@ class Resources:
     shared: int  # bytes
     local_accesses: int  # loads and stores of spilled registers
     atomics: int
+    matrix_products: int  # instructions of the tensor cores
 
 
 def resources(kernel, signature: dict, constants: dict, arch: int, num_warps: int, aligned=()) -> Resources:
@@ -47,6 +48,7 @@ def resources(kernel, signature: dict, constants: dict, arch: int, num_warps: in
         shared=compiled.metadata.shared,
         local_accesses=len(re.findall(r"\b(?:LDL|STL)\b", code.stdout)),
         atomics=len(re.findall(r"\b(?:ATOM|ATOMG|ATOMS|RED|REDG)\b", code.stdout)),
+        matrix_products=len(re.findall(r"\b(?:HMMA|HGMMA|UTC\w*MMA)\b", code.stdout)),
     )
 
 
