@@ -1,13 +1,6 @@
-"""The Triton backend of label_map: its arithmetic in Triton's interpreter, its machine code for three GPUs.
-
-The interpreter has to be chosen before Triton is imported, so the first test runs this file again in a process
-where it is.
-"""
+"""The Triton backend of label_map: its arithmetic in Triton's interpreter, its machine code for three GPUs."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,19 +8,15 @@ import torch
 
 from fastzs.kernels.label_map.api import label_map
 
+from .interpreter import INTERPRETED, interpreted, run_interpreted
 from .test_label_map import adversarial_logits, assert_agrees, random_case
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 CASES = [  # picture, crop, stride, map, output, activation, resize

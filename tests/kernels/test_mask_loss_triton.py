@@ -1,13 +1,6 @@
-"""The Triton backend of mask_loss: its arithmetic in Triton's interpreter, its machine code for three GPUs.
-
-The interpreter has to be chosen before Triton is imported, so the first test runs this file again in a process
-where it is.
-"""
+"""The Triton backend of mask_loss: its arithmetic in Triton's interpreter, its machine code for three GPUs."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,20 +10,16 @@ from hypothesis import strategies as st
 
 from fastzs.kernels.mask_loss import mask_loss
 
+from .interpreter import INTERPRETED, interpreted, run_interpreted
 from .test_mask_loss_backends import TINY, case
 from .tolerances import assert_close
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def check(logits, target, **options):

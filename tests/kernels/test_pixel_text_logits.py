@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from fastzs.kernels.pixel_text_logits import pixel_text_logits
 
 from .tolerances import assert_close
@@ -34,9 +35,7 @@ def test_agrees_with_normalised_copies(dtype, layout):
 
 def test_text_is_used_as_given():
     features, text = inputs()
-    torch.testing.assert_close(
-        pixel_text_logits(features, 1.5 * text), 1.5 * pixel_text_logits(features, text)
-    )
+    torch.testing.assert_close(pixel_text_logits(features, 1.5 * text), 1.5 * pixel_text_logits(features, text))
 
 
 def test_feature_length_does_not_matter():

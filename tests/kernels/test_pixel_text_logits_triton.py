@@ -1,13 +1,6 @@
-"""The Triton backend of pixel_text_logits: its arithmetic in Triton's interpreter, its machine code for three GPUs.
-
-The interpreter has to be chosen before Triton is imported, so the first test runs this file again in a process
-where it is.
-"""
+"""The Triton backend of pixel_text_logits: its arithmetic in Triton's interpreter, its machine code for three GPUs."""
 
 import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,20 +9,16 @@ import torch
 from fastzs.kernels.mask_loss import pixel_text_mask_loss
 from fastzs.kernels.pixel_text_logits import pixel_text_logits
 
+from .interpreter import INTERPRETED, interpreted, run_interpreted
 from .test_pixel_text_logits import cosine, inputs
 from .tolerances import assert_close, errors
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="there is an interpreter")
