@@ -81,6 +81,8 @@ def caption(scenes: shapes.Scenes, scene: int, shuffled: bool) -> str:
 
 
 class Model(nn.Module):
+    """Both towers and the temperature, randomly initialised."""
+
     def __init__(self):
         super().__init__()
         vision = CONFIG["vision_cfg"]
@@ -114,6 +116,7 @@ class Model(nn.Module):
         return tokens, grid
 
     def losses(self, scenes: shapes.Scenes, shuffled: bool, generator: torch.Generator) -> dict[str, Tensor]:
+        """The parts of the loss, scalars, from pictures and captions; ``shuffled`` hides the colours from both."""
         images = shuffle_channels(scenes.images, generator) if shuffled else scenes.images
         tokens, grid = self.tokens(images, generator)
         scale = self.logit_scale.exp().clamp(max=100)
