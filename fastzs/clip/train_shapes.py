@@ -111,7 +111,7 @@ class Model(nn.Module):
         positions = table[top : top + grid[0], left : left + grid[1]].flatten(0, 1)
         cls = (v.class_embedding + v.positional_embedding[0]).expand(len(x), 1, -1)
         tokens = v.ln_pre(torch.cat([cls, patches.flatten(2).transpose(1, 2) + positions], dim=1))
-        for block in v.transformer.resblocks[:-1]:
+        for block in v.blocks[:-1]:
             tokens = block(tokens)
         return tokens, grid
 
@@ -134,7 +134,7 @@ class Model(nn.Module):
         scores = scale * (phrases @ patches)  # [B, phrases, N]
         target = named(scenes)
         pairs, colours, forms, patterns, grounds = scores.split(GROUP_SIZES, dim=1)
-        t_pairs, t_colours, t_forms, _, t_grounds = target.split(GROUP_SIZES, dim=1)
+        t_pairs, t_colours, t_forms, t_patterns, t_grounds = target.split(GROUP_SIZES, dim=1)
         groups = [(forms, t_forms)] if shuffled else [(pairs, t_pairs), (colours, t_colours), (forms, t_forms)]
         near = neighbours(images, self.visual.patch_size)
         presence = patch = smooth = torch.zeros(())
@@ -151,7 +151,7 @@ class Model(nn.Module):
             right = 1 - (root[:, :, :, 1:] * root[:, :, :, :-1]).sum(1)
             smooth = smooth + (near[0] * down).mean() + (near[1] * right).mean()
         pattern_logits = (patterns - 0.3 * scale).topk(max(1, patterns.shape[2] // 16), dim=2).values.mean(2)
-        pattern = F.binary_cross_entropy_with_logits(pattern_logits, target.split(GROUP_SIZES, dim=1)[3].float())
+        pattern = F.binary_cross_entropy_with_logits(pattern_logits, t_patterns.float())
         pair_text, colour_text, shape_text, _, _ = phrases.split(GROUP_SIZES)
         parts = torch.stack([colour_text[i] + shape_text[j] for i, j in SEEN_INDICES])
         composition = 1 - F.cosine_similarity(pair_text, parts, dim=1).mean()
