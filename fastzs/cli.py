@@ -1,20 +1,16 @@
-"""The command line: ``fastzs segment`` and ``fastzs doctor``.
+"""The command line: ``fastzs COMMAND``, the commands of :mod:`fastzs.commands`.
 
 Every option can also stand in a YAML file given with ``--config``; ``--print_config`` writes one.
 """
 
 import sys
-import time
-from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser
 
 from fastzs import __version__
+from fastzs.commands import doctor, segment
 
-# torch and all that needs it are imported by the commands, so that --help is there at once.
+COMMANDS = {"segment": segment, "doctor": doctor}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     config = _parser().parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
     try:
-        return {"segment": _segment, "doctor": _doctor}[config.command](config[config.command])
+        return COMMANDS[config.command].run(config[config.command])
     except KeyboardInterrupt:
         print("fastzs: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -40,237 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="fastzs", description="Name the classes, get the masks.", version=__version__)
     commands = parser.add_subcommands(dest="command", required=True)
-    commands.add_subcommand("segment", _segment_parser(), help="label every pixel of pictures")
-    doctor = ArgumentParser(description="Print versions, devices, what was built, and which backend each op takes.")
-    commands.add_subcommand("doctor", doctor, help="print what is there and what is used")
+    for name, command in COMMANDS.items():
+        commands.add_subcommand(name, command.parser(), help=command.HELP)
     return parser
-
-
-def _segment_parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        description="Label every pixel of pictures with one of the classes. Writes an indexed PNG for each picture, "
-        "a manifest by which the same command goes on where it stopped, and run.json with all that was used."
-    )
-    add = parser.add_argument
-    add("paths", nargs="*", type=str, help="pictures, folders, globs")
-    add("--config", action="config", help="YAML file with any of these options (see --print_config)")
-    add("--classes", type=str | list[str] | None, help="names, separated by commas")
-    add("--classes-file", type=str | None, help="YAML file with a list of names, or of name: [synonyms]")
-    add("--output", type=str, required=True, help="folder for the results")
-    add("--overlay", action="store_true", help="also write the labels drawn over the picture, with a legend")
-    add("--coco", action="store_true", help="also write COCO run-length masks as JSON")
-    add("--model", type=str, default="maskclip", help="model")
-    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
-    add(
-        "--weights",
-        type=str,
-        default="openai",
-        help="open_clip's name of weights; 'shapes', the small model that is built in; 'random'; a file or folder",
-    )
-    add(
-        "--checkpoint",
-        type=str | None,
-        help="trained model: .pth or safetensors file, folder, hub id (clip_rc, zegclip)",
-    )
-    add("--seen", type=str | None, help="the checkpoint's training classes, by commas, to calibrate against the others")
-    add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
-    add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
-    add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
-    add("--threshold", type=float, default=0.5, help="score below which --background threshold says background")
-    add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
-    add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
-    add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
-    add("--batch", type=int, default=8, help="windows at a time")
-    add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
-    return parser
-
-
-def _doctor(config: Namespace) -> int:
-    from fastzs import doctor
-
-    found = doctor.report()
-    print(doctor.text(found))
-    return 1 if any(op["problem"] for op in found["ops"]) else 0
-
-
-def _segment(config: Namespace) -> int:
-    entries = _entries(config.classes, config.classes_file)
-    _check_coco(config.coco)
-    # Before the model, so that what is asked for wrongly is said at once.
-    from fastzs.pictures import find_pictures
-    from fastzs.runs import Outcome, prepare_folder, segment_pictures, settings_hash, write_record
-    from fastzs.vocabulary import Vocabulary
-
-    pictures = find_pictures(config.paths or _paths_in(config.config), skip=config.output)
-    vocabulary = Vocabulary(entries, templates=_templates(config.templates))
-    folder = Path(config.output)
-    prepare_folder(folder)
-
-    import fastzs
-    from fastzs.doctor import describe_device, versions
-
-    options = dict(config.options)
-    if config.seen is not None:
-        options["seen"] = [name.strip() for name in config.seen.split(",")]
-    try:
-        segmenter = fastzs.load(
-            config.model,
-            backbone=config.backbone,
-            weights=config.weights,
-            checkpoint=config.checkpoint,
-            device=config.device,
-            precision=config.precision,
-            short_side=config.short_side,
-            crop=config.crop,
-            stride=config.stride,
-            batch=config.batch,
-            **options,
-        )
-    except TypeError as error:  # of a name among the options that the model does not have
-        raise ValueError(f"--options {config.options}: {error}") from error
-    clip: Any = segmenter.model.clip
-    decisive = {
-        "fastzs": __version__,
-        "model": config.model,
-        "options": options,
-        "checkpoint": config.checkpoint and getattr(segmenter.model, "fingerprint", config.checkpoint),
-        "weights": clip.fingerprint,
-        "precision": str(segmenter.dtype),
-        "vocabulary": vocabulary.hash,
-        "background": config.background,
-        "threshold": config.threshold if config.background == "threshold" else None,
-        "short_side": segmenter.short_side,
-        "crop": segmenter.crop,
-        "stride": segmenter.stride,
-    }
-    settings = settings_hash(decisive)
-    about = describe_device(segmenter.device)
-    begun = time.monotonic()
-    record: dict[str, Any] = {
-        "started": _now(),
-        "finished": None,
-        "ended": None,
-        "seconds": None,
-        "pictures": None,
-        "failed": {},
-        "settings": {key: value for key, value in config.as_dict().items() if key != "config"},
-        "settings_hash": settings,
-        "decisive_settings": decisive,
-        "weights": {"name": config.weights, "backbone": clip.backbone, "fingerprint": clip.fingerprint},
-        "vocabulary": {"hash": vocabulary.hash, "names": list(vocabulary.names)},
-        "device": {key: about[key] for key in ("device", "name", "details")},
-        "precision": str(segmenter.dtype).removeprefix("torch."),
-        "versions": versions(),
-    }
-    write_record(folder, record)
-
-    def segment(path: Path):
-        return segmenter(path, vocabulary, background=config.background, threshold=config.threshold)
-
-    def end(how: str) -> None:
-        counts = {"found": outcome.found, "done": outcome.done, "done_before": outcome.skipped}
-        record["pictures"] = {**counts, "failed": len(outcome.failed)}
-        record["failed"] = outcome.failed
-        record["ended"] = how
-        record["finished"], record["seconds"] = _now(), round(time.monotonic() - begun, 3)
-        write_record(folder, record)
-
-    outcome = Outcome(len(pictures))
-    try:
-        with _Progress() as progress:
-            segment_pictures(
-                pictures,
-                segment,
-                folder,
-                settings,
-                overlay=config.overlay,
-                coco=config.coco,
-                start=progress.start_with,
-                step=progress.step,
-                outcome=outcome,
-            )
-    except BaseException as error:
-        # On a full disk not even this can be written, and the first problem is the one to tell.
-        with suppress(Exception):
-            end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
-        raise
-    end("complete" if outcome.complete else "incomplete")
-    print(
-        f"{outcome.done} of {outcome.found} pictures segmented, {outcome.skipped} done before, "
-        f"{len(outcome.failed)} failed; results in {folder}"
-    )
-    return 0 if outcome.complete else 1
-
-
-def _entries(classes: str | list[str] | None, classes_file: str | None) -> list[str | dict[str, list[str]]]:
-    """The classes of the command line, as :class:`fastzs.Vocabulary` takes them."""
-    if (classes is None) == (classes_file is None):
-        given = "both are given" if classes is not None else "neither is given"
-        raise ValueError(f"name the classes with --classes or with --classes-file; {given}")
-    if classes_file is not None:
-        return read_classes(Path(classes_file))
-    if isinstance(classes, str):
-        classes = classes.split(",") if classes.strip() else []
-    if not classes:
-        raise ValueError("--classes has no names in it; name at least one class")
-    return list(classes)
-
-
-def read_classes(path: Path) -> list[str | dict[str, list[str]]]:
-    """Read a YAML file of classes: a list whose items are names or ``name: [synonyms]``, or one such mapping.
-
-    What YAML would take for something else (``no``, ``on``, ``2``) is a name here, and a name that stands twice
-    in a mapping is kept twice, for the vocabulary to refuse.
-
-    Raises:
-        ValueError: the file cannot be read, is not YAML, is empty, or holds something else; the message names it.
-    """
-    import yaml
-
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except OSError as error:
-        raise ValueError(f"classes file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"classes file {path}: is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"classes file {path}: is not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        raise ValueError(f"classes file {path}: has no names in it; name at least one class")
-
-    def bad(node: yaml.Node) -> ValueError:
-        line = node.start_mark.line + 1
-        return ValueError(f"classes file {path}, line {line}: want a name, or a name with a list of synonyms")
-
-    def name(node: yaml.Node) -> str:
-        if not isinstance(node, yaml.ScalarNode):
-            raise bad(node)
-        return node.value
-
-    def synonyms(node: yaml.Node) -> list[str]:
-        if isinstance(node, yaml.SequenceNode):
-            return [name(item) for item in node.value]
-        return [] if node.tag == "tag:yaml.org,2002:null" else [name(node)]
-
-    def classes(node: yaml.Node) -> list[str | dict[str, list[str]]]:
-        if isinstance(node, yaml.MappingNode):
-            return [{name(key): synonyms(value)} for key, value in node.value]
-        return [name(node)]
-
-    if isinstance(root, yaml.ScalarNode):
-        raise bad(root)
-    items = root.value if isinstance(root, yaml.SequenceNode) else [root]
-    entries = [entry for item in items for entry in classes(item)]
-    if not entries:
-        raise ValueError(f"classes file {path}: has no names in it; name at least one class")
-    return entries
-
-
-def _templates(given: str | None) -> str | list[str] | None:
-    if given is None or not Path(given).is_file():
-        return given
-    return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _config_first(arguments: list[str]) -> list[str]:
@@ -286,64 +54,7 @@ def _config_first(arguments: list[str]) -> list[str]:
     return [*command, *files, *rest]
 
 
-def _paths_in(config_files: list | None) -> list[str]:
-    """``paths`` of the config files: the parser lets an empty list on the command line win over theirs."""
-    import yaml
-
-    paths: list[str] = []
-    for file in config_files or []:
-        paths = (yaml.safe_load(Path(str(file)).read_text(encoding="utf-8")) or {}).get("paths", paths)
-    return paths
-
-
-def _check_coco(wanted: bool) -> None:
-    import importlib.util
-
-    if wanted and importlib.util.find_spec("pycocotools") is None:
-        raise ValueError("--coco needs pycocotools, which is not installed: pip install 'fastzs[export]'")
-
-
 def _is_for_the_user(error: Exception) -> bool:
     from fastzs.runs import OutputError
 
     return isinstance(error, ValueError | OutputError)
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class _Progress:
-    """Bar with counts, rate and time left on stderr; problems are printed above it."""
-
-    def __enter__(self) -> "_Progress":
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("segmenting"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=Console(stderr=True),
-        )
-        self.bar.start()
-        return self
-
-    def __exit__(self, *problem) -> None:
-        self.bar.stop()
-
-    def start_with(self, outcome) -> None:
-        if todo := outcome.found - outcome.skipped:
-            self.task = self.bar.add_task("", total=todo, rate="")
-
-    def step(self, picture: Path, problem: str | None) -> None:
-        if problem is not None:
-            self.bar.console.print(f"failed: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-        self.bar.advance(self.task)
-        speed = self.bar.tasks[0].speed
-        if speed:
-            rate = f"{speed:.1f} pictures/s" if speed >= 1 else f"{1 / speed:.1f} s/picture"
-            self.bar.update(self.task, rate=rate)

@@ -12,7 +12,8 @@ import yaml
 from PIL import Image
 
 import fastzs
-from fastzs.cli import main, read_classes
+from fastzs.cli import main
+from fastzs.commands.segment import read_classes
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
 
