@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastzs import clip as clip_module
+from fastzs.clip.packed import pack
 from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
 from fastzs.models.prompt_tuned import PromptTuned
 from fastzs.ops import label_map
@@ -69,7 +70,10 @@ def load(
     network = _network(model, backbone, weights, checkpoint, options)
     chosen = choose_device(device)
     dtype = choose_precision(precision, chosen)
-    return Segmenter(network.to(chosen, dtype), short_side=short_side, crop=crop, stride=stride, batch=batch)
+    network.to(chosen, dtype)
+    if chosen.type == "cpu":
+        pack(network)
+    return Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch=batch)
 
 
 def _network(
@@ -134,7 +138,8 @@ class Segmenter:
             times that, the bound of the published test pipelines); 0 leaves their size; the model's own choice if
             omitted.
         crop, stride: sliding windows over the resized picture, a side or (height, width) in pixels; 0 takes the
-            whole picture at once; the model's own choice if omitted, ``stride`` two thirds of the crop.
+            whole picture at once; the model's own choice if omitted, which shrinks to pictures smaller than it, as
+            published; ``stride`` two thirds of the crop.
         batch: windows per forward pass.
     """
 
@@ -154,6 +159,7 @@ class Segmenter:
         self.model = model.eval()
         self.short_side = model.short_side if short_side is None else short_side
         self.crop = model.crop if crop is None else crop
+        self._crop_is_given = crop is not None
         self.stride = model.stride if stride is None and crop is None else stride
         if self.crop and not self.stride:
             height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
@@ -189,7 +195,8 @@ class Segmenter:
 
         Raises:
             PictureError: the picture cannot be read.
-            ValueError: names or settings that do not fit; the message says which.
+            ValueError: names or settings that do not fit, or a crop asked for that is larger than the resized picture;
+                the message says which.
         """
         vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
         classes = vocabulary.names
@@ -211,6 +218,8 @@ class Segmenter:
             resized = self._resize(original)
         size = (resized.shape[1], resized.shape[2])
         if self.crop and self.stride:  # a crop always has a stride
+            if self._crop_is_given:
+                _check_crop(self.crop, size)
             windows = window_grid(size, self.crop, self.stride)
         else:
             windows = torch.tensor([[0, 0, *size]])
@@ -247,3 +256,12 @@ class Segmenter:
         wanted = resize_size(size, self.short_side, LONG_SIDE * self.short_side)
         # antialiasing changes nothing where pictures grow, as in the published pipelines on their data sets
         return picture if wanted == size else TF.resize(picture, list(wanted), antialias=True)
+
+
+def _check_crop(crop: int | tuple[int, int], size: tuple[int, int]) -> None:
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    if height > size[0] or width > size[1]:
+        raise ValueError(
+            f"the crop, {height} x {width} pixels, is larger than the picture, {size[0]} x {size[1]} as the model sees "
+            "it; give a smaller crop, a larger short side, or crop 0 for the whole picture at once"
+        )

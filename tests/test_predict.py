@@ -51,10 +51,21 @@ def test_pictures_of_every_kind_give_the_same(picture, kind, tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (333, 17), (64, 64)])
-@pytest.mark.parametrize("windows", [{}, {"crop": 24, "stride": 16}, {"crop": (16, 40)}])
-def test_any_size_with_any_windows(size, windows):
+@pytest.mark.parametrize("windows", [{}, {"crop": 0}])
+def test_any_size(size, windows):
     picture = torch.randint(256, (3, *size), dtype=torch.uint8)
     assert segmenter(**windows)(picture, NAMES).labels.shape == size
+
+
+@pytest.mark.parametrize("windows", [{"crop": 24, "stride": 16}, {"crop": (16, 40)}])
+def test_any_windows(windows):
+    picture = torch.randint(256, (3, 45, 64), dtype=torch.uint8)
+    assert segmenter(**windows)(picture, NAMES).labels.shape == (45, 64)
+
+
+def test_a_crop_larger_than_the_picture_is_refused(picture):
+    with pytest.raises(ValueError, match=r"crop, 24 x 80 pixels, is larger than the picture, 50 x 70 as the model"):
+        segmenter(short_side=0, crop=(24, 80))(picture, NAMES)
 
 
 def test_each_window_sees_its_own_part(picture):

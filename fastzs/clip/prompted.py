@@ -125,7 +125,7 @@ class PromptedVisionTransformer(VisionTransformer):
             return compute()
         sources = [self.prompt_embeddings, self.deep_prompt_embeddings, *self.prompt_proj.parameters()]
         for block in blocks:
-            sources += [*block.ln_1.parameters(), block.attn.in_proj_weight, block.attn.in_proj_bias]
+            sources += [*block.ln_1.parameters(), *block.attn.sources]
         return self._prompt_kv(sources, compute)
 
     def encode(self, images: Tensor) -> Encoded:

@@ -43,6 +43,11 @@ class Attention(nn.Module):
         y = y.unflatten(-1, (len(which), self.heads, width // self.heads))  # [B, L, n, H, d]
         return y.permute(2, 0, 3, 1, 4).unbind(0)
 
+    @property
+    def sources(self) -> list[Tensor]:
+        """What :meth:`project` computes with, for those who keep what it gave."""
+        return [self.in_proj_weight, self.in_proj_bias]
+
     def merge(self, heads: Tensor) -> Tensor:
         """Output projection of per-head results [B, heads, L, d] -> [B, L, C]."""
         return self.out_proj(heads.transpose(1, 2).flatten(2))
@@ -142,15 +147,16 @@ class VisionTransformer(nn.Module):
         side = math.isqrt(table.shape[0] - 1)
         if grid == (side, side):
             return table
-        trained = table.requires_grad and torch.is_grad_enabled()
-        key = (grid, table.dtype, table.device, table.data_ptr(), table._version)
-        if not trained and key in self._position_cache:
+        # writes to tensors made in inference mode are not counted, so nothing is kept of them
+        kept = not (table.requires_grad and torch.is_grad_enabled()) and not table.is_inference()
+        key = (grid, table.dtype, table.device, table.data_ptr(), table._version) if kept else None
+        if key in self._position_cache:
             return self._position_cache[key]
         patches = table[1:].T.reshape(1, -1, side, side)
         patches = patches.to(torch.promote_types(table.dtype, torch.float32))
         patches = F.interpolate(patches, grid, mode=self.position_mode, align_corners=False)
         resized = torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
-        if not trained:
+        if key:
             self._position_cache[key] = resized = resized.detach()
         return resized
 
