@@ -14,7 +14,7 @@ from torch import Tensor
 from fastzs import clip as clip_module
 from fastzs.clip.packed import pack
 from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
-from fastzs.models.prompt_tuned import PromptTuned
+from fastzs.models.trained import TrainedModel
 from fastzs.ops import label_map
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
@@ -231,7 +231,7 @@ class Segmenter:
                 size,
                 output_size=(original.shape[1], original.shape[2]),
                 activation=self.model.activation,
-                seen=self.model.seen_indices(classes) if isinstance(self.model, PromptTuned) else None,
+                seen=self.model.seen_indices(classes) if isinstance(self.model, TrainedModel) else None,
                 calibration=getattr(self.model, "calibration", 0.0),
                 threshold=threshold if background == "threshold" else None,
                 return_scores=scores,

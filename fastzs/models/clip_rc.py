@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from fastzs.clip import WeightsError
 from fastzs.clip.prompted import Encoded
 from fastzs.decoders import DecoderLayer, Layers, RelationDescriptor, scores
-from fastzs.models.prompt_tuned import PromptTuned, count_layers
+from fastzs.models.prompt_tuned import PromptTuned
+from fastzs.models.trained import count_layers
 from fastzs.vocabulary import Vocabulary
 
 

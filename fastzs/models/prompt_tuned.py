@@ -1,26 +1,23 @@
-"""What ZegCLIP and CLIP-RC share: a prompted CLIP tower, a vocabulary, checkpoints, losses."""
+"""What ZegCLIP and CLIP-RC share: a prompted CLIP tower, losses, checkpoints."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
-import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, VisionTransformer, WeightsError
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
-from fastzs.clip.state import file_fingerprint, read_state
 from fastzs.clip.vision import Block
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
 from fastzs.losses import inductive_target, transductive_target
+from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices, count_layers
 from fastzs.ops import mask_loss
 from fastzs.vocabulary import Vocabulary
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # CLIP ViTs by the sizes of their tensors (width, layers, patch, joint width): whose text tower fits a checkpoint
 _KNOWN = {
     (768, 12, 16, 512): "ViT-B-16",
@@ -49,14 +46,13 @@ class TrainingBatch(NamedTuple):
         return {"focal": focal * loss.focal, "dice": dice * loss.dice}
 
 
-class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", license="apache-2.0"):
+class PromptTuned(TrainedModel):
     """A frozen CLIP ViT with learnt prompts, and a decoder that turns class names into masks.
 
     Subclasses have a ``decode_head`` and :meth:`decode`. Parameters carry the published checkpoints' names.
     """
 
     activation = "sigmoid"
-    default_templates = "single"
     other: str  # a sentence for checkpoints of the other model
     mark: str  # a parameter that tells this model's checkpoints from the other's
 
@@ -76,19 +72,23 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         double_class_embedding: bool,
         imagenet_normalization: bool,
     ):
-        super().__init__()
-        self.backbone_name, self.weights = backbone, str(weights)
-        self._clip: Clip | None = None
-        self.fingerprint = ""  # of the checkpoint file, for run records
-        plain = None
+        clip = plain = None
         if sizes is None:
-            self._clip = clip_module.load(backbone, weights)
-            plain = self._clip.vision()
+            clip = clip_module.load(backbone, weights)
+            plain = clip.vision()
             if not isinstance(plain, VisionTransformer):
                 raise ValueError(
                     f"{type(self).__name__}: {backbone} is not a vision transformer, which its prompts need"
                 )
             sizes = _sizes_of(plain) | {"grid": crop // plain.patch_size}
+        super().__init__(
+            backbone=backbone,
+            weights=weights,
+            clip=clip,
+            text_dim=sizes["output_dim"],
+            seen=seen,
+            calibration=calibration,
+        )
         self.sizes = dict(sizes)
         self.backbone = PromptedVisionTransformer(
             prompts=prompts,
@@ -111,73 +111,20 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
             self.mean, self.std = OPENAI_MEAN, OPENAI_STD
         else:
             self.mean, self.std = self.clip.mean, self.clip.std
-        self.seen = None if seen is None else list(seen)
-        self.calibration = calibration
-        self._vocabulary: tuple[Vocabulary, Tensor] | None = None
-        # what save_pretrained writes: sizes instead of the download they came from
-        self.settings: dict[str, Any] = {
-            "backbone": backbone,
-            "weights": self.weights,
-            "sizes": self.sizes,
-            "prompts": prompts,
-            "deep_prompts": self.backbone.deep_prompts,
-            "crop": crop,
-            "dropout": dropout,
-            "seen": self.seen,
-            "calibration": calibration,
-            "double_class_embedding": double_class_embedding,
-            "imagenet_normalization": imagenet_normalization,
-        }
-        self._hub_mixin_config = self.settings
+        # sizes instead of the download they came from
+        self.settings.update(
+            sizes=self.sizes,
+            prompts=prompts,
+            deep_prompts=self.backbone.deep_prompts,
+            crop=crop,
+            dropout=dropout,
+            double_class_embedding=double_class_embedding,
+            imagenet_normalization=imagenet_normalization,
+        )
 
     @property
     def patch_size(self) -> int:
         return self.backbone.patch_size
-
-    @property
-    def clip(self) -> Clip:
-        """The CLIP whose text tower belongs to the model, found when it is first asked for.
-
-        Raises:
-            WeightsError: no known CLIP fits, or its weights are not there.
-        """
-        if self._clip is None:
-            if not self.backbone_name:
-                raise WeightsError(
-                    f"{type(self).__name__}: the checkpoint has no text tower and its sizes are no known CLIP's; "
-                    "give the text vectors: Vocabulary(names, embeddings=...)"
-                )
-            self._clip = clip_module.load(self.backbone_name, self.weights)
-        return self._clip
-
-    def text(self, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Text vectors [rows, D] in the model's dtype and on its device.
-
-        Raises:
-            ValueError: they are not as wide as the model's joint space.
-        """
-        like, wide = self.backbone.proj, self.backbone.output_dim
-        if isinstance(vocabulary, Tensor):
-            if vocabulary.ndim != 2 or vocabulary.shape[1] != wide or vocabulary.shape[0] == 0:
-                raise ValueError(
-                    f"{type(self).__name__}: text vectors are {list(vocabulary.shape)}; wanted [classes, {wide}]"
-                )
-            return vocabulary.to(like)
-        if self._vocabulary and self._vocabulary[0] is vocabulary:
-            text = self._vocabulary[1]
-            if text.dtype == like.dtype and text.device == like.device:
-                return text
-        with torch.inference_mode(False), torch.no_grad():
-            given = vocabulary.embeddings
-            text = vocabulary.embed(self.clip, self.default_templates) if given is None else given
-            if text.shape[1] != wide:
-                raise ValueError(
-                    f"{type(self).__name__}: the vocabulary's vectors are {text.shape[1]} wide; "
-                    f"this checkpoint wants {wide}, the joint space of its CLIP"
-                )
-            text = text.to(like, copy=True)
-        self._vocabulary = (vocabulary, text)
-        return text
 
     def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
         """Low-resolution logits [B, C, h, w], fp32 at least; a pixel's class probabilities are their sigmoids.
@@ -203,14 +150,6 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
         raise NotImplementedError
 
-    def seen_indices(self, names: Sequence[str]) -> list[int] | None:
-        """Where the seen classes are among ``names``; None if the model was not told any.
-
-        Raises:
-            ValueError: none of the seen classes is among them, or an index is too large.
-        """
-        return None if self.seen is None else class_indices(self.seen, names)
-
     def training_batch(
         self,
         images: Tensor,
@@ -221,18 +160,11 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
         ignore_index: int,
     ) -> "TrainingBatch":
         """The batch of one of the three published settings; see the models' ``losses``."""
-        if (
-            isinstance(vocabulary, Vocabulary)
-            and vocabulary.synonyms == "max"
-            and len(vocabulary.phrases) > len(vocabulary)
-        ):
-            raise ValueError("training wants one text vector for each class: Vocabulary(..., synonyms='mean')")
         if transductive and seen is None:
             raise ValueError("transductive training: tell which classes are seen, seen=[...]")
-        text = self.text(vocabulary)
+        text, names = self.training_text(vocabulary)
         indices = None
         if seen is not None:
-            names = vocabulary.names if isinstance(vocabulary, Vocabulary) else [str(i) for i in range(len(text))]
             indices = class_indices(seen, names)
             if not transductive:
                 target = inductive_target(target, indices, len(text), ignore_index)
@@ -251,25 +183,11 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
             WeightsError: not a checkpoint of this model, damaged, of sizes that do not fit each other, tensors missing
                 or unexpected (named).
         """
-        path = Path(path)
-        if not path.is_file():
-            raise WeightsError(f"checkpoint {path}: there is no such file")
-        state = read_state(path)
-        cls._check_kind(path, state)
-        used = {name: t for name, t in state.items() if not any(part in f".{name}" for part in _UNUSED)}
-        try:
-            options = cls._sizes(used, options)
-        except KeyError as error:
-            raise WeightsError(
-                f"{path}: {error.args[0]!r} is missing; is this a whole {cls.__name__} checkpoint?"
-            ) from error
-        with torch.device("meta"):
-            model = cls(**options)
-        model = model.to_empty(device="cpu")
-        model._load(path, used)
-        model.fingerprint = file_fingerprint(path)
-        model._clip = _own_text_tower(path, state, model)
-        return model.eval()
+        return super().from_checkpoint(path, **options)
+
+    @classmethod
+    def _used(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: t for name, t in state.items() if not any(part in f".{name}" for part in _UNUSED)}
 
     @classmethod
     def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:
@@ -311,55 +229,31 @@ class PromptTuned(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licens
             "crop": sizes["grid"] * sizes["patch_size"],
         } | options
 
-    def _load(self, path: Path, state: Mapping[str, Tensor]) -> None:
-        wanted = self.state_dict()
-        missing = sorted(wanted.keys() - state.keys())
-        unexpected = sorted(state.keys() - wanted.keys() - self._left_out(state))
-        if missing or unexpected:
-            parts = [
-                f"{what}: {_some(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
-            ]
-            raise WeightsError(f"{path}: does not fit {type(self).__name__}; {'; '.join(parts)}")
-        for name, tensor in wanted.items():
-            if state[name].shape != tensor.shape:
-                raise WeightsError(
-                    f"{path}: {name} is {list(state[name].shape)}; "
-                    f"the checkpoint's other tensors want {list(tensor.shape)}"
-                )
-            if not torch.isfinite(state[name]).all():
-                raise WeightsError(
-                    f"{path}: {name} has NaN or infinite values; the file is damaged or training diverged"
-                )
-            tensor.copy_(state[name])
-
     def _left_out(self, state: Mapping[str, Tensor]) -> set[str]:
-        """Names of a published checkpoint that this model has no use for."""
         return set() if self.backbone.deep_prompts else {"backbone.prompt_norm.weight", "backbone.prompt_norm.bias"}
 
-
-def _own_text_tower(path: Path, state: Mapping[str, Tensor], model: PromptTuned) -> Clip | None:
-    """The text tower inside a published checkpoint, if there is one."""
-    prefix = "text_encoder."
-    if f"{prefix}token_embedding.weight" not in state:
-        return None
-    width = state[f"{prefix}ln_final.weight"].shape[0]
-    text = {
-        "context_length": len(state[f"{prefix}positional_embedding"]),
-        "vocab_size": len(state[f"{prefix}token_embedding.weight"]),
-        "width": width,
-        "heads": max(1, width // 64),
-        "layers": count_layers(state, f"{prefix}transformer.resblocks."),
-    }
-    return Clip(
-        backbone=model.backbone_name,
-        source=str(path),
-        config={"embed_dim": model.backbone.output_dim, "vision_cfg": {"layers": 0}, "text_cfg": text},
-        quick_gelu=True,
-        mean=model.mean,
-        std=model.std,
-        fingerprint=model.fingerprint,
-        path=path,
-    )
+    def _own_clip(self, path: Path, state: Mapping[str, Tensor]) -> Clip | None:
+        prefix = "text_encoder."
+        if f"{prefix}token_embedding.weight" not in state:
+            return None
+        width = state[f"{prefix}ln_final.weight"].shape[0]
+        text = {
+            "context_length": len(state[f"{prefix}positional_embedding"]),
+            "vocab_size": len(state[f"{prefix}token_embedding.weight"]),
+            "width": width,
+            "heads": max(1, width // 64),
+            "layers": count_layers(state, f"{prefix}transformer.resblocks."),
+        }
+        return Clip(
+            backbone=self.backbone_name,
+            source=str(path),
+            config={"embed_dim": self.text_dim, "vision_cfg": {"layers": 0}, "text_cfg": text},
+            quick_gelu=True,
+            mean=self.mean,
+            std=self.std,
+            fingerprint=self.fingerprint,
+            path=path,
+        )
 
 
 def _sizes_of(tower: VisionTransformer) -> dict[str, Any]:
@@ -380,35 +274,3 @@ def _ratio(hidden: int, width: int) -> float:
     """A ratio that gives ``hidden`` again when multiplied by ``width`` and cut to an integer."""
     ratio = hidden / width
     return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)
-
-
-def class_indices(seen: Sequence, names: Sequence[str]) -> list[int]:
-    """Positions of the seen classes, given by name or index, among ``names``, ascending."""
-    place = {" ".join(name.casefold().split()): i for i, name in enumerate(names)}
-    indices, unknown = [], []
-    for item in seen:
-        if isinstance(item, str):
-            index = place.get(" ".join(item.casefold().split()))
-        else:
-            index = int(item) if 0 <= int(item) < len(names) else None
-        (unknown if index is None else indices).append(item if index is None else index)
-    if unknown or not indices:
-        what = f"{_some([str(item) for item in unknown])} is not among" if unknown else "no class is among"
-        raise ValueError(
-            f"seen classes: {what} the {len(names)} names ({_some(list(names))}); write them as the vocabulary does"
-        )
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"seen classes: {len(indices) - len(set(indices))} of them are given twice")
-    return sorted(indices)
-
-
-def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of layers under ``prefix``."""
-    numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix)}
-    if not numbers:
-        raise KeyError(prefix)
-    return max(numbers) + 1
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fastzs.clip.prompted import Encoded
 from fastzs.decoders import DecoderLayer, HeadMeanScores, Layers, RelationDescriptor
-from fastzs.models.prompt_tuned import PromptTuned, count_layers
+from fastzs.models.prompt_tuned import PromptTuned
+from fastzs.models.trained import count_layers
 from fastzs.vocabulary import Vocabulary
 
 
