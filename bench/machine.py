@@ -1,27 +1,94 @@
-"""The machine a benchmark ran on, and the memory it took there."""
+"""The machine a benchmark ran on: what it is, the most it can copy and multiply, and the memory a call takes there."""
 
 import ctypes
+import functools
+import multiprocessing
+import os
 import platform
-import resource
+import subprocess
 import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
+VERSIONS = ("triton", "xformers", "openvino", "onnxruntime")
+FRESH_PROCESS_SECONDS = 180
+CLEAR_PEAK = "5"  # see proc(5) on clear_refs
 
-def describe(device: str) -> dict:
-    """Device, threads and versions, for a benchmark's ``extra_info``."""
-    info = {"torch": torch.__version__, "python": platform.python_version()}
+
+def describe(device: str) -> dict[str, Any]:
+    """Device, threads, clocks where they can be read, and versions, for a benchmark's ``extra_info``."""
+    info: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    for package in VERSIONS:
+        try:
+            info[package] = version(package)
+        except PackageNotFoundError:
+            continue
     if device == "cuda":
-        return {**info, "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        cpu = names[0].split(":")[1].strip() if names else cpu
-    return {**info, "device": cpu, "threads": torch.get_num_threads()}
+        return {**info, "device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "clocks": _gpu_clocks()}
+    fields = _cpu_fields()
+    info |= {"device": fields.get("model name") or platform.processor() or platform.machine()}
+    if "cpu MHz" in fields:
+        info["clocks"] = f"{float(fields['cpu MHz']):.0f} MHz"
+    if hasattr(os, "getloadavg"):
+        info["load"] = round(os.getloadavg()[0], 1)
+    return {**info, "threads": torch.get_num_threads()}
 
 
-def peak_megabytes(run, device: str) -> float:
+def _cpu_fields() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().partition("\n\n")[0].splitlines() if path.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def _gpu_clocks() -> str:
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return "not readable"
+
+
+@functools.cache
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, that the machine's best copy of a large tensor moves."""
+    source = torch.rand(2**28 if device == "cuda" else 2**26, device=device)  # 1 GiB; 256 MiB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+
+
+@functools.cache
+def matrix_rate(device: str, dtype: torch.dtype) -> float:
+    """Operations per second (a multiplication and an addition are two) of the machine's best matrix product."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
+
+
+def _fastest(run: Callable[[], object], device: str) -> float:
+    """Seconds of the fastest of some calls: a ceiling is what the machine can do, not what it does on average."""
+    seconds = []
+    for _ in range(8):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
+def synchronize(device: str) -> None:
+    """Wait for what was asked of ``device``."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_megabytes(run: Callable[[], object], device: str) -> float:
     """The most memory that ``run()`` held beyond what was held before it, in MB (10^6 bytes).
 
     On a GPU the allocator's count; on Linux CPUs the process's resident memory, which the kernel tracks.
@@ -33,7 +100,7 @@ def peak_megabytes(run, device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
-        Path("/proc/self/clear_refs").write_text("5")  # restarts the count of the peak
+        Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
     before = _resident_peak()
     run()
     return (_resident_peak() - before) / 1e6
@@ -44,4 +111,31 @@ def _resident_peak() -> float:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return float(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+
+
+def in_fresh_process(function: Callable[..., float], *args: Any) -> float | None:
+    """``function(*args)`` in a process that has computed nothing before; None where it fails or takes too long.
+
+    The processes are forked from one that has torch imported and nothing run, so each starts in a moment.
+    """
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+    if sys.platform == "linux":
+        context.set_forkserver_preload(["pytest", "torch", "fastzs.ops"])
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(theirs, function, args), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(FRESH_PROCESS_SECONDS) else None
+    except EOFError:
+        return None
+    finally:
+        process.kill()
+        process.join()
+
+
+def _send(pipe, function: Callable[..., float], args: tuple) -> None:
+    pipe.send(function(*args))

@@ -1,0 +1,117 @@
+"""The bench's helper: rivals that are wrong are refused, rounds are interleaved, rows have all that they should."""
+
+import time
+
+import pytest
+import torch
+
+from bench import rivals
+from bench.machine import in_fresh_process, peak_megabytes
+from bench.rivals import Contest, Rival, Unavailable, hold
+
+SIZE = 1 << 20
+
+
+def slow(x):
+    time.sleep(0.03)
+    return x * x
+
+
+def wrong(x):
+    return x * x + 1e-3
+
+
+def not_here(x):
+    raise Unavailable("nobody has it")
+
+
+def holds_more(x):
+    return (x.repeat(8) ** 2)[:SIZE]
+
+
+def contest(order=()):
+    def logged(name, run):
+        def logging(x):
+            order.append(name) if isinstance(order, list) else None
+            return run(x)
+
+        return logging
+
+    runs = {"slow": slow, "fast": torch.square, "wrong": wrong, "not here": not_here, "holds more": holds_more}
+    return Contest(
+        group="squares",
+        device="cpu",
+        inputs=lambda seed, dtype: (torch.rand(SIZE, generator=torch.Generator().manual_seed(seed)).to(dtype),),
+        rivals={name: Rival(logged(name, run)) for name, run in runs.items()},
+        judge=torch.square,
+        nbytes=8 * SIZE,
+        operations=SIZE,
+        info={"size": SIZE},
+        seconds=0.5,
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    return hold(contest, ())
+
+
+def test_a_rival_that_disagrees_with_the_judge_has_no_row(found):
+    assert isinstance(found["wrong"], AssertionError)
+    assert "wrong is refused in squares: error 1.00e-03, at most 1.00e-04 allowed" in str(found["wrong"])
+
+
+def test_a_rival_that_cannot_run_says_why(found):
+    assert isinstance(found["not here"], Unavailable)
+    assert str(found["not here"]) == "nobody has it"
+
+
+def test_rows_have_times_per_round_and_the_distance_to_the_floor(found):
+    fast = found["fast"]
+    assert len(fast["seconds"]) == len(found["slow"]["seconds"]) >= rivals.LEAST_ROUNDS
+    assert fast["faster"] == rivals.ratio(found["slow"]["seconds"], fast["seconds"]) > 2
+    assert found["slow"]["faster"] == 1
+    assert fast["times the floor"] == fast["median seconds"] / fast["floor seconds"]
+    assert fast["floor seconds"] == max(8 * SIZE / fast["copy bytes/s"], SIZE / fast["matrix operations/s"])
+    assert {"device", "torch", "threads", "dtype", "error", "size"} <= fast.keys()
+
+
+def test_memory_is_what_a_call_takes_beyond_its_inputs(found):
+    one = SIZE * 4 / 1e6
+    assert found["fast"]["peak MB"] == pytest.approx(one, abs=2.5)
+    assert found["holds more"]["peak MB"] == pytest.approx(16 * one, abs=5)
+
+
+def test_rounds_are_interleaved_and_begin_with_another_rival_each(monkeypatch):
+    order = []
+    monkeypatch.setattr(rivals, "_peak", lambda *args: 0.0)
+    monkeypatch.setattr(rivals, "sampler", lambda run, sets, device: lambda: {"seconds": float(run(*sets[0]).any())})
+    hold(contest, (order,))
+    judged, rounds = order[:5], order[5:]
+    assert judged == ["slow", "fast", "wrong", "not here", "holds more"]
+    names = ["slow", "fast", "holds more"]
+    assert [rounds[i : i + 3] for i in (0, 3, 6)] == [names[i:] + names[:i] for i in range(3)]
+
+
+def test_nan_is_refused():
+    assert rivals.largest_error([torch.tensor([1.0, float("nan")])], [torch.ones(2).double()]) == float("inf")
+
+
+def test_labels_are_compared_by_the_share_that_differs():
+    got, right = torch.tensor([0, 1, 2, 3], dtype=torch.uint8), torch.tensor([0, 1, 2, 2])
+    assert rivals.share_of_labels([got], [right]) == 0.25
+
+
+def fails():
+    raise MemoryError
+
+
+def test_a_fresh_process_that_fails_gives_none():
+    assert in_fresh_process(fails) is None
+
+
+def test_peak_counts_what_was_freed_again():
+    def run():
+        torch.ones(25_000_000)
+
+    assert peak_megabytes(run, "cpu") == pytest.approx(100, abs=5)
