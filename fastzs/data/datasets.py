@@ -1,0 +1,480 @@
+"""Pictures with label maps: the benchmark data sets in their usual folders, anybody's own, and drawn shapes.
+
+Every data set gives ``dataset[i] -> (picture, labels)``, a ``tv_tensors.Image`` uint8 [3, H, W] and a
+``tv_tensors.Mask`` uint8 [H, W] whose values are indices into ``dataset.classes`` or 255 (ignored). The folders are
+laid out as mmsegmentation's documentation of its data sets has them. A data set checks all its files when it is made;
+that they were found good is kept in the cache, so that large ones are read once.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from fastzs.data import shapes
+from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
+from fastzs.data.protocols import IGNORE, Protocol
+from fastzs.files import write_atomically
+from fastzs.pictures import SUFFIXES, PictureError, read_picture
+from fastzs.vocabulary import cache_folder
+
+Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
+TOLD = 5  # problems that a message names; the rest are counted
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as it is; the message names the files and counts them."""
+
+
+class Pair(NamedTuple):
+    """A picture and its label map, under the picture's id."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+class PairsDataset(Dataset[Sample]):
+    """Pictures and label maps in files.
+
+    Args:
+        pairs: the files.
+        classes: names; label ``i`` of a mask is ``classes[i]``, 255 is ignored.
+        reduce_zero_label: 0 in the masks is ignored and label ``i`` stands there as ``i + 1``.
+        also_ignored: further values of the masks that are ignored.
+        what: the data set's name in messages.
+
+    Raises:
+        DataError: it is empty; files are missing or cannot be read, masks have labels outside the list or another
+            size than their picture.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[Pair],
+        classes: Sequence[str],
+        *,
+        reduce_zero_label: bool = False,
+        also_ignored: Sequence[int] = (),
+        what: str = "data set",
+    ):
+        self.pairs = tuple(pairs)
+        self.classes = tuple(classes)
+        self.what = what
+        if not self.classes or len(self.classes) > IGNORE:
+            raise DataError(f"{what}: {len(self.classes)} classes; want 1 to {IGNORE}")
+        if not self.pairs:
+            raise DataError(f"{what}: there are no pictures in it")
+        first = int(reduce_zero_label)
+        self.table = np.full(256, -1, np.int16)  # value in the file -> label, -1 where there is none
+        self.table[first : first + len(self.classes)] = np.arange(len(self.classes))
+        self.table[[0] * first + [IGNORE, *also_ignored]] = IGNORE
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Ids of the pictures, no two the same."""
+        return tuple(pair.name for pair in self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One picture and its labels.
+
+        Raises:
+            DataError, PictureError: a file changed since the data set was checked and is no longer good.
+        """
+        pair = self.pairs[index]
+        picture = read_picture(pair.image)
+        labels = self._labels(pair.mask)
+        if picture.shape[1:] != labels.shape:
+            raise DataError(f"{self.what}: {_sizes(pair, tuple(picture.shape[1:]), labels.shape)}")
+        return tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(labels))
+
+    def _labels(self, path: Path) -> np.ndarray:
+        labels = self.table[read_mask(path)]
+        if (labels < 0).any():
+            raise DataError(f"{self.what}: {self._outside(path)}")
+        return labels.astype(np.uint8)
+
+    def _outside(self, path: Path) -> str:
+        values = np.unique(read_mask(path))
+        allowed = np.flatnonzero((self.table >= 0) & (self.table != IGNORE))
+        outside = ", ".join(str(value) for value in values[self.table[values] < 0])
+        return f"{path} has the labels {outside}; want {allowed[0]} to {allowed[-1]}, or {IGNORE} for ignored"
+
+    def _check(self) -> None:
+        missing = [path for pair in self.pairs for path in (pair.image, pair.mask) if not path.is_file()]
+        if missing:
+            raise DataError(_report(self.what, "files are missing", [str(path) for path in missing]))
+        repeated = len(self.pairs) - len(set(self.names))
+        if repeated:
+            raise DataError(f"{self.what}: {repeated} pictures have a name that another has, too")
+        stamp = cache_folder() / "checked" / f"{self._stamp()}.json"
+        if stamp.is_file():
+            return
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            # one after the other in the order of the pairs, decoded at the same time
+            results = pool.map(self._problem, self.pairs)
+            steps = track(
+                results,
+                f"checking {self.what}",
+                total=len(self.pairs),
+                console=Console(stderr=True),
+                disable=len(self.pairs) < 2000,
+                transient=True,
+            )
+            problems = [problem for problem in steps if problem]
+        if problems:
+            raise DataError(_report(self.what, "pictures or masks cannot be used", problems))
+        # a cache that cannot be written only means that the next start checks again
+        try:
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(stamp, json.dumps({"dataset": self.what, "pictures": len(self.pairs)}).encode())
+        except OSError:
+            pass
+
+    def _problem(self, pair: Pair) -> str | None:
+        """What is wrong with a pair, if anything. Of the picture the header is read only."""
+        try:
+            labels = self.table[read_mask(pair.mask)]
+            if (labels < 0).any():
+                return self._outside(pair.mask)
+            size = _picture_size(pair.image)
+        except (DataError, PictureError) as error:
+            return str(error)
+        return _sizes(pair, size, labels.shape) if size != labels.shape else None
+
+    def _stamp(self) -> str:
+        """Changes with any file's name, size or time of change, and with what the labels mean."""
+        digest = hashlib.sha256(json.dumps([self.classes, self.table.tolist()]).encode())
+        for pair in self.pairs:
+            for path in (pair.image, pair.mask):
+                status = path.stat()
+                digest.update(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()[:32]
+
+
+class FolderDataset(PairsDataset):
+    """A folder of pictures and a folder of masks with the same names but for the ending (``a/b.jpg``, ``a/b.png``).
+
+    Args:
+        images: folder, searched with its subfolders.
+        masks: folder of PNG masks, laid out alike.
+        classes: names, in the order of the labels.
+        suffix: what stands between the picture's name and ``.png`` in the mask's.
+        reduce_zero_label: see :class:`PairsDataset`.
+
+    Raises:
+        DataError: as :class:`PairsDataset`, and masks without a picture.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        masks: str | Path,
+        classes: Sequence[str],
+        *,
+        suffix: str = "",
+        reduce_zero_label: bool = False,
+    ):
+        pairs = _folder_pairs(Path(images), Path(masks), suffix)
+        super().__init__(pairs, classes, reduce_zero_label=reduce_zero_label, what=f"folder {images}")
+
+
+class PairsFile(PairsDataset):
+    """A text file with a picture and its mask on each line, separated by a tab or, without tabs, by white space.
+
+    Relative paths start at the file's folder. Empty lines and lines that begin with # are skipped.
+
+    Raises:
+        DataError: as :class:`PairsDataset`; the file cannot be read, a line does not hold two paths (named).
+    """
+
+    def __init__(self, path: str | Path, classes: Sequence[str], *, reduce_zero_label: bool = False):
+        path = Path(path)
+        pairs = []
+        for number, line in enumerate(_lines(path), start=1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            parts = line.split("\t") if "\t" in line else line.split()
+            if len(parts) != 2:
+                raise DataError(f"pairs file {path}, line {number}: want a picture and a mask, got {line!r}")
+            image, mask = (Path(part.strip()) for part in parts)
+            # the name is part of the paths of results, which stay in their folder
+            inside = not image.is_absolute() and ".." not in image.parts
+            name = _stem(image.as_posix() if inside else image.name)
+            pairs.append(Pair(name, path.parent / image, path.parent / mask))
+        super().__init__(pairs, classes, reduce_zero_label=reduce_zero_label, what=f"pairs file {path}")
+
+
+class VOC2012(PairsDataset):
+    """PASCAL VOC 2012: 20 classes, the background ignored.
+
+    Args:
+        root: ``VOCdevkit/VOC2012`` or a folder that holds it; with ``JPEGImages``, ``SegmentationClass`` and
+            ``ImageSets/Segmentation``. Masks of the augmented list (SBD) lie in ``SegmentationClassAug``.
+        split: "train" (1,464), "val" (1,449), "trainval", or "trainaug" (10,582): the list ``trainaug.txt``, or
+            ``train.txt`` and ``aug.txt``. A picture's own VOC mask is preferred to the one from SBD.
+    """
+
+    def __init__(self, root: str | Path, split: str = "val"):
+        root = _home(root, "JPEGImages", "VOCdevkit/VOC2012", "VOC2012")
+        lists = root / "ImageSets" / "Segmentation"
+        files = [lists / f"{split}.txt"]
+        if split == "trainaug" and not files[0].is_file():
+            files = [lists / "train.txt", lists / "aug.txt"]
+        ids = _ids(files)
+        folders = [root / "SegmentationClass", root / "SegmentationClassAug"]
+        own, sbd = ({path.stem for path in folder.glob("*.png")} for folder in folders)
+        only_sbd = sbd - own
+        pairs = [
+            Pair(name, root / "JPEGImages" / f"{name}.jpg", folders[name in only_sbd] / f"{name}.png") for name in ids
+        ]
+        super().__init__(pairs, VOC, reduce_zero_label=True, what=f"VOC 2012 {split}")
+
+
+class CocoStuff164k(PairsDataset):
+    """COCO-Stuff 164k: 171 classes.
+
+    Args:
+        root: with ``images/{train,val}2017`` and ``annotations/{train,val}2017/*_labelTrainIds.png``.
+        split: "train" (118,287) or "val" (5,000).
+    """
+
+    def __init__(self, root: str | Path, split: str = "val"):
+        root = _home(root, "annotations", "coco_stuff164k")
+        pairs = _folder_pairs(root / "images" / f"{split}2017", root / "annotations" / f"{split}2017", "_labelTrainIds")
+        super().__init__(pairs, COCO_STUFF, what=f"COCO-Stuff 164k {split}")
+
+
+class PascalContext(PairsDataset):
+    """PASCAL-Context: 59 classes with the background ignored, or 60 with the background as class 0.
+
+    Args:
+        root: ``VOCdevkit/VOC2010`` or a folder that holds it; with ``JPEGImages``, ``SegmentationClassContext`` (masks
+            converted to the labels 0 to 59 by mmsegmentation's script) and ``ImageSets/SegmentationContext``.
+        split: "train" (4,996) or "val" (5,104).
+        background: make the background a class.
+    """
+
+    def __init__(self, root: str | Path, split: str = "val", *, background: bool = False):
+        root = _home(root, "JPEGImages", "VOCdevkit/VOC2010", "VOC2010")
+        folder = root / "SegmentationClassContext"
+        pairs = [
+            Pair(name, root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png")
+            for name in _ids([root / "ImageSets" / "SegmentationContext" / f"{split}.txt"])
+        ]
+        classes = ("background", *CONTEXT) if background else CONTEXT
+        super().__init__(pairs, classes, reduce_zero_label=not background, what=f"PASCAL-Context {split}")
+
+
+class ADE20K150(PairsDataset):
+    """ADE20K with the 150 classes of the scene parsing challenge.
+
+    Args:
+        root: ``ADEChallengeData2016`` or a folder that holds it; with ``images`` and ``annotations``, each with
+            ``training`` and ``validation``.
+        split: "train" (20,210) or "val" (2,000).
+    """
+
+    def __init__(self, root: str | Path, split: str = "val"):
+        root = _home(root, "annotations", "ADEChallengeData2016", "ade/ADEChallengeData2016")
+        folder = {"train": "training", "val": "validation"}.get(split, split)
+        pairs = _folder_pairs(root / "images" / folder, root / "annotations" / folder, "")
+        super().__init__(pairs, ADE20K, reduce_zero_label=True, what=f"ADE20K {split}")
+
+
+class CamVid(PairsDataset):
+    """CamVid with 11 classes, as distributed with SegNet.
+
+    Args:
+        root: with ``train``, ``val``, ``test`` and the masks in ``trainannot``, ``valannot``, ``testannot``.
+        split: "train" (367), "val" (101) or "test" (233).
+    """
+
+    def __init__(self, root: str | Path, split: str = "val"):
+        root = _home(root, "trainannot", "camvid", "CamVid")
+        pairs = _folder_pairs(root / split, root / f"{split}annot", "")
+        super().__init__(pairs, CAMVID, also_ignored=(len(CAMVID),), what=f"CamVid {split}")
+
+
+class ShapesDataset(Dataset[Sample]):
+    """Scenes that the package draws (:mod:`fastzs.data.shapes`), with the 64 pairs and the 4 grounds as classes.
+
+    A picture follows from ``seed``, ``split`` and its index alone. The scenes of every split hold the unseen pairs as
+    well; the training settings hide their labels, as in the published protocols.
+
+    Args:
+        split: any word; different ones give different pictures.
+        length: number of pictures.
+        size: side of the square pictures in pixels.
+        seed: of the whole data set.
+
+    Raises:
+        DataError: ``length`` or ``size`` is below 1.
+    """
+
+    def __init__(self, split: str = "train", length: int = 2000, size: int = 128, seed: int = 0):
+        if length < 1 or size < 1:
+            raise DataError(f"shapes: cannot draw {length} pictures of {size} x {size} pixels")
+        self.classes = (*shapes.PAIRS, *shapes.GROUNDS)
+        self.split, self.length, self.size, self.seed = split, length, size, seed
+        self.what = f"shapes {split}"
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Ids of the pictures, no two the same."""
+        return tuple(f"{self.split}-{i:06}" for i in range(self.length))
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.length:
+            raise IndexError(f"shapes: picture {index} of {self.length}")
+        seed = seed_of(self.seed, self.split, index)
+        side = (self.size, self.size)
+        radius = (10 * self.size / 128, 30 * self.size / 128)
+        scene = shapes.draw(1, side, seed=seed, objects=(2, 4), radius=radius)
+        return tv_tensors.Image(scene.images[0]), tv_tensors.Mask(scene.labels(self.classes)[0])
+
+
+def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> PairsDataset | ShapesDataset:
+    """The data set that a named protocol is about.
+
+    Args:
+        root: its folder; not needed for shapes.
+        split: as the data set calls it.
+
+    Raises:
+        ValueError: the protocol is not about one of the data sets here, or ``root`` is missing.
+        DataError: from the data set.
+    """
+    if protocol.dataset == "shapes":
+        sizes = {"train": 2000, "val": 200}
+        return ShapesDataset(split, sizes.get(split, 200))
+    kinds: dict[str, Callable[..., PairsDataset]] = {
+        "voc2012": VOC2012,
+        "coco_stuff164k": CocoStuff164k,
+        "pascal_context": partial(PascalContext, background=protocol.background == "class"),
+        "ade20k": ADE20K150,
+        "camvid": CamVid,
+    }
+    if protocol.dataset not in kinds:
+        raise ValueError(
+            f"protocol {protocol.name} is not about a data set known here; tell its folders of images and masks, or a "
+            "file of pairs"
+        )
+    if root is None:
+        raise ValueError(f"protocol {protocol.name} needs the folder of its data set")
+    return kinds[protocol.dataset](root, split)
+
+
+def seed_of(*parts: int | str) -> int:
+    """A seed for what ``parts`` name, 0 to 2 ** 32 - 1 (torch's CPU generator reads no more than 32 bits)."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big")
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """The values of a label map, uint8 [H, W]: of an indexed picture the indices, else grey levels.
+
+    Raises:
+        DataError: missing, damaged, or neither indexed nor grey.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L", "1"):
+                raise DataError(
+                    f"{path} is a mask of mode {image.mode}; want 8-bit labels, indexed or grey (PIL modes P, L)"
+                )
+            return np.array(image, dtype=np.uint8)
+    except DataError:
+        raise
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise whatever comes to them on broken files
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) as :func:`fastzs.pictures.read_picture` gives it, from the header."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+    except Exception as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return (width, height) if turned else (height, width)
+
+
+def _sizes(pair: Pair, picture: tuple[int, ...], mask: tuple[int, ...]) -> str:
+    return f"{pair.image} is {picture[1]} x {picture[0]} pixels, its mask {pair.mask} {mask[1]} x {mask[0]}"
+
+
+def _report(what: str, kind: str, problems: list[str]) -> str:
+    more = f"\n  and {len(problems) - TOLD} more" if len(problems) > TOLD else ""
+    return f"{what}: {len(problems)} {kind}:\n  " + "\n  ".join(problems[:TOLD]) + more
+
+
+def _home(root: str | Path, mark: str, *below: str) -> Path:
+    """``root``, or the one of the folders ``below`` it, that holds ``mark``."""
+    places = [Path(root), *(Path(root, part) for part in below)]
+    for place in places:
+        if (place / mark).is_dir():
+            return place
+    raise DataError(f"{root}: there is no folder {mark} in it, nor in {', '.join(below)} below it")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        there = sorted(file.stem for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
+        near = f"; lists there: {', '.join(there)}" if there else ""
+        raise DataError(f"{path} cannot be read: {error}{near}") from error
+
+
+def _ids(files: Sequence[Path]) -> list[str]:
+    ids = [line.split()[0] for file in files for line in _lines(file) if line.strip()]
+    return list(dict.fromkeys(ids))
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _folder_pairs(images: Path, masks: Path, suffix: str) -> list[Pair]:
+    """Pairs of two folders, sorted by name; the masks of pictures that have none are named all the same."""
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: there is no such folder")
+    pictures: dict[str, Path] = {}
+    for path in sorted(images.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            name = _stem(path.relative_to(images).as_posix())
+            if name in pictures:
+                raise DataError(f"{images}: {pictures[name].name} and {path.name} have the same name")
+            pictures[name] = path
+    ending = f"{suffix}.png"
+    found = {path.relative_to(masks).as_posix() for path in masks.rglob(f"*{ending}")}
+    alone = sorted(found - {name + ending for name in pictures})
+    if alone:
+        near = difflib.get_close_matches(alone[0].removesuffix(ending), pictures, n=1)
+        hint = f" (nearest picture: {near[0]})" if near else ""
+        raise DataError(_report(f"folder {masks}", f"masks have no picture in {images}{hint}", alone))
+    return [Pair(name, path, masks / f"{name}{ending}") for name, path in pictures.items()]

@@ -1,0 +1,174 @@
+"""Evaluation protocols: which classes, which of them unseen in training, and what becomes of the background.
+
+A number without its protocol means little: PASCAL-Context alone is used in three ways that cannot be compared.
+``context50-10-bg`` (MaskCLIP+, and with ZegCLIP's class list) has 60 classes with the background among them;
+``context49-10`` (OTSeg) takes the same ten names as unseen among the 59 classes without it; ``context49-10-cascade``
+(Cascade-CLIP's configuration) takes ten others.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
+from fastzs.data.shapes import GROUNDS, PAIRS, UNSEEN_PAIRS
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A list of classes and its split.
+
+    Attributes:
+        name: as it is printed beside results.
+        classes: names in the order of the labels; label ``i`` is ``classes[i]``, 255 is ignored.
+        unseen: indices of the classes whose labels training must not read, ascending; empty: all are seen.
+        dataset: the data set it belongs to, see :func:`fastzs.data.datasets.open_dataset`; "folder" for own ones.
+        background: what becomes of pixels of no class: "ignored", "class" (they are one of the classes) or "none"
+            (every pixel has a class).
+        reduce_zero_label: 0 in the mask files means "no class" and all labels there are one higher than here.
+
+    Raises:
+        ValueError: no classes, a name twice, an index out of range or twice, more than 255 classes.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    unseen: tuple[int, ...] = ()
+    dataset: str = "folder"
+    background: str = "ignored"
+    reduce_zero_label: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "classes", tuple(self.classes))
+        object.__setattr__(self, "unseen", tuple(sorted(self.unseen)))
+        if not self.classes or len(self.classes) > IGNORE:
+            raise ValueError(
+                f"protocol {self.name}: {len(self.classes)} classes; want 1 to {IGNORE}, since the label {IGNORE} "
+                "marks ignored pixels"
+            )
+        if twice := sorted({name for name in self.classes if self.classes.count(name) > 1}):
+            raise ValueError(f"protocol {self.name}: classes given twice: {', '.join(twice)}")
+        wrong = [i for i in self.unseen if not 0 <= i < len(self.classes)]
+        if wrong or len(set(self.unseen)) < len(self.unseen) or len(self.unseen) == len(self.classes):
+            raise ValueError(
+                f"protocol {self.name}: unseen classes {list(self.unseen)}; want different indices from 0 to "
+                f"{len(self.classes) - 1}, and at least one class left to be seen"
+            )
+        if self.background not in ("ignored", "class", "none"):
+            raise ValueError(
+                f"protocol {self.name}: background is {self.background!r}; want 'ignored', 'class' or 'none'"
+            )
+
+    @property
+    def seen(self) -> tuple[int, ...]:
+        """Indices of the seen classes, ascending."""
+        return tuple(i for i in range(len(self.classes)) if i not in set(self.unseen))
+
+    def __str__(self) -> str:
+        split = f"{len(self.seen)} seen, {len(self.unseen)} unseen" if self.unseen else "all seen"
+        return f"{self.name} ({len(self.classes)} classes, {split}, background: {self.background})"
+
+    def check_classes(self, classes: Sequence[str], what: str) -> None:
+        """See that a class list is this protocol's.
+
+        Raises:
+            ValueError: it has another length, or another name somewhere; ``what`` says whose list it is.
+        """
+        if len(classes) != len(self.classes):
+            raise ValueError(f"{what} has {len(classes)} classes, but protocol {self.name} has {len(self.classes)}")
+        for i, (given, wanted) in enumerate(zip(classes, self.classes, strict=True)):
+            if given != wanted:
+                raise ValueError(f"{what}: class {i} is {given!r}, but in protocol {self.name} it is {wanted!r}")
+
+
+def _indices(classes: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(classes.index(name) for name in names)
+
+
+# "cow", "motorbike" ...: the ten of MaskCLIP+, also OTSeg's
+_CONTEXT_UNSEEN = (
+    "cow", "motorbike", "sofa", "cat", "boat", "fence", "bird", "tvmonitor", "keyboard", "aeroplane"
+)  # fmt: skip
+_CASCADE_UNSEEN = (
+    "aeroplane", "bed", "bedclothes", "boat", "bottle", "car", "cloth", "cow", "keyboard", "plate"
+)  # fmt: skip
+_CONTEXT_60 = ("background", *CONTEXT)
+_SHAPES = (*PAIRS, *GROUNDS)
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("voc15-5", VOC, tuple(range(15, 20)), "voc2012", reduce_zero_label=True),
+        Protocol(
+            "coco156-15",
+            COCO_STUFF,
+            (19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160),
+            "coco_stuff164k",
+        ),
+        Protocol(
+            "context50-10-bg", _CONTEXT_60, _indices(_CONTEXT_60, _CONTEXT_UNSEEN), "pascal_context", background="class"
+        ),
+        Protocol("context49-10", CONTEXT, _indices(CONTEXT, _CONTEXT_UNSEEN), "pascal_context", reduce_zero_label=True),
+        Protocol(
+            "context49-10-cascade",
+            CONTEXT,
+            _indices(CONTEXT, _CASCADE_UNSEEN),
+            "pascal_context",
+            reduce_zero_label=True,
+        ),
+        Protocol("ade150", ADE20K, (), "ade20k", reduce_zero_label=True),
+        Protocol("camvid", CAMVID, (), "camvid"),
+        Protocol("shapes", _SHAPES, _indices(_SHAPES, UNSEEN_PAIRS), "shapes", background="none"),
+    )
+}
+
+
+def protocol(name: str | Path) -> Protocol:
+    """A protocol by its name, or one's own from a YAML file.
+
+    The file holds ``classes`` (a list of names) and, as far as needed, ``name`` (the file's name if omitted),
+    ``unseen`` (names or indices), ``background`` and ``reduce_zero_label`` as in :class:`Protocol`.
+
+    Raises:
+        ValueError: unknown name (the nearest known are given); the file cannot be read, has an unknown key (the
+            nearest known is given) or an unseen class that is not among the classes.
+    """
+    if str(name) in PROTOCOLS:
+        return PROTOCOLS[str(name)]
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        near = difflib.get_close_matches(str(name), PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
+        raise ValueError(f"unknown protocol {str(name)!r}; nearest known: {', '.join(near)}; own ones are .yaml files")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"protocol {path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
+        raise ValueError(f"protocol {path}: want a mapping with a list of names under 'classes'")
+    known = ("name", "classes", "unseen", "background", "reduce_zero_label")
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"protocol {path}: unknown key {key!r}; nearest known: {near!r}")
+    classes = tuple(str(item) for item in content["classes"])
+    return Protocol(
+        name=str(content.get("name", path.stem)),
+        classes=classes,
+        unseen=_unseen(path, classes, content.get("unseen") or ()),
+        background=str(content.get("background", "ignored")),
+        reduce_zero_label=bool(content.get("reduce_zero_label", False)),
+    )
+
+
+def _unseen(path: Path, classes: tuple[str, ...], given: Any) -> tuple[int, ...]:
+    unknown = [item for item in given if not isinstance(item, int) and str(item) not in classes]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), classes, n=1, cutoff=0.0)[0]
+        raise ValueError(f"protocol {path}: unseen class {unknown[0]!r} is none of the classes; nearest: {near!r}")
+    return tuple(item if isinstance(item, int) else classes.index(str(item)) for item in given)

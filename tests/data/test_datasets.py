@@ -1,0 +1,270 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+
+from fastzs.data import shapes
+from fastzs.data.datasets import (
+    ADE20K150,
+    VOC2012,
+    CamVid,
+    CocoStuff164k,
+    DataError,
+    FolderDataset,
+    PairsFile,
+    PascalContext,
+    ShapesDataset,
+    open_dataset,
+    seed_of,
+)
+from fastzs.data.protocols import PROTOCOLS, protocol
+from tests.data.folders import camvid, put_list, put_mask, put_picture, voc
+
+
+def values(dataset, index: int = 0) -> set[int]:
+    return set(dataset[index][1].unique().tolist())
+
+
+def test_sample(tmp_path):
+    picture, labels = VOC2012(voc(tmp_path), "val")[0]
+    assert isinstance(picture, tv_tensors.Image)
+    assert isinstance(labels, tv_tensors.Mask)
+    assert picture.dtype == labels.dtype == torch.uint8
+    assert picture.shape == (3, 6, 8)
+    assert labels.shape == (6, 8)
+    assert labels.flatten()[:4].tolist() == [255, 0, 19, 255]
+
+
+def test_voc_lists(tmp_path):
+    root = voc(tmp_path / "VOCdevkit" / "VOC2012")
+    assert VOC2012(root, "train").names == ("a", "b")
+    assert VOC2012(tmp_path, "val").names == ("c",)  # the folder above serves as well
+    augmented = VOC2012(root, "trainaug")
+    assert augmented.names == ("a", "b", "d")
+    assert values(augmented, 0) == {0, 19, 255}  # VOC's own mask of a, not SBD's
+    assert values(augmented, 2) == {1, 255}
+    put_list(root / "ImageSets" / "Segmentation" / "trainaug.txt", ["d"])
+    assert VOC2012(root, "trainaug").names == ("d",)
+
+
+def test_voc_names_the_lists_that_are_there(tmp_path):
+    with pytest.raises(DataError, match=r"tarin.txt cannot be read.*lists there: aug, train, val"):
+        VOC2012(voc(tmp_path), "tarin")
+    with pytest.raises(DataError, match="no folder JPEGImages in it"):
+        VOC2012(tmp_path / "elsewhere", "train")
+
+
+def test_coco_stuff(tmp_path):
+    for split in ("train", "val"):
+        put_picture(tmp_path / "images" / f"{split}2017" / "000000000009.jpg")
+        put_mask(tmp_path / "annotations" / f"{split}2017" / "000000000009_labelTrainIds.png", [0, 170, 255])
+        put_mask(tmp_path / "annotations" / f"{split}2017" / "000000000009.png", [0, 181, 255])  # the unconverted one
+    dataset = CocoStuff164k(tmp_path, "train")
+    assert dataset.names == ("000000000009",)
+    assert values(dataset) == {0, 170, 255}
+    assert dataset.classes == PROTOCOLS["coco156-15"].classes
+
+
+def test_pascal_context_with_and_without_background(tmp_path):
+    root = tmp_path / "VOC2010"
+    put_picture(root / "JPEGImages" / "x.jpg")
+    put_mask(root / "SegmentationClassContext" / "x.png", [0, 1, 59])
+    put_list(root / "ImageSets" / "SegmentationContext" / "val.txt", ["x"])
+    with_background, without = PascalContext(tmp_path, background=True), PascalContext(tmp_path)
+    assert values(with_background) == {0, 1, 59}
+    assert values(without) == {255, 0, 58}
+    assert with_background.classes[1:] == without.classes
+    assert open_dataset(protocol("context50-10-bg"), tmp_path, "val").classes == with_background.classes
+    assert open_dataset(protocol("context49-10"), tmp_path, "val").classes == without.classes
+
+
+def test_ade20k(tmp_path):
+    for split in ("training", "validation"):
+        put_picture(tmp_path / "images" / split / "ADE_1.jpg")
+        put_mask(tmp_path / "annotations" / split / "ADE_1.png", [0, 1, 150])
+    assert values(ADE20K150(tmp_path, "train")) == {255, 0, 149}
+
+
+def test_camvid(tmp_path):
+    dataset = CamVid(camvid(tmp_path), "test")
+    assert len(dataset) == 3
+    assert values(dataset) == {*range(11), 255}  # 11 is unlabelled
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocols_and_data_sets_have_the_same_classes(name, tmp_path):
+    known = protocol(name)
+    if known.dataset in ("voc2012", "camvid", "shapes"):
+        make = {"voc2012": voc, "camvid": camvid, "shapes": str}[known.dataset]
+        known.check_classes(open_dataset(known, make(tmp_path), "val").classes, "the data set")
+
+
+def test_a_protocol_without_its_folder(tmp_path):
+    with pytest.raises(ValueError, match="voc15-5 needs the folder"):
+        open_dataset(protocol("voc15-5"), None, "val")
+    (tmp_path / "own.yaml").write_text("classes: [a]\n")
+    with pytest.raises(ValueError, match="not about a data set known here"):
+        open_dataset(protocol(tmp_path / "own.yaml"), tmp_path, "val")
+
+
+def folders(root, names=("a", "b/c"), size=(6, 8)):
+    for i, name in enumerate(names):
+        put_picture(root / "images" / f"{name}.jpg", size, i)
+        put_mask(root / "masks" / f"{name}.png", [0, 1, 2, 255], size)
+    return root / "images", root / "masks"
+
+
+def test_folder(tmp_path):
+    dataset = FolderDataset(*folders(tmp_path), ["x", "y", "z"])
+    assert dataset.names == ("a", "b/c")
+    assert values(dataset, 1) == {0, 1, 2, 255}
+    assert values(FolderDataset(*folders(tmp_path), ["x", "y"], reduce_zero_label=True)) == {0, 1, 255}
+
+
+def test_pairs_file(tmp_path):
+    folders(tmp_path)
+    path = tmp_path / "pairs.txt"
+    path.write_text(f"# picture mask\nimages/a.jpg\tmasks/a.png\n\n{tmp_path}/images/b/c.jpg masks/b/c.png\n")
+    dataset = PairsFile(path, ["x", "y", "z"])
+    assert dataset.names == ("images/a", "c")  # results named so stay in their folder
+    assert values(dataset, 1) == {0, 1, 2, 255}
+    path.write_text("images/a.jpg\n")
+    with pytest.raises(DataError, match="line 1: want a picture and a mask"):
+        PairsFile(path, ["x", "y", "z"])
+    with pytest.raises(DataError, match="cannot be read"):
+        PairsFile(tmp_path / "none.txt", ["x"])
+
+
+def test_missing_masks_are_named_and_counted(tmp_path):
+    images, masks = folders(tmp_path, names=[f"{i}" for i in range(9)])
+    for i in range(8):
+        (masks / f"{i}.png").unlink()
+    with pytest.raises(DataError) as caught:
+        FolderDataset(images, masks, ["x", "y", "z"])
+    text = str(caught.value)
+    assert "8 files are missing" in text
+    assert text.count(str(masks)) == 5
+    assert "and 3 more" in text
+
+
+def test_masks_without_pictures_are_refused(tmp_path):
+    images, masks = folders(tmp_path)
+    (images / "a.jpg").unlink()
+    with pytest.raises(DataError, match=r"1 masks have no picture.*\n +a.png"):
+        FolderDataset(images, masks, ["x", "y", "z"])
+
+
+def test_labels_outside_the_list_are_named_and_counted(tmp_path):
+    images, masks = folders(tmp_path)
+    put_mask(masks / "a.png", [0, 3, 7])
+    with pytest.raises(DataError, match=r"1 pictures or masks.*\n.*a.png has the labels 3, 7; want 0 to 2, or 255"):
+        FolderDataset(images, masks, ["x", "y", "z"])
+    with pytest.raises(DataError, match="has the labels 3, 7; want 1 to 2, or 255"):
+        FolderDataset(images, masks, ["x", "y"], reduce_zero_label=True)
+
+
+def test_other_sizes_are_named_and_counted(tmp_path):
+    images, masks = folders(tmp_path)
+    put_mask(masks / "b" / "c.png", [0, 1], (5, 8))
+    with pytest.raises(DataError, match=r"1 pictures or masks.*\n.*c.jpg is 8 x 6 pixels, its mask .*c.png 8 x 5"):
+        FolderDataset(images, masks, ["x", "y", "z"])
+
+
+def test_pictures_turned_by_exif_fit_masks_that_are_upright(tmp_path):
+    images, masks = folders(tmp_path, names=["a"])
+    image = Image.open(images / "a.jpg")
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(images / "a.jpg", exif=exif)
+    put_mask(masks / "a.png", [0, 1], (8, 6))
+    picture, labels = FolderDataset(images, masks, ["x", "y"])[0]
+    assert picture.shape[1:] == labels.shape == (8, 6)
+
+
+@pytest.mark.parametrize("damage", ["mask", "picture", "colours", "sixteen"])
+def test_unreadable_files_are_named(tmp_path, damage):
+    images, masks = folders(tmp_path)
+    victim = images / "a.jpg" if damage == "picture" else masks / "a.png"
+    if damage == "colours":
+        Image.new("RGB", (8, 6)).save(victim)
+    elif damage == "sixteen":
+        Image.fromarray(np.zeros((6, 8), np.uint16)).save(victim)
+    else:
+        victim.write_bytes(victim.read_bytes()[:20])
+    with pytest.raises(DataError, match=f"1 pictures or masks.*\n.*{victim.name}"):
+        FolderDataset(images, masks, ["x", "y", "z"])
+
+
+def test_empty_data_sets_and_class_lists_are_refused(tmp_path):
+    images, masks = folders(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no pictures in it"):
+        FolderDataset(tmp_path / "empty", tmp_path / "empty", ["x"])
+    with pytest.raises(DataError, match="0 classes"):
+        FolderDataset(images, masks, [])
+    with pytest.raises(DataError, match="256 classes"):
+        FolderDataset(images, masks, [str(i) for i in range(256)])
+    with pytest.raises(DataError, match="no such folder"):
+        FolderDataset(tmp_path / "none", masks, ["x"])
+
+
+def test_two_pictures_of_one_name_are_refused(tmp_path):
+    images, masks = folders(tmp_path)
+    put_picture(images / "a.png")
+    with pytest.raises(DataError, match=r"a.jpg and a.png have the same name"):
+        FolderDataset(images, masks, ["x", "y", "z"])
+
+
+def test_a_checked_data_set_is_not_read_again_until_it_changes(tmp_path, monkeypatch):
+    images, masks = folders(tmp_path)
+    FolderDataset(images, masks, ["x", "y", "z"])
+    reads = []
+    monkeypatch.setattr(FolderDataset, "_problem", lambda self, pair: reads.append(pair))
+    FolderDataset(images, masks, ["x", "y", "z"])
+    assert reads == []
+    FolderDataset(images, masks, ["x", "y", "z", "more"])
+    assert len(reads) == 2
+    os.utime(masks / "a.png", ns=(1, 1))
+    FolderDataset(images, masks, ["x", "y", "z"])
+    assert len(reads) == 4
+
+
+def test_a_mask_that_changes_after_the_check_is_still_refused(tmp_path):
+    images, masks = folders(tmp_path)
+    dataset = FolderDataset(images, masks, ["x", "y", "z"])
+    put_mask(masks / "a.png", [9])
+    with pytest.raises(DataError, match="has the labels 9"):
+        dataset[0]
+    put_mask(masks / "a.png", [0], (3, 3))
+    with pytest.raises(DataError, match=r"its mask .* 3 x 3"):
+        dataset[0]
+
+
+def test_shapes():
+    dataset = ShapesDataset("train", length=40, size=64)
+    picture, labels = dataset[7]
+    assert picture.shape == (3, 64, 64)
+    again = ShapesDataset("train", length=99, size=64)[7]
+    assert torch.equal(picture, again[0])
+    assert torch.equal(labels, again[1])
+    assert not torch.equal(picture, ShapesDataset("val", length=40, size=64)[7][0])
+    assert not torch.equal(picture, ShapesDataset("train", length=40, size=64, seed=1)[7][0])
+    found = {dataset.classes[i] for n in range(40) for i in dataset[n][1].unique()}
+    assert found & set(shapes.UNSEEN_PAIRS)
+    assert found & set(shapes.SEEN_PAIRS)
+    assert set(dataset.classes) == {*shapes.PAIRS, *shapes.GROUNDS}
+    assert len(set(dataset.names)) == len(dataset) == 40
+    with pytest.raises(IndexError):
+        dataset[40]
+    with pytest.raises(DataError, match="cannot draw 0"):
+        ShapesDataset("train", length=0)
+
+
+def test_seeds_differ_and_fit_the_generator():
+    seeds = {seed_of(0, split, i) for split in ("train", "val") for i in range(1000)}
+    assert len(seeds) == 2000
+    assert max(seeds) < 2**32
+    assert seed_of(1, "a") != seed_of("1", "a")

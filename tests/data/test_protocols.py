@@ -1,0 +1,98 @@
+import pytest
+
+from fastzs.data.protocols import PROTOCOLS, Protocol, protocol
+
+# indices as the published configurations have them
+PUBLISHED = {
+    "voc15-5": (20, [15, 16, 17, 18, 19]),
+    "coco156-15": (171, [19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160]),
+    "context50-10-bg": (60, [20, 34, 49, 15, 8, 25, 7, 55, 32, 1]),
+    "context49-10": (59, [19, 33, 48, 14, 7, 24, 6, 54, 31, 0]),
+    "context49-10-cascade": (59, [0, 2, 3, 7, 9, 13, 17, 19, 31, 37]),
+    "camvid": (11, []),
+    "ade150": (150, []),
+}
+NAMES = {
+    "voc15-5": "pottedplant sheep sofa train tvmonitor",
+    "coco156-15": "cow giraffe suitcase frisbee skateboard carrot scissors cardboard clouds grass playingfield river "
+    "road tree wall-concrete",
+    "context50-10-bg": "aeroplane bird boat cat cow fence keyboard motorbike sofa tvmonitor",
+    "context49-10-cascade": "aeroplane bed bedclothes boat bottle car cloth cow keyboard plate",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_indices(name):
+    count, unseen = PUBLISHED[name]
+    found = protocol(name)
+    assert len(found.classes) == count
+    assert list(found.unseen) == sorted(unseen)
+    assert sorted((*found.seen, *found.unseen)) == list(range(count))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_names(name):
+    found = protocol(name)
+    assert [found.classes[i] for i in found.unseen] == NAMES[name].split()
+
+
+def test_the_three_context_protocols_differ():
+    first, second, third = (protocol(f"context{rest}") for rest in ("50-10-bg", "49-10", "49-10-cascade"))
+    assert [first.classes[i] for i in first.unseen] == [second.classes[i] for i in second.unseen]
+    assert second.classes == third.classes
+    assert second.unseen != third.unseen
+    assert len({str(p) for p in (first, second, third)}) == 3
+
+
+def test_shapes_hold_out_a_quarter_of_the_pairs():
+    found = protocol("shapes")
+    assert len(found.classes) == 68
+    assert len(found.unseen) == 16
+    assert all(" " in found.classes[i] for i in found.unseen)
+
+
+def test_a_protocol_prints_its_split():
+    assert str(protocol("voc15-5")) == "voc15-5 (20 classes, 15 seen, 5 unseen, background: ignored)"
+
+
+def test_own_protocol(tmp_path):
+    path = tmp_path / "pets.yaml"
+    path.write_text("classes: [cat, dog, bird]\nunseen: [bird]\nreduce_zero_label: true\n")
+    assert protocol(path) == Protocol("pets", ("cat", "dog", "bird"), (2,), reduce_zero_label=True)
+    path.write_text("name: three\nclasses: [cat, dog, bird]\nunseen: [0, dog]\nbackground: class\n")
+    assert protocol(str(path)) == Protocol("three", ("cat", "dog", "bird"), (0, 1), background="class")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("classes: [cat, dog]\nunsen: [dog]\n", "unknown key 'unsen'; nearest known: 'unseen'"),
+        ("classes: [cat, dog]\nunseen: [dgo]\n", "'dgo' is none of the classes; nearest: 'dog'"),
+        ("classes: [cat, dog]\nunseen: [2]\n", "indices from 0 to 1"),
+        ("classes: [cat, dog]\nunseen: [cat, dog]\n", "at least one class left"),
+        ("classes: [cat, cat]\n", "given twice: cat"),
+        ("classes: []\n", "0 classes"),
+        ("- cat\n", "list of names under 'classes'"),
+        ("classes: [cat\n", "cannot be read"),
+        ("classes: [cat]\nbackground: maybe\n", "background is 'maybe'"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, message):
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        protocol(path)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="nearest known: voc15-5"):
+        protocol("voc15")
+
+
+def test_class_lists_are_compared():
+    known = PROTOCOLS["camvid"]
+    known.check_classes(known.classes, "the model")
+    with pytest.raises(ValueError, match="the data set has 20 classes, but protocol camvid has 11"):
+        known.check_classes(PROTOCOLS["voc15-5"].classes, "the data set")
+    with pytest.raises(ValueError, match="class 0 is 'heaven', but in protocol camvid it is 'sky'"):
+        known.check_classes(("heaven", *known.classes[1:]), "the data set")
