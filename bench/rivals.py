@@ -142,7 +142,8 @@ def clock() -> float:
 def hold(contest: Callable[..., Contest], args: tuple) -> dict[str, dict[str, Any] | Exception]:
     """For each rival its row, or why it has none."""
     it = contest(*args)
-    found: dict[str, dict[str, Any] | Exception] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    problems: dict[str, Exception] = {}
     samplers: dict[str, Callable[[], dict[str, float]]] = {}
     right: dict[torch.dtype, Sequence[Tensor]] = {}
     sets: dict[torch.dtype, list[tuple]] = {}
@@ -160,18 +161,18 @@ def hold(contest: Callable[..., Contest], args: tuple) -> dict[str, dict[str, An
             bound = BOUNDS[rival.dtype] if rival.bound is None else rival.bound
             if not error <= bound:
                 raise AssertionError(f"{name} is refused in {it.group}: error {error:.2e}, at most {bound:.2e} allowed")
-            found[name] = _row(it, name, rival, error, bound)
+            row = _row(it, name, rival, error, bound)
             samplers[name] = sampler(rival.run, sets[rival.dtype], it.device)
+            rows[name] = row
         except Exception as problem:  # this rival's test reports it, and the others run
-            found[name] = problem
+            problems[name] = problem
     for name, rounds in _rounds(samplers, it.seconds).items():
-        found[name] |= rounds
-    _compare(it, found)
+        rows[name] |= rounds
+    _compare(it, rows)
     del sets, samplers
-    for name, row in found.items():
-        if isinstance(row, dict):
-            row["peak MB"] = _peak(it, contest, args, name)
-    return found
+    for name, row in rows.items():
+        row["peak MB"] = _peak(it, contest, args, name)
+    return rows | problems
 
 
 def _row(it: Contest, name: str, rival: Rival, error: float, bound: float) -> dict[str, Any]:
@@ -206,17 +207,15 @@ def _rounds(samplers: dict[str, Callable[[], dict[str, float]]], budget: float) 
     return found
 
 
-def _compare(it: Contest, found: dict[str, dict[str, Any] | Exception]) -> None:
-    first = found[next(iter(it.rivals))]
-    for row in found.values():
-        if not isinstance(row, dict):
-            continue
+def _compare(it: Contest, rows: dict[str, dict[str, Any]]) -> None:
+    first = rows.get(next(iter(it.rivals)))
+    for row in rows.values():
         row["median seconds"] = statistics.median(row["seconds"])
         if row["floor seconds"]:
             row["times the floor"] = row["median seconds"] / row["floor seconds"]
         if "graph seconds" in row:
             row["launch overhead seconds"] = row["median seconds"] - statistics.median(row["graph seconds"])
-        if isinstance(first, dict):
+        if first is not None:
             row["faster"] = ratio(first["seconds"], row["seconds"])
 
 
