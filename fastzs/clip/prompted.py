@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastzs.clip.memo import Memo
 from fastzs.clip.vision import Block, VisionTransformer
@@ -74,6 +75,7 @@ class PromptedVisionTransformer(VisionTransformer):
         if self.bridge:
             self.region_level_bridge = nn.Parameter(torch.empty(self.bridge[0] * self.bridge[1], width))
             self.reset_bridge()
+        self.checkpointing = False  # compute the layers' activations again in backward
         self._prompt_kv: Memo[list[tuple[Tensor, Tensor]]] = Memo()
 
     @property
@@ -151,12 +153,17 @@ class PromptedVisionTransformer(VisionTransformer):
         else:
             prompts = self.prompt_kv(x.shape[0])
             for i, block in enumerate(blocks):
-                x = step(block, x, layout, prompts[i] if i < len(prompts) else None)
+                x = self._layer(block, x, layout, prompts[i] if i < len(prompts) else None)
             # the published code leaves the bridge out here
             x = torch.cat([self.prompt_norm(x[:, : layout.shared]), x[:, layout.shared :]], dim=1)
         x = F.normalize(self.ln_post(x) @ self.proj, dim=-1)
         patches, bridge = x[:, 1 : layout.shared], x[:, layout.shared :]
         return Encoded(patches, x[:, 0], bridge if self.bridge else None, grid)
+
+    def _layer(self, block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, checkpoint(step, block, x, layout, prompt_kv, use_reentrant=False))
+        return step(block, x, layout, prompt_kv)
 
     def _carry(self, x: Tensor, layout: TokenLayout) -> Tensor:
         """All layers with the first one's prompts as tokens; the last layer computes only the rows that are read."""

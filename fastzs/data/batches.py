@@ -1,0 +1,138 @@
+"""Batches of a training: which pictures each step sees, prepared in parallel, the same however often it is resumed.
+
+The order is one endless stream of shuffled epochs. A step takes the next ``batch`` pictures of it, and the processes of
+a training share them out, so that neither the number of processes nor a restart changes what a step sees. What is
+random about a picture follows from seed, epoch and picture alone.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+IGNORE = 255
+
+
+class Batch(NamedTuple):
+    """Pictures of one process's part of a step."""
+
+    images: Tensor  # [B, 3, H, W], fp32, normalised
+    target: Tensor  # [B, H, W], class indices or IGNORE
+    names: list[str]  # of the pictures
+
+
+def mix(*parts: int | str) -> int:
+    """A seed from numbers and words, in [0, 2^63)."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class _Places(Sampler[list[tuple[int, int]]]):
+    """For each step and part, this process's pictures as (epoch, index)."""
+
+    def __init__(self, length: int, batch: int, parts: int, steps: range, seed: int, rank: int, world: int):
+        self.length, self.steps, self.seed = length, steps, seed
+        self.batch, self.share = batch, batch // world
+        self.parts, self.first = parts, rank * (batch // world)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.share // self.parts
+        epoch, order = -1, torch.empty(0)
+        for step in self.steps:
+            for part in range(self.parts):
+                places = []
+                for i in range(size):
+                    at, index = divmod(step * self.batch + self.first + part * size + i, self.length)
+                    if at != epoch:
+                        generator = torch.Generator().manual_seed(mix(self.seed, "order", at))
+                        epoch, order = at, torch.randperm(self.length, generator=generator)
+                    places.append((at, int(order[index])))
+                yield places
+
+
+class _Prepared(Dataset):
+    """Pictures transformed; a problem with one comes as a sentence, since errors lose theirs between processes."""
+
+    def __init__(self, dataset: Any, transform: Callable, classes: int, seed: int):
+        self.dataset, self.transform, self.classes, self.seed = dataset, transform, classes, seed
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, str] | str:
+        epoch, index = place
+        name = str(self.dataset.names[index])
+        try:
+            image, mask = self.dataset[index]
+            used = torch.bincount(torch.as_tensor(mask).flatten(), minlength=IGNORE + 1).nonzero().flatten()
+            wrong = used[(used >= self.classes) & (used != IGNORE)].tolist()
+            if wrong:
+                return (
+                    f"{name}: labels {', '.join(map(str, wrong[:5]))} in the mask; wanted 0 to {self.classes - 1}, "
+                    f"the {self.classes} classes, or {IGNORE}"
+                )
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(mix(self.seed, "picture", epoch, index))
+                image, mask = self.transform(image, mask)
+        except (ValueError, OSError) as error:
+            return str(error) if name in str(error) else f"{name}: {error}"
+        return image.as_subclass(Tensor), mask.as_subclass(Tensor), name
+
+
+def _collate(items: Sequence[tuple[Tensor, Tensor, str] | str]) -> Batch | str:
+    for item in items:
+        if isinstance(item, str):
+            return item
+    images, masks, names = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.stack(masks), list(names))
+
+
+def batches(
+    dataset: Any,
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    *,
+    batch: int,
+    steps: range,
+    parts: int = 1,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """This process's batches of the given steps, ``parts`` of each step one after the other.
+
+    Args:
+        dataset: ``dataset[i]`` -> (image uint8 [3, H, W], mask [H, W] of class indices or 255), with ``len``,
+            ``.classes`` (their names) and ``.names`` (of the pictures).
+        transform: (image, mask) -> (normalised image fp32 [3, h, w], mask [h, w]); may draw from torch's generator.
+        batch: pictures of a step, over all processes and parts.
+        steps: which steps of the training, counted from 0.
+        pin: put batches where a GPU copies from fastest.
+
+    Raises:
+        ValueError: no pictures; a batch that cannot be shared out evenly; a picture or mask that cannot be used
+            (named), when it is its turn.
+    """
+    if len(dataset) == 0:
+        raise ValueError("the data set is empty: there are 0 pictures to train on")
+    if batch % (world * parts):
+        raise ValueError(
+            f"a batch of {batch} cannot be shared out evenly among {world} processes, {parts} parts in each"
+        )
+    places = _Places(len(dataset), batch, parts, steps, seed, rank, world)
+    loader = DataLoader(
+        _Prepared(dataset, transform, len(dataset.classes), seed),
+        batch_sampler=places,
+        collate_fn=_collate,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+    for item in loader:
+        if isinstance(item, str):
+            raise ValueError(item)
+        yield item

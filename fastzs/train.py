@@ -1,0 +1,452 @@
+"""Training: one loop for every model that says what its losses are.
+
+A model is trained if it has
+
+- ``losses(images, target, vocabulary, *, seen=None, transductive=False, **weights)``: a dictionary of scalar tensors,
+  whose ``"total"`` is minimised. images [B, 3, H, W] fp32 are normalised with the model's ``mean`` and ``std``, target
+  [B, H, W] has indices of the vocabulary's classes or 255. ``seen`` lists the classes whose labels may be used; it is
+  passed in the zero-shot settings only, ``transductive`` (True or "honest") in the transductive ones only.
+- ``requires_grad`` on exactly the parameters to train; each of them gets a gradient in every step.
+- ``save_pretrained(folder)``: writes its settings and a ``model.safetensors`` with all of its state.
+
+and if all its randomness comes from torch's default generators: they are seeded anew in every step, so that a step
+depends on seed, number and process only. What else it has to remember from step to step it keeps in buffers.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastzs import checkpoints, ranks
+from fastzs.data.batches import Batch, batches, mix
+from fastzs.predict import native_bf16
+from fastzs.recipe import Recipe
+from fastzs.runs import OutputError
+from fastzs.training_log import TrainingLog
+from fastzs.vocabulary import Vocabulary
+
+
+class TrainingError(ValueError):
+    """A training that cannot go on; the message names the step and the pictures."""
+
+
+@dataclass
+class Outcome:
+    """How a training went.
+
+    Attributes:
+        step: steps done.
+        scores: of the last evaluation.
+        best: the best evaluation's score, None if there was none.
+        stopped_by: the signal that stopped it before its end, None if none did.
+    """
+
+    step: int
+    scores: dict[str, float] = field(default_factory=dict)
+    best: float | None = None
+    stopped_by: signal.Signals | None = None
+
+
+def train(
+    model: Any,
+    dataset: Any,
+    transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    vocabulary: Vocabulary | Tensor,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    seen: Sequence[int] | None = None,
+    losses: Mapping[str, float] | None = None,
+    evaluate: Callable[[Any], Mapping[str, float]] | None = None,
+    best: str = "hIoU",
+    about: Mapping[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+) -> Outcome:
+    """Train ``model`` into the folder ``output``, or go on with the training that is there.
+
+    Under ``torchrun`` every process calls this. A SIGTERM or Ctrl-C ends it after the step, with a checkpoint.
+
+    Args:
+        model: see the module's text.
+        dataset, transform: see :func:`fastzs.data.batches.batches`.
+        vocabulary: the classes of the data set, or their text vectors [C, D].
+        recipe: all numbers.
+        output: gets ``last`` and ``best`` (see :mod:`fastzs.checkpoints`), ``log.csv``, ``evaluation.csv``.
+        seen: indices of the seen classes; needed unless the setting is "supervised".
+        losses: keyword arguments for ``model.losses``: the weights of its parts.
+        evaluate: scores of the model, called every ``recipe.evaluate_every`` steps and at the end, by all processes.
+        best: the score by which the best checkpoint is chosen.
+        about: what else decides the result, as plain values; a folder of another training is refused.
+        device: of each process; with several, "cuda" is each one's own.
+
+    Raises:
+        TrainingError: a loss or the gradient is not finite, the model refuses a batch.
+        ValueError: settings that do not fit each other, the data or what is in ``output``.
+        CheckpointError: ``output/last`` cannot be read.
+        OutputError: a file cannot be written.
+    """
+    if len(vocabulary) != len(dataset.classes):
+        raise ValueError(f"the data set has {len(dataset.classes)} classes, the vocabulary {len(vocabulary)}")
+    device = torch.device(device)
+    with _Signals() as signals:
+        run = _Run(model, vocabulary, recipe, Path(output), seen, losses or {}, device)
+        run.restore(_settings(dataset, recipe, seen, losses, about))
+        if run.outcome.step < recipe.iterations:
+            run.go(dataset, transform, evaluate, best, signals)
+    return run.outcome
+
+
+def _settings(dataset: Any, recipe: Recipe, seen: Any, losses: Any, about: Any) -> dict[str, Any]:
+    """All that decides the result."""
+    data = {"classes": [str(name) for name in dataset.classes], "pictures": len(dataset), "seen": list(seen or ())}
+    return recipe.decisive() | data | {"losses": dict(losses or {}), "about": dict(about or {})}
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(
+        self,
+        model: Any,
+        vocabulary: Vocabulary | Tensor,
+        recipe: Recipe,
+        output: Path,
+        seen: Sequence[int] | None,
+        losses: Mapping[str, float],
+        device: torch.device,
+    ):
+        self.arguments: dict[str, Any] = dict(losses)
+        if recipe.setting != "supervised":
+            if not seen:
+                raise ValueError(f"setting {recipe.setting!r} wants to know which classes are seen: seen=[...]")
+            self.arguments["seen"] = list(seen)
+        if recipe.setting.startswith("transductive"):
+            self.arguments["transductive"] = "honest" if recipe.setting == "transductive-honest" else True
+        choose_trained(model, recipe.train)
+        if recipe.checkpointing:
+            _checkpoint_activations(model)
+        self.model = model.to(device).train()
+        self.vocabulary, self.recipe, self.output, self.device = vocabulary, recipe, output, device
+        self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(device))
+        self.optimizer = make_optimizer(model, recipe)
+        self.average = _Average(model, recipe.ema) if recipe.ema else None
+        self.outcome = Outcome(0)
+        self.settings: dict[str, Any] = {}
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Take up the last checkpoint, if there is one."""
+        self.settings = settings
+        folder = self.output / "last"
+        if not folder.is_symlink():
+            return
+        state = checkpoints.read(folder)
+        changed = sorted(key for key in settings if state["settings"].get(key) != settings[key])
+        if changed:
+            before, now = ({key: some[key] for key in changed if key in some} for some in (state["settings"], settings))
+            raise ValueError(
+                f"{self.output} has a training with other settings (there {_short(before)}, now {_short(now)}); "
+                "give the same ones to go on with it, or another output folder"
+            )
+        missing, unexpected = load_model(self.model, folder / "model.safetensors", strict=False)
+        if missing or unexpected:
+            names = [*missing, *unexpected]
+            raise checkpoints.CheckpointError(f"checkpoint {folder}: does not fit the model: {', '.join(names[:6])}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average:
+            self.average.restore(state["raw"])
+        self.outcome.step, self.outcome.best = state["step"], state["best"]
+
+    def go(self, dataset: Any, transform: Any, evaluate: Any, best: str, signals: "_Signals") -> None:
+        """Take all steps that are left."""
+        recipe, first = self.recipe, self.outcome.step
+        queue = batches(
+            dataset,
+            transform,
+            batch=recipe.batch,
+            steps=range(first, recipe.iterations),
+            parts=recipe.accumulate,
+            seed=recipe.seed,
+            rank=ranks.rank(),
+            world=ranks.world(),
+            workers=recipe.workers,
+            pin=self.device.type == "cuda",
+        )
+        run: nn.Module = _Losses(self.model)
+        if ranks.world() > 1:
+            run = DistributedDataParallel(run, device_ids=[self.device] if self.device.type == "cuda" else None)
+        with contextlib.ExitStack() as stack:
+            log = None
+            if ranks.rank() == 0:
+                with self._writing():
+                    self.output.mkdir(parents=True, exist_ok=True)
+                    log = TrainingLog(self.output, first, recipe.iterations, recipe.batch, recipe.log_every)
+                stack.callback(log.close)
+            for step in range(first, recipe.iterations):
+                rate = _set_rates(self.optimizer, recipe, step)
+                values, waited, stop = self._step(step, run, queue, signals)
+                done = self.outcome.step = step + 1
+                if log:
+                    with self._writing():
+                        log.step(done, values, rate, waited)
+                begun = time.perf_counter()
+                ended = done == recipe.iterations
+                better = False
+                if evaluate and (ended or (recipe.evaluate_every and done % recipe.evaluate_every == 0)):
+                    better = self._evaluate(evaluate, best)
+                    if log:
+                        with self._writing():
+                            log.evaluation(done, self.outcome.scores)
+                if ended or stop or better or done % recipe.save_every == 0 or done in recipe.keep:
+                    self._save(["last", "best"] if better else ["last"])
+                if log:
+                    log.pause(time.perf_counter() - begun)
+                if stop and not ended:
+                    self.outcome.stopped_by = signal.Signals(stop)
+                    break
+
+    def _step(
+        self, step: int, run: nn.Module, queue: Iterator[Batch], signals: "_Signals"
+    ) -> tuple[dict[str, float], float, int]:
+        """One step; its losses, the seconds it waited for data, and the signal that wants the training to stop."""
+        recipe, waited, names = self.recipe, 0.0, []
+        values: dict[str, float] = {}
+        for part in range(recipe.accumulate):
+            begun = time.perf_counter()
+            batch = next(queue)
+            waited += time.perf_counter() - begun
+            names += batch.names
+            torch.manual_seed(mix(recipe.seed, "step", step, part, ranks.rank()))
+            more = part < recipe.accumulate - 1  # gradients are exchanged with the last part
+            with run.no_sync() if more and isinstance(run, DistributedDataParallel) else contextlib.nullcontext():
+                losses = self._losses(run, batch, step)
+                (losses["total"] / recipe.accumulate).backward()
+            for name, value in zip(losses, torch.stack(list(losses.values())).tolist(), strict=True):
+                values[name] = values.get(name, 0.0) + value / recipe.accumulate
+        if step == 0:
+            _check_gradients(self.model)
+        mine = values["total"]
+        values, stop = self._agree(values, signals.came)
+        if not math.isfinite(values["total"]):
+            where = names if not math.isfinite(mine) else ["those of another process"]
+            raise TrainingError(self._stopped(step, f"the loss is {values['total']}", where))
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        if recipe.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), recipe.clip_norm, norm)
+        values["gradient_norm"] = norm.item()
+        if not math.isfinite(values["gradient_norm"]):  # the weights must not take it, since they are to be kept
+            raise TrainingError(self._stopped(step, f"the norm of the gradients is {norm.item()}", names))
+        self.optimizer.step()
+        # A fused optimiser writes without being counted, and what the model keeps for evaluation goes by the counts.
+        torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update()
+        return values, waited, stop
+
+    def _losses(self, run: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        images, target = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.target))
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                losses = run(images, target, self.vocabulary, **self.arguments)
+        except ValueError as error:
+            raise TrainingError(self._stopped(step, str(error), batch.names)) from error
+        return {name: value.float() for name, value in losses.items()}
+
+    def _stopped(self, step: int, why: str, names: Sequence[str]) -> str:
+        kept = f"the last good checkpoint is {self.output / 'last'}" if (self.output / "last").exists() else ""
+        return f"step {step + 1}: {why}; its pictures: {', '.join(names)}" + (f"; {kept}" if kept else "")
+
+    def _agree(self, values: dict[str, float], stop: int) -> tuple[dict[str, float], int]:
+        """The mean of the losses over all processes, and the signal that any of them has got."""
+        if ranks.world() == 1:
+            return values, stop
+        kinds = (signal.SIGTERM, signal.SIGINT)
+        flags = [float(stop == kind) for kind in kinds]
+        means = ranks.total(torch.tensor([*values.values(), *flags], dtype=torch.float64, device=self.device))
+        *sums, term, interrupt = means.tolist()
+        stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
+        return {name: value / ranks.world() for name, value in zip(values, sums, strict=True)}, stop
+
+    def _evaluate(self, evaluate: Callable[[Any], Mapping[str, float]], best: str) -> bool:
+        """Score the model; whether it is the best so far."""
+        self.model.eval()
+        with self.average.applied() if self.average else contextlib.nullcontext(), torch.no_grad():
+            self.outcome.scores = dict(evaluate(self.model))
+        self.model.train()
+        if best not in self.outcome.scores:
+            raise ValueError(f"the evaluation has no score {best!r}; it has {', '.join(self.outcome.scores)}")
+        score = self.outcome.scores[best]
+        better = not math.isnan(score) and (self.outcome.best is None or score > self.outcome.best)
+        if better:
+            self.outcome.best = score
+        return better
+
+    def _save(self, links: Sequence[str]) -> None:
+        if ranks.rank() == 0:
+            with self.average.applied() if self.average else contextlib.nullcontext():
+                state = {
+                    "step": self.outcome.step,
+                    "best": self.outcome.best,
+                    "settings": self.settings,
+                    "optimizer": self.optimizer.state_dict(),
+                    "raw": self.average.aside if self.average else None,
+                }
+                checkpoints.save(
+                    self.output, self.outcome.step, self.model.save_pretrained, state, links, self.recipe.keep
+                )
+        if ranks.world() > 1:
+            torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(f"cannot write to {self.output}: {error.strerror}") from error
+
+
+class _Losses(nn.Module):
+    """The model's losses as a forward pass, which is what several processes synchronise."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **arguments: Any) -> dict[str, Tensor]:
+        return self.model.losses(*args, **arguments)  # type: ignore[operator]
+
+
+class _Average:
+    """A moving average of the trained parameters.
+
+    Attributes:
+        aside: the averages; while they are applied, the raw weights in their stead.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.aside = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        for average, p in zip(self.aside, self.parameters, strict=True):
+            average.lerp_(p, 1 - self.decay)
+
+    def restore(self, raw: Sequence[Tensor]) -> None:
+        """Take up a checkpoint, whose model has the averages."""
+        for own, value in zip(self.aside, raw, strict=True):
+            own.copy_(value)
+        self._swap()
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The averages in the model, for testing and saving."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for aside, p in zip(self.aside, self.parameters, strict=True):
+            held = p.clone()
+            p.copy_(aside)
+            aside.copy_(held)
+
+
+class _Signals:
+    """Notes SIGTERM and the first Ctrl-C, for the training to end after its step; a second Ctrl-C ends it at once."""
+
+    def __init__(self):
+        self.came = 0
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        if threading.current_thread() is threading.main_thread():
+            for which in (signal.SIGTERM, signal.SIGINT):
+                self.before[which] = signal.signal(which, self._note)
+        return self
+
+    def __exit__(self, *problem: object) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+    def _note(self, which: int, frame: object) -> None:
+        if self.came and which == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.came = which
+
+
+def choose_trained(model: nn.Module, parts: Sequence[str]) -> None:
+    """Train further parameters: all with one of ``parts`` in their names.
+
+    Raises:
+        ValueError: a part is in no name.
+    """
+    for part in parts:
+        chosen = [p for name, p in model.named_parameters() if part in name]
+        if not chosen:
+            tops = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
+            raise ValueError(f"train: no parameter has {part!r} in its name; the names begin with {', '.join(tops)}")
+        for p in chosen:
+            p.requires_grad_(True)
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over the trained parameters, in groups of one learning rate factor and weight decay each.
+
+    Raises:
+        ValueError: nothing is to be trained.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups.setdefault(recipe.factors(name), []).append(p)
+    if not groups:
+        raise ValueError(f"{type(model).__name__}: no parameter is to be trained")
+    listed = [
+        {"params": members, "factor": factor, "weight_decay": recipe.weight_decay * decay}
+        for (factor, decay), members in groups.items()
+    ]
+    return torch.optim.AdamW(listed, lr=recipe.lr, betas=recipe.betas, fused=True)
+
+
+def _set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
+    """Every group's learning rate at ``step``; the largest."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.learning_rate(step, group["factor"])
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
+def _check_gradients(model: nn.Module) -> None:
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    if idle:
+        raise ValueError(
+            f"{len(idle)} parameters are to be trained, but no loss depends on them: {', '.join(idle[:6])}; "
+            "build the model without them or freeze them"
+        )
+
+
+def _checkpoint_activations(model: nn.Module) -> None:
+    towers = [module for module in model.modules() if hasattr(module, "checkpointing")]
+    if not towers:
+        raise ValueError(f"{type(model).__name__} has no tower that can compute its activations again")
+    for tower in towers:
+        tower.checkpointing = True  # type: ignore[assignment]
+
+
+def _short(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={str(value)[:60]}" for key, value in values.items())
