@@ -1,4 +1,4 @@
-"""Which labels train a zero-shot model: the three published settings.
+"""Which labels train a zero-shot model: the three published settings; and the softmax loss of dense models.
 
 Source: the label handling of ZegCLIP and CLIP-RC. All three take labels of the whole vocabulary and leave the ignored
 ones as they are; what is ignored, and unseen classes in the inductive setting, counts as negative for every class
@@ -8,6 +8,7 @@ in :func:`fastzs.ops.mask_loss` unless told otherwise.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastzs.ops import label_map
@@ -63,6 +64,34 @@ def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ign
         for image in logits.detach()
     ]
     return torch.where(replaced, unseen[torch.stack(best)], target.long())
+
+
+def pixel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    ignore_index: int = 255,
+    *,
+    align_corners: bool = False,
+    over_all: bool = False,
+) -> Tensor:
+    """Mean cross-entropy of the labelled pixels, computed at the labels' size; 0 if no pixel is labelled.
+
+    Args:
+        logits: [B, C, h, w], enlarged (bilinear) to the labels' size.
+        target: integer labels [B, H, W], in [0, C) or ``ignore_index``.
+        align_corners: of the enlargement.
+        over_all: divide by the number of all pixels, as mmsegmentation does, instead of the labelled ones.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
+    size = (target.shape[1], target.shape[2])
+    if logits.shape[2:] != size:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
+    ignored = target == ignore_index
+    index = _in_range(target, ignored, logits.shape[1]).masked_fill(ignored, ignore_index)
+    total = F.cross_entropy(logits, index, ignore_index=ignore_index, reduction="sum")
+    return total / (index.numel() if over_all else (~ignored).sum().clamp(min=1))
 
 
 def _in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:

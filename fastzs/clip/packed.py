@@ -94,7 +94,7 @@ def pack(model: nn.Module) -> None:
     """
     for tower in model.modules():
         if isinstance(tower, VisionTransformer):
-            onednn = onednn_pays(tower.proj.dtype)
+            onednn = onednn_pays(tower.conv1.weight.dtype)
             for block in tower.blocks:
                 block.attn = PackedAttention(block.attn, onednn)
                 block.mlp = packed_mlp(block.mlp, onednn)

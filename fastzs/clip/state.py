@@ -7,6 +7,7 @@ tensors are read. No pickled code runs.
 import hashlib
 import pickle
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -33,8 +34,24 @@ def is_torchscript(path: Path) -> bool:
         return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
+class _Opaque:
+    """Stands for an object of a checkpoint that is not looked at: it takes whatever it is given and does nothing."""
+
+    def __new__(cls, *_args, **_options):
+        return super().__new__(cls)
+
+    def __init__(self, *_args, **_options):
+        pass
+
+    def __setstate__(self, _state):
+        pass
+
+
+def read_state(path: Path, opaque: Sequence[str] = ()) -> dict[str, Tensor]:
     """Tensors of a weights file by name: safetensors, torch (weights only) or TorchScript; wrappers are opened.
+
+    Args:
+        opaque: packages whose objects may be in the file; they are not made, and nothing of these packages runs.
 
     Raises:
         WeightsError: unreadable, truncated, not a dictionary of tensors, or a pickle that wants to run code.
@@ -44,7 +61,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         if is_torchscript(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_stand_ins(path, opaque)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: refused, since reading it would run code or create objects other than tensors "
@@ -52,8 +70,9 @@ def read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     except Exception as error:
         raise WeightsError(f"{path}: cannot be read as weights ({type(error).__name__}: {error})") from error
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    for wrapper in ("state_dict", "model_state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
     if isinstance(content, dict) and isinstance(content.get("clip"), dict):  # MaskCLIP's ViT16_clip_weights.pth
         content = content["clip"] | {f"proj.{k}": v for k, v in content.get("proj", {}).items()}
     if not isinstance(content, dict):
@@ -62,6 +81,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
     return state
+
+
+def _stand_ins(path: Path, opaque: Sequence[str]) -> list[Callable | tuple[Callable, str]]:
+    if not opaque or not zipfile.is_zipfile(path):
+        return []
+    found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    return [(_Opaque, name) for name in found if name.split(".")[0] in opaque]
 
 
 _MASKCLIP_NAMES = (

@@ -13,6 +13,8 @@ _SCENE = (
 _OPENAI80 = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
+    # LSeg
+    "raw": ("{}",),
     # ZegCLIP and CLIP-RC on PASCAL VOC
     "single": ("a photo of a {}",),
     # ZegCLIP and CLIP-RC on COCO-Stuff

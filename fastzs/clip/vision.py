@@ -7,7 +7,7 @@ and its successors (see :mod:`fastzs.kernels.dense_attention`).
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -226,3 +226,24 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Picture embedding: images [B, 3, H, W], normalised -> [B, D], not normalised (CLIP's ``encode_image``)."""
         return self.pooled(self.trunk(images)[0])
+
+
+def vit_sizes(tower: VisionTransformer) -> dict[str, Any]:
+    """The arguments that build a tower of the same sizes again."""
+    block = tower.blocks[0]
+    return {
+        "width": tower.width,
+        "layers": len(tower.blocks),
+        "heads": block.attn.heads,
+        "patch_size": tower.patch_size,
+        "grid": math.isqrt(len(tower.positional_embedding) - 1),
+        "output_dim": tower.output_dim,
+        "mlp_ratio": mlp_ratio(cast(nn.Linear, block.mlp.c_fc).out_features, tower.width),
+        "quick_gelu": not isinstance(block.mlp.gelu, nn.GELU),
+    }
+
+
+def mlp_ratio(hidden: int, width: int) -> float:
+    """A ratio that gives ``hidden`` again when multiplied by ``width`` and cut to an integer."""
+    ratio = hidden / width
+    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)

@@ -1,7 +1,8 @@
 """One file per published system."""
 
 from fastzs.models.clip_rc import ClipRC
+from fastzs.models.lseg import LSeg
 from fastzs.models.maskclip import MaskCLIP
 from fastzs.models.zegclip import ZegCLIP
 
-__all__ = ["ClipRC", "MaskCLIP", "ZegCLIP"]
+__all__ = ["ClipRC", "LSeg", "MaskCLIP", "ZegCLIP"]

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, VisionTransformer, WeightsError
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
-from fastzs.clip.vision import Block
+from fastzs.clip.vision import mlp_ratio, vit_sizes
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
 from fastzs.losses import inductive_target, transductive_target
 from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices, count_layers
@@ -80,7 +80,7 @@ class PromptTuned(TrainedModel):
                 raise ValueError(
                     f"{type(self).__name__}: {backbone} is not a vision transformer, which its prompts need"
                 )
-            sizes = _sizes_of(plain) | {"grid": crop // plain.patch_size}
+            sizes = vit_sizes(plain) | {"grid": crop // plain.patch_size}
         super().__init__(
             backbone=backbone,
             weights=weights,
@@ -216,7 +216,7 @@ class PromptTuned(TrainedModel):
             "patch_size": state["backbone.conv1.weight"].shape[-1],
             "grid": math.isqrt(len(state["backbone.positional_embedding"]) - 1),
             "output_dim": output_dim,
-            "mlp_ratio": _ratio(len(state["backbone.transformer.resblocks.0.mlp.c_fc.weight"]), width),
+            "mlp_ratio": mlp_ratio(len(state["backbone.transformer.resblocks.0.mlp.c_fc.weight"]), width),
         }
         deep = state.get("backbone.deep_prompt_embeddings")
         known = _KNOWN.get((width, layers, sizes["patch_size"], output_dim), "")
@@ -254,23 +254,3 @@ class PromptTuned(TrainedModel):
             fingerprint=self.fingerprint,
             path=path,
         )
-
-
-def _sizes_of(tower: VisionTransformer) -> dict[str, Any]:
-    block = cast(Block, tower.transformer.resblocks[0])
-    mlp_width = cast(nn.Linear, block.mlp.c_fc).out_features
-    return {
-        "width": tower.width,
-        "layers": len(tower.transformer.resblocks),
-        "heads": block.attn.heads,
-        "patch_size": tower.patch_size,
-        "output_dim": tower.output_dim,
-        "mlp_ratio": _ratio(mlp_width, tower.width),
-        "quick_gelu": not isinstance(block.mlp.gelu, nn.GELU),
-    }
-
-
-def _ratio(hidden: int, width: int) -> float:
-    """A ratio that gives ``hidden`` again when multiplied by ``width`` and cut to an integer."""
-    ratio = hidden / width
-    return ratio if int(ratio * width) == hidden else math.nextafter(ratio, math.inf)

@@ -38,6 +38,7 @@ class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licen
 
     activation: str = "softmax"
     default_templates = "single"
+    opaque: Sequence[str] = ()  # packages whose objects published checkpoints hold besides their tensors
     mean: Sequence[float]
     std: Sequence[float]
     short_side: int | None
@@ -149,7 +150,7 @@ class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licen
         path = Path(path)
         if not path.is_file():
             raise WeightsError(f"checkpoint {path}: there is no such file")
-        state = read_state(path)
+        state = read_state(path, cls.opaque)
         cls._check_kind(path, state)
         used = cls._used(state)
         try:
