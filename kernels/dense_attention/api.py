@@ -1,14 +1,19 @@
 """Attention operators that turn CLIP's last block into a dense encoder without training."""
 
+import importlib.util
+import os
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from . import operator as operator  # registers the Triton backend
 from . import reference
 
 Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
 KINDS: tuple[str, ...] = get_args(Kind)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def dense_attention(
@@ -40,9 +45,11 @@ def dense_attention(
         q, k, v: the last block's projections; the ``P`` tokens before the patches (CLS, prompts) come first.
         grid: rows and columns of the patches.
         std: of NACLIP's Gaussian, in patches.
-        impl: backend, see :mod:`fastzs.kernels.dispatch`.
+        impl: backend, see :mod:`fastzs.kernels.dispatch`; Triton computes fp32, bf16 and fp16 where no gradient is
+            wanted, in memory [B, h * w, H, d], so that joining the heads is a view.
 
     Raises:
+        RuntimeError: ``impl`` cannot run here.
         ValueError: unknown ``kind``, shapes that disagree, fewer tokens than patches, ``std`` not positive.
     """
     if kind not in KINDS:
@@ -56,5 +63,26 @@ def dense_attention(
         raise ValueError(f"dense_attention: {q.shape[-2]} tokens are fewer than the {grid[0]} x {grid[1]} patches")
     if std <= 0:
         raise ValueError(f"dense_attention: std must be positive, got {std}")
-    choose("dense_attention", impl, {"reference": None})
-    return reference.dense_attention(q, k, v, kind, grid, std)
+    if choose("dense_attention", impl, {"triton": _why_not_triton(q, k, v), "reference": None}) == "reference":
+        return reference.dense_attention(q, k, v, kind, grid, std)
+    if kind == "identity":
+        return v[..., q.shape[-2] - grid[0] * grid[1] :, :]
+    pairs = {"qk": [(q, k)], "qq": [(q, q)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
+    bias = std if kind == "kk+gaussian" else None
+    first, *second = (torch.ops.fastzs.dense_attention_triton(a, b, v, *grid, bias) for a, b in pairs)
+    return first + second[0] if second else first
+
+
+def _why_not_triton(*tensors: Tensor) -> str | None:
+    """Why Triton cannot take these queries, keys and values, or None."""
+    q = tensors[0]
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"q is on {q.device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
+    if q.shape[3] > 128:
+        return f"heads have size {q.shape[3]}; wanted at most 128"
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return "the kernel has no gradient, and one is wanted" if wanted else None

@@ -1,0 +1,105 @@
+"""The Triton backend of dense_attention: its arithmetic in Triton's interpreter, its machine code for three GPUs."""
+
+import pytest
+import torch
+
+from fastzs.ops import dense_attention
+
+from .interpreter import INTERPRETED, interpreted, run_interpreted
+from .tolerances import errors
+
+pytest.importorskip("triton")
+
+f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
+KINDS = ["qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+def check(kind, grid, prefix=1, dim=16, dtype=f32, std=5.0, size=1.0):
+    """Within twice the error of the reference in the same dtype plus one rounding, against fp64."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, prefix + grid[0] * grid[1], 2, dim)
+    q, k, v = ((size * torch.randn(shape, generator=generator)).to(dtype).transpose(1, 2) for _ in range(3))
+    exact = dense_attention(q.double(), k.double(), v.double(), kind, grid, std=std, impl="reference")
+    eager = dense_attention(q, k, v, kind, grid, std=std, impl="reference")
+    ours = dense_attention(q, k, v, kind, grid, std=std, impl="triton")
+    assert ours.dtype == dtype
+    assert ours.isfinite().all()
+    for mine, theirs in zip(errors(ours, exact), errors(eager, exact), strict=True):
+        assert mine <= 2 * theirs + torch.finfo(dtype).eps
+
+
+@interpreted
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+def test_kinds(kind, dtype):
+    check(kind, (5, 7), dtype=dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(("grid", "prefix"), [((9, 9), 0), ((1, 1), 3), ((2, 40), 11)])
+def test_shapes(grid, prefix):
+    check("kk+gaussian", grid, prefix)
+
+
+@interpreted
+@pytest.mark.parametrize("dim", [40, 64, 128])
+def test_head_sizes(dim):
+    check("kk+gaussian", (4, 5), dim=dim)
+
+
+@interpreted
+@pytest.mark.parametrize("std", [0.3, 1.0, 50.0])
+def test_widths_of_the_bias(std):
+    check("kk+gaussian", (6, 5), std=std)
+
+
+@interpreted
+@pytest.mark.parametrize("size", [0.0, 5.0])
+def test_extreme_scores(size):
+    check("kk+gaussian", (5, 6), size=size)
+
+
+@interpreted
+def test_gradients_go_through_the_reference():
+    q, k, v = (torch.randn(1, 1, 6, 16, requires_grad=True) for _ in range(3))
+    with pytest.raises(RuntimeError, match="gradient"):
+        dense_attention(q, k, v, "kk+gaussian", (2, 3), impl="triton")
+    dense_attention(q, k, v, "kk+gaussian", (2, 3)).sum().backward()
+    assert k.grad is not None
+
+
+@interpreted
+def test_operator():
+    q, k, v = (torch.randn(1, 1, 7, 16) for _ in range(3))
+    torch.library.opcheck(torch.ops.fastzs.dense_attention_triton, (q, k, v, 2, 3, 0.7))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(("dtype", "dim"), [("bf16", 64), ("bf16", 128), ("fp32", 64)])
+def test_resources(dtype, dim, arch):
+    """No spilled registers, no atomics, shared memory in its limit, matrix instructions where they exist."""
+    from fastzs.kernels.dense_attention import triton
+
+    from .aot import SHARED_LIMIT, resources
+
+    kernel = triton.dense_attention_fwd_kernel
+    rows, keys, warps = triton.TILES[2 if dtype == "bf16" else 4, dim]
+    constants = {"D": dim, "BLOCK_D": dim, "ROWS": rows, "KEYS": keys, "GAUSSIAN": True, "UPCAST": False}
+    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+    signature |= dict.fromkeys(("scale", "falloff", "height"), "fp32")
+    signature |= {name: f"*{dtype}" for name in signature if name.endswith("_ptr")}
+    aligned = [name for name in signature if name.endswith("_ptr") or "stride" in name]
+    seen = resources(kernel, signature, constants, arch, warps, aligned=aligned)
+    assert seen.local_accesses == 0
+    # On sm_100, tensor memory is taken and given back in marks in shared memory; no other atomics.
+    assert seen.atomics <= (12 if arch == 100 else 0)
+    assert seen.shared <= SHARED_LIMIT[arch]
+    assert (seen.matrix_products > 0) == (dtype != "fp32")
