@@ -21,9 +21,9 @@
 
 namespace fastzs {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
-// The widest instruction set this CPU has and FASTZS_CPU_ISA (portable, avx2 or avx512) allows.
+// The widest instruction set this CPU has and FASTZS_CPU_ISA (portable, avx2, avx512 or avx512_bf16) allows.
 inline Isa isa() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("FASTZS_CPU_ISA");
@@ -32,7 +32,10 @@ inline Isa isa() {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && !(limit && std::strcmp(limit, "avx2") == 0)) return Isa::avx512;
+  if (avx512 && !(limit && std::strcmp(limit, "avx2") == 0)) {
+    const bool held_back = limit && std::strcmp(limit, "avx512") == 0;
+    return !held_back && __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+  }
   if (avx2) return Isa::avx2;
 #endif
   return Isa::portable;
@@ -50,6 +53,7 @@ inline Isa isa() {
   void name##_portable(const Arguments& a) { body<4>(a); }                                                       \
   void name(const Arguments& a) {                                                                                \
     switch (::fastzs::isa()) {                                                                                   \
+      case ::fastzs::Isa::avx512_bf16:                                                                           \
       case ::fastzs::Isa::avx512: return name##_avx512(a);                                                       \
       case ::fastzs::Isa::avx2: return name##_avx2(a);                                                           \
       case ::fastzs::Isa::portable: return name##_portable(a);                                                   \

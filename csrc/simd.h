@@ -39,6 +39,40 @@ struct Simd {
     __builtin_memcpy(&v, p, sizeof v);
     return __builtin_convertvector(v, I);
   }
+  // bf16 is the upper half of fp32.
+  static FASTZS_INLINE F load(const torch::headeronly::BFloat16* p) {
+    S v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return (F)(__builtin_convertvector(v, I) << 16);
+  }
+  static FASTZS_INLINE F load(const torch::headeronly::Half* p) {
+    S v;
+    __builtin_memcpy(&v, p, sizeof v);
+    const I bits = __builtin_convertvector(v, I), size = (bits & 0x7fff) << 13;
+    const F value = (F)size * 0x1p112f;  // moves the exponent's bias, and makes subnormal numbers right
+    const I infinite = size >= 0x0f800000;
+    return (F)((infinite ? (size | 0x7f800000) : (I)value) | ((bits & 0x8000) << 16));
+  }
+  // To 16 bits: rounded to nearest, ties to even.
+  static FASTZS_INLINE I round_bf16(F x) {
+    const I bits = (I)x, upper = (bits >> 16) & 0xffff;
+    const I rounded = ((bits + 0x7fff + (upper & 1)) >> 16) & 0xffff;
+    return x == x ? rounded : (upper | 0x40);
+  }
+  static FASTZS_INLINE void store(torch::headeronly::BFloat16* p, F x) {
+    const S v = __builtin_convertvector(round_bf16(x), S);
+    __builtin_memcpy(p, &v, sizeof v);
+  }
+  static FASTZS_INLINE void store(torch::headeronly::Half* p, F x) {
+    const I bits = (I)x, size = bits & 0x7fffffff;
+    const I normal = (size - 0x37fff001 + ((size >> 13) & 1)) >> 13;   // bias 127 becomes 15
+    const I small = (I)((F)size + 0.5f) - 0x3f000000;                  // the sum's last bit is 2^-24
+    I v = size < 0x38800000 ? small : normal;
+    v = size > 0x477fffff ? I{} + 0x7c00 : v;
+    v = size > 0x7f800000 ? I{} + 0x7e00 : v;
+    const S half = __builtin_convertvector(v | ((bits >> 16) & 0x8000), S);
+    __builtin_memcpy(p, &half, sizeof half);
+  }
   static FASTZS_INLINE F splat(float x) { return x - F{}; }
   // -1 in the lanes below n, 0 in the others.
   static FASTZS_INLINE I first(int n) {
@@ -59,17 +93,34 @@ struct Simd {
     }
   }
 
-  // e^x for x <= 0, relative error 2e-7 and at least e^-86. With n = round(x / ln 2), e^x = 2^n e^(x - n ln 2).
+  static FASTZS_INLINE float max(F v) {
+    if constexpr (LANES == 4) {
+      const float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+      return a > b ? a : b;
+    } else {
+      typedef typename Simd<LANES / 2>::F Half;
+      Half low, high;
+      __builtin_memcpy(&low, &v, sizeof low);
+      __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+      return Simd<LANES / 2>::max(low > high ? low : high);
+    }
+  }
+
+  // e^x for x <= 0, relative error 1e-7 down to -10 and 4e-7 below, and at least e^-86. With n = round(x / ln 2),
+  // e^x = 2^n e^(x - n ln 2).
   static FASTZS_INLINE F exp_negative(F x) {
     const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
     x = x < -86.0f ? splat(-86.0f) : x;
     F shifted = x * 1.44269504f + to_integer;
-    F r = x - (shifted - to_integer) * 0.693147181f;
-    F p = r * 0.00829764767f + 0.0419154314f;
-    p = p * r + 0.166675751f;
-    p = p * r + 0.499988944f;
-    p = p * r + 0.999999692f;
-    p = p * r + 1.00000007f;
+    const F n = shifted - to_integer;
+    // Of 4 lanes there is no fused multiply-add everywhere: the first product is exact, the second small.
+    const F r = LANES > 4 ? x - n * 0.693147181f : (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    F p = r * 0.00138368458f + 0.00837481581f;
+    p = p * r + 0.0416682251f;
+    p = p * r + 0.166664198f;
+    p = p * r + 0.499999911f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
     return (F)((I)p + ((I)shifted << 23));
   }
 

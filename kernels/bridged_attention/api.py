@@ -1,8 +1,10 @@
 """``bridged_attention``: attention of CLIP-RC's tower under its region mask, which never becomes a matrix."""
 
+import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from .compiled import why_not_cpu
 from .layout import TokenLayout
 from .reference import bridged_attention_reference
 from .split import bridged_attention_split
@@ -26,8 +28,9 @@ def bridged_attention(
         prompt_kv: keys and values ``[B, H, P, d]``, or ``[1, H, P, d]`` for all pictures, of P more tokens that have
             no queries: deep prompts, whose outputs the next layer would overwrite. Prefix and patches see them.
         scale: factor on the scores, by default d^-1/2.
-        impl: ``"auto"``, ``"reference"`` (dense mask) or ``"split"`` (unmasked attention of the shared rows, bridge
-            keys merged exactly), see :mod:`fastzs.kernels.dispatch`. All are differentiable once.
+        impl: ``"auto"``, ``"reference"`` (dense mask), ``"split"`` (unmasked attention of the shared rows, bridge
+            keys merged exactly) or ``"cpu"`` (the compiled library, heads of a multiple of 8 up to 128), see
+            :mod:`fastzs.kernels.dispatch`. All are differentiable once.
 
     Raises:
         TypeError: dtypes differ or are not floating.
@@ -64,9 +67,15 @@ def bridged_attention(
     split = None
     if layout.bridge is not None and q.device.type != "cpu":
         split = f"the merge needs an attention that returns its log-sum-exp, taken here only on the CPU, not {q.device}"
-    chosen = choose("bridged_attention", impl, {"split": split, "reference": None})
+    reasons = {"cpu": why_not_cpu(q), "split": split, "reference": None}
+    chosen = choose("bridged_attention", impl, reasons)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if chosen == "cpu":
+        pk, pv = prompt_kv or (None, None)
+        sizes = (layout.prefix, *layout.grid, *(layout.bridge or (0, 0)))
+        return torch.ops.fastzs.bridged_attention(q, k, v, pk, pv, *sizes, factor)[0]
     run = bridged_attention_split if chosen == "split" else bridged_attention_reference
-    return run(q, k, v, layout, prompt_kv, q.shape[-1] ** -0.5 if scale is None else float(scale))
+    return run(q, k, v, layout, prompt_kv, factor)
 
 
 __all__ = ["TokenLayout", "bridged_attention"]

@@ -1,0 +1,619 @@
+// bridged_attention on the CPU, forward and backward.
+//
+// Forward, a thread packs the keys and values of a head once and then takes a few query rows at a time: their scores
+// against a block of keys stay in the first cache, become weights there, and are multiplied with the values. What a
+// patch sees besides, its region's bridge token, is where its running softmax starts. The bridge rows, a few keys
+// each, are computed directly. Rows are computed alike whichever thread does, so results repeat to the bit.
+//
+// Backward, a thread owns a head. It computes weights anew from the saved log-sum-exps, in blocks of rows and keys
+// that stay in the second cache, in a fixed order.
+#include "bridged_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+namespace fastzs::bridged_attention {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+struct Inputs {
+  Operand<T> q, k, v, prompt_k, prompt_v;
+  Layout layout;
+  int64_t batch, heads, prompts;
+  int d;
+  float scale;
+
+  int64_t keys() const { return prompts + layout.shared(); }  // that a shared row sees, but for the bridge
+  Tokens<T> keys_of(int64_t b, int64_t h) const { return {prompt_k, k, b, h, prompts, keys()}; }
+  Tokens<T> values_of(int64_t b, int64_t h) const { return {prompt_v, v, b, h, prompts, keys()}; }
+};
+
+// ---- forward ------------------------------------------------------------------------------------------------------
+
+constexpr int64_t FORWARD_KEYS = 384;  // scored at a time
+constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
+
+template <typename T>
+struct Forward {
+  const Inputs<T>* in;
+  T* out;      // [B, L, H, d]
+  float* lse;  // [B, H, L]
+  int64_t begin, end;  // of the units
+  float* memory;
+};
+
+// A unit is MOST_ROWS shared rows of a head, or all its bridge rows.
+int64_t forward_units_per_head(const Layout& layout) {
+  return (layout.shared() + MOST_ROWS - 1) / MOST_ROWS + (layout.regions() > 0);
+}
+
+// How much memory a forward thread wants, in floats.
+template <typename T>
+int64_t forward_memory(const Inputs<T>& in) {
+  const int64_t keys = round_up(in.keys(), VECTORS * 16), columns = round_up(in.d, 16);
+  return 2 * keys * columns + 2 * in.layout.regions() * STRIDE + MOST_ROWS * (3 * STRIDE + 2 * SCORE_STRIDE) +
+      round_up(1 + in.layout.cell(), 16);
+}
+
+template <bool PAIRS>
+struct ForwardScratch {
+  using U = typename Unit<PAIRS>::Type;
+  int64_t keys;                          // filled up to whole panels
+  U *keys_packed, *values_packed;        // see pack_transposed and pack_rows
+  float *bridge_keys, *bridge_values;    // [R, STRIDE]
+  U* query;                              // [ROWS, STRIDE]
+  float *query_rows, *output;            // [ROWS, STRIDE]
+  float* scores;                         // [ROWS, SCORE_STRIDE]
+  U* weights;                            // [ROWS, SCORE_STRIDE], the scores' place unless PAIRS
+  float* region_scores;                  // [1 + cell]
+  float top[MOST_ROWS], total[MOST_ROWS];  // of a row's running softmax: the greatest score, the weights' sum
+
+  FASTZS_INLINE ForwardScratch(float* memory, int64_t keys, int columns, const Layout& layout) : keys(keys) {
+    keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
+    values_packed = reinterpret_cast<U*>(take(memory, keys * columns));
+    bridge_keys = take(memory, layout.regions() * STRIDE);
+    bridge_values = take(memory, layout.regions() * STRIDE);
+    query = reinterpret_cast<U*>(take(memory, MOST_ROWS * STRIDE));
+    query_rows = take(memory, MOST_ROWS * STRIDE);
+    output = take(memory, MOST_ROWS * STRIDE);
+    scores = take(memory, MOST_ROWS * SCORE_STRIDE);
+    weights = reinterpret_cast<U*>(PAIRS ? take(memory, MOST_ROWS * SCORE_STRIDE) : scores);
+    region_scores = take(memory, 1 + layout.cell());
+  }
+};
+
+// Prefix and patch rows [first, first + ROWS) of a head; rows beyond the last are computed from zeros and dropped.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first) {
+  using V = Simd<LANES>;
+  constexpr int WIDE = VECTORS * LANES, R = ROWS<LANES>;
+  const Inputs<T>& in = *a.in;
+  const int64_t left = in.layout.shared() - first, rows = left < R ? left : R, length = in.layout.length();
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = PAIRS ? d / 2 : d;
+
+  for (int64_t r = 0; r < R; ++r) {
+    s.top[r] = -INFINITY;
+    s.total[r] = 0;
+    __builtin_memset(s.output + r * STRIDE, 0, columns * sizeof(float));
+    if (r >= rows) {
+      __builtin_memset(s.query + r * STRIDE, 0, depth * sizeof(float));
+      continue;
+    }
+    const T* row = in.q.row(b, h, first + r);
+    read_units<LANES, PAIRS>(row, in.q.channel, d, s.query + r * STRIDE);
+    const int64_t region = in.layout.region(first + r);
+    if (region >= 0) {
+      float* q = s.query_rows + r * STRIDE;
+      read<LANES>(row, in.q.channel, d, q);
+      s.top[r] = dot<LANES>(q, s.bridge_keys + region * STRIDE, columns) * in.scale;
+      s.total[r] = 1;
+      __builtin_memcpy(s.output + r * STRIDE, s.bridge_values + region * STRIDE, columns * sizeof(float));
+    }
+  }
+
+  const int64_t blocks = (s.keys + FORWARD_KEYS - 1) / FORWARD_KEYS;
+  const int64_t block = round_up((s.keys + blocks - 1) / blocks, WIDE);
+  for (int64_t from = 0; from < s.keys; from += block) {
+    const int64_t n = s.keys - from < block ? s.keys - from : block;
+    for (int64_t k = 0; k < n; k += WIDE)
+      tile<LANES, PAIRS, VECTORS, STRIDE, 1, false>(
+          s.query, s.keys_packed + (from + k) * depth, WIDE, depth, s.scores + k, SCORE_STRIDE, in.scale);
+    for (int64_t k = in.keys() - from; k < n; ++k)
+      for (int r = 0; r < R; ++r) s.scores[r * SCORE_STRIDE + k] = -INFINITY;
+
+    for (int64_t r = 0; r < rows; ++r) {
+      float* row = s.scores + r * SCORE_STRIDE;
+      auto even = V::splat(s.top[r]), odd = even;  // two, for each waits for itself
+      for (int64_t k = 0; k < n; k += WIDE) {
+        const auto x = V::load(row + k), y = V::load(row + k + LANES);
+        even = x > even ? x : even;
+        odd = y > odd ? y : odd;
+      }
+      const float top = V::max(even > odd ? even : odd);
+      auto total = V::splat(0.0f);
+      for (int64_t k = 0; k < n; k += LANES) {
+        const auto p = V::exp_negative(V::load(row + k) - top);
+        total += p;
+        if constexpr (PAIRS) {
+          V::store(reinterpret_cast<T*>(s.weights + r * SCORE_STRIDE) + k, p);
+        } else {
+          V::store(row + k, p);
+        }
+      }
+      const float shrunk = V::exp_negative(V::splat(s.top[r] - top))[0];
+      s.total[r] = s.total[r] * shrunk + V::sum(total);
+      if (s.top[r] != top) scale_row<LANES>(s.output + r * STRIDE, shrunk, columns);
+      s.top[r] = top;
+    }
+    constexpr int STEP = PAIRS ? 2 : 1;
+    multiply_panels<LANES, PAIRS, SCORE_STRIDE, 1>(
+        s.weights, s.values_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.output, STRIDE);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    write<LANES>(s.output + r * STRIDE, 1.0f / s.total[r], d, a.out + ((b * length + first + r) * in.heads + h) * d);
+    a.lse[(b * in.heads + h) * length + first + r] = s.top[r] + __builtin_logf(s.total[r]);
+  }
+}
+
+// The bridge rows of a head: each sees itself and the patches of its region.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void forward_bridge(const Forward<T>& a, ForwardScratch<PAIRS>& s, int64_t b, int64_t h) {
+  using V = Simd<LANES>;
+  const Inputs<T>& in = *a.in;
+  const int64_t length = in.layout.length(), cell = in.layout.cell();
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
+  float row[MAX_D];
+  for (int64_t region = 0; region < in.layout.regions(); ++region) {
+    const int64_t token = in.layout.shared() + region;
+    read<LANES>(in.q.row(b, h, token), in.q.channel, d, s.query_rows);
+    float top = -INFINITY;
+    for (int64_t n = 0; n <= cell; ++n) {
+      read<LANES>(in.k.row(b, h, n < cell ? in.layout.patch(region, n) : token), in.k.channel, d, row);
+      s.region_scores[n] = dot<LANES>(s.query_rows, row, columns) * in.scale;
+      top = s.region_scores[n] > top ? s.region_scores[n] : top;
+    }
+    float total = 0;
+    __builtin_memset(s.output, 0, columns * sizeof(float));
+    for (int64_t n = 0; n <= cell; ++n) {
+      const float p = V::exp_negative(V::splat(s.region_scores[n] - top))[0];
+      total += p;
+      read<LANES>(in.v.row(b, h, n < cell ? in.layout.patch(region, n) : token), in.v.channel, d, row);
+      add_row<LANES>(s.output, p, row, columns);
+    }
+    write<LANES>(s.output, 1.0f / total, d, a.out + ((b * length + token) * in.heads + h) * d);
+    a.lse[(b * in.heads + h) * length + token] = top + __builtin_logf(total);
+  }
+}
+
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void forward_units(const Forward<T>& a) {
+  const Inputs<T>& in = *a.in;
+  const int64_t regions = in.layout.regions(), units = forward_units_per_head(in.layout);
+  const int columns = static_cast<int>(round_up(in.d, LANES));
+  ForwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS * LANES), columns, in.layout);
+  int64_t packed = -1;
+  for (int64_t unit = a.begin; unit < a.end; ++unit) {
+    const int64_t head = unit / units, b = head / in.heads, h = head % in.heads;
+    if (head != packed) {
+      pack_transposed<LANES, PAIRS>(in.keys_of(b, h), in.d, s.keys_packed);
+      pack_rows<LANES, PAIRS>(in.values_of(b, h), in.d, s.keys / (PAIRS ? 2 : 1), s.values_packed);
+      for (int64_t region = 0; region < regions; ++region) {
+        const int64_t token = in.layout.shared() + region;
+        read<LANES>(in.k.row(b, h, token), in.k.channel, in.d, s.bridge_keys + region * STRIDE);
+        read<LANES>(in.v.row(b, h, token), in.v.channel, in.d, s.bridge_values + region * STRIDE);
+      }
+      packed = head;
+    }
+    const int64_t first = unit % units * MOST_ROWS;
+    if (first >= in.layout.shared()) {
+      forward_bridge<LANES, PAIRS>(a, s, b, h);
+    } else {
+      for (int64_t r = first; r < first + MOST_ROWS && r < in.layout.shared(); r += ROWS<LANES>)
+        forward_rows<LANES, PAIRS>(a, s, b, h, r);
+    }
+  }
+}
+
+template <int LANES, typename T>
+FASTZS_INLINE void forward_floats(const Forward<T>& a) {
+  forward_units<LANES, false>(a);
+}
+
+FASTZS_MULTIVERSION(run_forward, forward_floats, Forward<float>)
+FASTZS_MULTIVERSION(run_forward, forward_floats, Forward<BFloat16>)
+FASTZS_MULTIVERSION(run_forward, forward_floats, Forward<Half>)
+
+// ---- backward -----------------------------------------------------------------------------------------------------
+
+constexpr int64_t BACKWARD_ROWS = 48, BACKWARD_KEYS = 192;  // of a block
+constexpr int64_t BLOCK_STRIDE = BACKWARD_KEYS + 16;
+
+template <typename T>
+struct Backward {
+  const Inputs<T>* in;
+  Operand<T> grad, out;  // [B, H, L, d]
+  const float* lse;      // [B, H, L]
+  T *dq, *dk, *dv;       // [B, L, H, d]
+  float *dprompt_k, *dprompt_v;  // [B, H, P, d]
+  int64_t begin, end;    // of the heads
+  float* memory;
+};
+
+// How much memory a backward thread wants, in floats.
+template <typename T>
+int64_t backward_memory(const Inputs<T>& in) {
+  const int64_t keys = round_up(in.keys(), VECTORS * 16), columns = round_up(in.d, 16), length = in.layout.length();
+  return 3 * keys * columns + (3 * (length + MOST_ROWS) + 2 * in.prompts) * columns + 3 * BACKWARD_ROWS * STRIDE +
+      4 * BACKWARD_ROWS * BLOCK_STRIDE + round_up(in.layout.shared(), 16);
+}
+
+template <bool PAIRS>
+struct BackwardScratch {
+  using U = typename Unit<PAIRS>::Type;
+  int64_t keys;                             // filled up to whole panels
+  U *keys_turned, *values_turned;           // see pack_transposed
+  U* keys_packed;                           // see pack_rows
+  float* dq;                                // [L + MOST_ROWS, columns]
+  float *dk, *dv;                           // [P + L + MOST_ROWS, columns]
+  float* delta;                             // [S]: sum of the gradient times the output
+  U *query, *grad;                          // [BACKWARD_ROWS, STRIDE]
+  U *query_pairs, *grad_pairs;              // [BACKWARD_ROWS / 2, STRIDE]: pairs of rows; the rows unless PAIRS
+  float *weights, *dscores;                 // [BACKWARD_ROWS, BLOCK_STRIDE]
+  U* dscore_rows;                           // dscores as units along the keys
+  U *weight_pairs, *dscore_pairs;           // weights and dscores as units along the rows
+
+  FASTZS_INLINE BackwardScratch(float* memory, int64_t keys, int64_t prompts, int columns, const Layout& layout)
+      : keys(keys) {
+    const int64_t block = BACKWARD_ROWS * BLOCK_STRIDE, rows = BACKWARD_ROWS * STRIDE;
+    keys_turned = reinterpret_cast<U*>(take(memory, keys * columns));
+    values_turned = reinterpret_cast<U*>(take(memory, keys * columns));
+    keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
+    dq = take(memory, (layout.length() + MOST_ROWS) * columns);
+    dk = take(memory, (prompts + layout.length() + MOST_ROWS) * columns);
+    dv = take(memory, (prompts + layout.length() + MOST_ROWS) * columns);
+    delta = take(memory, layout.shared());
+    query = reinterpret_cast<U*>(take(memory, rows));
+    grad = reinterpret_cast<U*>(take(memory, rows));
+    query_pairs = PAIRS ? reinterpret_cast<U*>(take(memory, rows / 2)) : query;
+    grad_pairs = PAIRS ? reinterpret_cast<U*>(take(memory, rows / 2)) : grad;
+    weights = take(memory, block);
+    dscores = take(memory, block);
+    dscore_rows = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : dscores);
+    weight_pairs = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : weights);
+    dscore_pairs = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : dscores);
+  }
+};
+
+// Adds the part of one row's one key to the gradients.
+template <int LANES>
+FASTZS_INLINE void backward_weight(
+    const float* q, const float* grad, const float* key_row, const float* value_row, float lse, float delta,
+    float scale, int columns, float* dq, float* dk, float* dv) {
+  using V = Simd<LANES>;
+  const float score = dot<LANES>(q, key_row, columns) * scale;
+  const float p = V::exp_negative(V::splat(score - lse))[0];
+  const float dscore = p * (dot<LANES>(grad, value_row, columns) - delta) * scale;
+  add_row<LANES>(dq, dscore, key_row, columns);
+  add_row<LANES>(dk, dscore, q, columns);
+  add_row<LANES>(dv, p, grad, columns);
+}
+
+// What has few keys: delta and the bridge key of every shared row, and the bridge rows.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h) {
+  const Inputs<T>& in = *a.in;
+  const Layout& layout = in.layout;
+  const int64_t shared = layout.shared(), cell = layout.cell();
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
+  const float* lse = a.lse + (b * in.heads + h) * layout.length();
+  float q[MAX_D], grad[MAX_D], out[MAX_D], key_row[MAX_D], value_row[MAX_D];
+  for (int64_t token = 0; token < layout.length(); ++token) {
+    read<LANES>(a.grad.row(b, h, token), a.grad.channel, d, grad);
+    read<LANES>(a.out.row(b, h, token), a.out.channel, d, out);
+    const float delta = dot<LANES>(grad, out, columns);
+    if (token < shared) s.delta[token] = delta;
+    // A patch has one key here, its bridge token; a bridge token itself and its region's patches.
+    const int64_t region = layout.region(token), own = token - shared;
+    const int64_t count = token >= shared ? 1 + cell : region >= 0;
+    if (count > 0) read<LANES>(in.q.row(b, h, token), in.q.channel, d, q);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t key = token < shared ? shared + region : n < cell ? layout.patch(own, n) : token;
+      read<LANES>(in.k.row(b, h, key), in.k.channel, d, key_row);
+      read<LANES>(in.v.row(b, h, key), in.v.channel, d, value_row);
+      const int64_t at = (in.prompts + key) * columns;
+      backward_weight<LANES>(
+          q, grad, key_row, value_row, lse[token], delta, in.scale, columns, s.dq + token * columns, s.dk + at,
+          s.dv + at);
+    }
+  }
+}
+
+// Rows r and r + 1 of a block that begins with token `first - r` and has `rows` rows, as pairs.
+template <int LANES, typename T>
+FASTZS_INLINE void pair_tokens(
+    const Operand<T>& x, int64_t b, int64_t h, int64_t first, int64_t r, int64_t rows, int d, int32_t* out) {
+  float low[MAX_D] = {}, high[MAX_D] = {};
+  if (r < rows) read<LANES>(x.row(b, h, first), x.channel, d, low);
+  if (r + 1 < rows) read<LANES>(x.row(b, h, first + 1), x.channel, d, high);
+  pair_rows<LANES>(low, high, static_cast<int>(round_up(d, LANES)), out);
+}
+
+// Rows [first, first + BACKWARD_ROWS) against keys [from, from + n).
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void backward_block(
+    const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first, int64_t from, int64_t n) {
+  using V = Simd<LANES>;
+  using U = typename Unit<PAIRS>::Type;
+  constexpr int WIDE = VECTORS * LANES, R = ROWS<LANES>, STEP = PAIRS ? 2 : 1;
+  const Inputs<T>& in = *a.in;
+  const int64_t left = in.layout.shared() - first, rows = left < BACKWARD_ROWS ? left : BACKWARD_ROWS;
+  const int64_t rounded = round_up(rows, R);  // a multiple of STEP
+  const int64_t real = in.keys() - from < n ? in.keys() - from : n, whole = round_up(n, R);
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = d / STEP;
+  const float* lse = a.lse + (b * in.heads + h) * in.layout.length() + first;
+
+  for (int64_t r = 0; r < rounded; ++r) {
+    if (r < rows) {
+      read_units<LANES, PAIRS>(in.q.row(b, h, first + r), in.q.channel, d, s.query + r * STRIDE);
+      read_units<LANES, PAIRS>(a.grad.row(b, h, first + r), a.grad.channel, d, s.grad + r * STRIDE);
+    } else {
+      __builtin_memset(s.query + r * STRIDE, 0, columns * sizeof(U));
+      __builtin_memset(s.grad + r * STRIDE, 0, columns * sizeof(U));
+    }
+  }
+  if constexpr (PAIRS) {
+    for (int64_t r = 0; r < rounded; r += 2) {
+      pair_tokens<LANES>(in.q, b, h, first + r, r, rows, d, s.query_pairs + r / 2 * STRIDE);
+      pair_tokens<LANES>(a.grad, b, h, first + r, r, rows, d, s.grad_pairs + r / 2 * STRIDE);
+    }
+  }
+
+  for (int64_t k = 0; k < n; k += WIDE) {
+    for (int64_t r = 0; r < rounded; r += R) {
+      const int64_t at = r * BLOCK_STRIDE + k, panel = (from + k) * depth;
+      tile<LANES, PAIRS, VECTORS, STRIDE, 1, false>(
+          s.query + r * STRIDE, s.keys_turned + panel, WIDE, depth, s.weights + at, BLOCK_STRIDE, in.scale);
+      tile<LANES, PAIRS, VECTORS, STRIDE, 1, false>(
+          s.grad + r * STRIDE, s.values_turned + panel, WIDE, depth, s.dscores + at, BLOCK_STRIDE, 1.0f);
+    }
+  }
+
+  for (int64_t r = 0; r < rounded; ++r) {
+    float *weights = s.weights + r * BLOCK_STRIDE, *dscores = s.dscores + r * BLOCK_STRIDE;
+    if (r < rows) {
+      const float delta = s.delta[first + r];
+      for (int64_t k = 0; k < n; k += LANES) {
+        const auto p = V::exp_negative(V::load(weights + k) - lse[r]);
+        V::store(weights + k, p);
+        V::store(dscores + k, p * (V::load(dscores + k) - delta) * in.scale);
+      }
+    }
+    const int64_t filled = r < rows ? real : 0;
+    __builtin_memset(weights + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
+    __builtin_memset(dscores + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
+  }
+  if constexpr (PAIRS) {
+    for (int64_t r = 0; r < rounded; ++r)
+      for (int64_t k = 0; k < n; k += LANES)
+        V::store(reinterpret_cast<T*>(s.dscore_rows + r * (BLOCK_STRIDE / 2)) + k, V::load(s.dscores + r * BLOCK_STRIDE + k));
+    for (int64_t r = 0; r < rounded; r += 2) {
+      const int64_t low = r * BLOCK_STRIDE, high = low + BLOCK_STRIDE, to = r / 2 * BLOCK_STRIDE;
+      pair_rows<LANES>(s.weights + low, s.weights + high, BLOCK_STRIDE, s.weight_pairs + to);
+      pair_rows<LANES>(s.dscores + low, s.dscores + high, BLOCK_STRIDE, s.dscore_pairs + to);
+    }
+  }
+
+  for (int64_t r = 0; r < rounded; r += R)
+    multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(
+        s.dscore_rows + r * (BLOCK_STRIDE / STEP), s.keys_packed, s.keys / STEP, from / STEP, n / STEP, columns,
+        s.dq + (first + r) * columns, columns);
+  for (int64_t k = 0; k < whole; k += R) {
+    const int64_t at = (from + k) * columns;
+    multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
+        s.weight_pairs + k, s.grad_pairs, rounded / STEP, columns, s.dv + at, columns);
+    multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
+        s.dscore_pairs + k, s.query_pairs, rounded / STEP, columns, s.dk + at, columns);
+  }
+}
+
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void backward_heads(const Backward<T>& a) {
+  const Inputs<T>& in = *a.in;
+  const int64_t length = in.layout.length(), shared = in.layout.shared();
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
+  BackwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS * LANES), in.prompts, columns, in.layout);
+  for (int64_t head = a.begin; head < a.end; ++head) {
+    const int64_t b = head / in.heads, h = head % in.heads;
+    pack_transposed<LANES, PAIRS>(in.keys_of(b, h), d, s.keys_turned);
+    pack_transposed<LANES, PAIRS>(in.values_of(b, h), d, s.values_turned);
+    pack_rows<LANES, PAIRS>(in.keys_of(b, h), d, s.keys / (PAIRS ? 2 : 1), s.keys_packed);
+    __builtin_memset(s.dq, 0, (length + MOST_ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dk, 0, (in.prompts + length + MOST_ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dv, 0, (in.prompts + length + MOST_ROWS) * columns * sizeof(float));
+    backward_bridge<LANES, PAIRS>(a, s, b, h);
+    for (int64_t from = 0; from < s.keys; from += BACKWARD_KEYS) {
+      const int64_t n = s.keys - from < BACKWARD_KEYS ? s.keys - from : BACKWARD_KEYS;
+      for (int64_t first = 0; first < shared; first += BACKWARD_ROWS)
+        backward_block<LANES, PAIRS>(a, s, b, h, first, from, n);
+    }
+    for (int64_t n = 0; n < length; ++n) {
+      const int64_t to = ((b * length + n) * in.heads + h) * d, key = (in.prompts + n) * columns;
+      write<LANES>(s.dq + n * columns, 1.0f, d, a.dq + to);
+      write<LANES>(s.dk + key, 1.0f, d, a.dk + to);
+      write<LANES>(s.dv + key, 1.0f, d, a.dv + to);
+    }
+    for (int64_t n = 0; n < in.prompts; ++n) {
+      const int64_t to = (head * in.prompts + n) * d;
+      __builtin_memcpy(a.dprompt_k + to, s.dk + n * columns, d * sizeof(float));
+      __builtin_memcpy(a.dprompt_v + to, s.dv + n * columns, d * sizeof(float));
+    }
+  }
+}
+
+template <int LANES, typename T>
+FASTZS_INLINE void backward_floats(const Backward<T>& a) {
+  backward_heads<LANES, false>(a);
+}
+
+FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<float>)
+FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<BFloat16>)
+FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<Half>)
+
+// ---- with the instruction that multiplies pairs of bf16 numbers ---------------------------------------------------
+
+#if defined(__x86_64__)
+#define FASTZS_BF16_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+FASTZS_BF16_PAIRS void run_forward_pairs(const Forward<BFloat16>& a) { forward_units<16, true>(a); }
+FASTZS_BF16_PAIRS void run_backward_pairs(const Backward<BFloat16>& a) { backward_heads<16, true>(a); }
+bool has_pairs() { return isa() == Isa::avx512_bf16; }
+#else
+void run_forward_pairs(const Forward<BFloat16>& a) { run_forward(a); }
+void run_backward_pairs(const Backward<BFloat16>& a) { run_backward(a); }
+bool has_pairs() { return false; }
+#endif
+
+template <typename T>
+void run(const Forward<T>& a) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (has_pairs()) return run_forward_pairs(a);
+  }
+  run_forward(a);
+}
+
+template <typename T>
+void run(const Backward<T>& a) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (has_pairs()) return run_backward_pairs(a);
+  }
+  run_backward(a);
+}
+
+// ---- operators ----------------------------------------------------------------------------------------------------
+
+template <typename T>
+Operand<T> operand(const Tensor& t) {
+  const int64_t batch = t.size(0) == 1 ? 0 : t.stride(0);
+  return {static_cast<const T*>(t.const_data_ptr()), batch, t.stride(1), t.stride(2), t.stride(3)};
+}
+
+template <typename T>
+Inputs<T> inputs(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
+    const std::optional<Tensor>& prompt_v, const Layout& layout, double scale) {
+  Inputs<T> in{operand<T>(q), operand<T>(k), operand<T>(v), {}, {}, layout, q.size(0), q.size(1), 0, 0, 0};
+  if (prompt_k.has_value()) {
+    in.prompt_k = operand<T>(*prompt_k);
+    in.prompt_v = operand<T>(*prompt_v);
+    in.prompts = prompt_k->size(2);
+  }
+  in.d = static_cast<int>(q.size(3));
+  in.scale = static_cast<float>(scale);
+  return in;
+}
+
+void check(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
+    const std::optional<Tensor>& prompt_v, const Layout& layout) {
+  const int64_t d = q.dim() == 4 ? q.size(3) : 0;
+  STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, "bridged_attention: wanted [B, H, L, d], d a multiple of 8 up to ", MAX_D);
+  for (const Tensor* t : {&k, &v}) {
+    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "bridged_attention: q, k and v differ in dtype");
+    STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == q.size(0) && t->size(1) == q.size(1) && t->size(2) == q.size(2) &&
+        t->size(3) == d, "bridged_attention: q, k and v differ in shape");
+  }
+  STD_TORCH_CHECK(layout.prefix > 0 && layout.h > 0 && layout.w > 0 && layout.rh >= 0 && layout.rh <= layout.h &&
+      layout.rw >= 0 && layout.rw <= layout.w && (layout.rh == 0) == (layout.rw == 0), "bridged_attention: no such layout");
+  STD_TORCH_CHECK(q.size(2) == layout.length(), "bridged_attention: ", q.size(2), " tokens, but the layout has ",
+      layout.length());
+  STD_TORCH_CHECK(prompt_k.has_value() == prompt_v.has_value(), "bridged_attention: prompt keys or values are missing");
+  for (const auto* t : {&prompt_k, &prompt_v}) {
+    if (!t->has_value()) continue;
+    const Tensor& p = **t;
+    STD_TORCH_CHECK(p.scalar_type() == q.scalar_type(), "bridged_attention: the prompts differ from q in dtype");
+    STD_TORCH_CHECK(p.dim() == 4 && (p.size(0) == 1 || p.size(0) == q.size(0)) && p.size(1) == q.size(1) &&
+        p.size(2) == prompt_k->size(2) && p.size(3) == d, "bridged_attention: the prompts do not fit q in shape");
+  }
+}
+
+template <typename T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
+    const std::optional<Tensor>& prompt_v, int64_t prefix, int64_t h, int64_t w, int64_t rh, int64_t rw, double scale) {
+  const Layout layout{prefix, h, w, rh, rw};
+  check(q, k, v, prompt_k, prompt_v, layout);
+  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3);
+  Tensor out = torch::stable::new_empty(q, {B, L, H, d});
+  Tensor lse = torch::stable::new_empty(q, {B, H, L}, ScalarType::Float);
+  dispatch_floating(q, "bridged_attention", [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Inputs<T> in = inputs<T>(q, k, v, prompt_k, prompt_v, layout, scale);
+    // A thread gets a run of units, and so packs each head that it works on once.
+    const int64_t work = MOST_ROWS * in.keys() * d;
+    const int64_t grain = std::max<int64_t>(1, (1 << 18) / work);
+    torch::stable::parallel_for(0, B * H * forward_units_per_head(layout), grain, [&](int64_t begin, int64_t end) {
+      const Floats memory(forward_memory(in));
+      run(Forward<T>{&in, data<T>(out), data<float>(lse), begin, end, memory.data()});
+    });
+  });
+  return {torch::stable::transpose(out, 1, 2), lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
+    const std::optional<Tensor>& prompt_v, const Tensor& out, const Tensor& lse, int64_t prefix, int64_t h, int64_t w,
+    int64_t rh, int64_t rw, double scale) {
+  const Layout layout{prefix, h, w, rh, rw};
+  check(q, k, v, prompt_k, prompt_v, layout);
+  check(q, grad, out, {}, {}, layout);
+  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3);
+  const int64_t P = prompt_k.has_value() ? prompt_k->size(2) : 0;
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == B * H * L && lse.scalar_type() == ScalarType::Float,
+      "bridged_attention: lse must be contiguous fp32 [B, H, L]");
+  Tensor dq = torch::stable::new_empty(q, {B, L, H, d});
+  Tensor dk = torch::stable::new_empty(q, {B, L, H, d});
+  Tensor dv = torch::stable::new_empty(q, {B, L, H, d});
+  Tensor dprompt_k = torch::stable::new_empty(q, {B, H, P, d}, ScalarType::Float);
+  Tensor dprompt_v = torch::stable::new_empty(q, {B, H, P, d}, ScalarType::Float);
+  dispatch_floating(q, "bridged_attention", [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Inputs<T> in = inputs<T>(q, k, v, prompt_k, prompt_v, layout, scale);
+    torch::stable::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+      const Floats memory(backward_memory(in));
+      run(Backward<T>{
+          &in, operand<T>(grad), operand<T>(out), static_cast<const float*>(lse.const_data_ptr()), data<T>(dq),
+          data<T>(dk), data<T>(dv), data<float>(dprompt_k), data<float>(dprompt_v), begin, end, memory.data()});
+    });
+  });
+  using torch::stable::transpose;
+  return {transpose(dq, 1, 2), transpose(dk, 1, 2), transpose(dv, 1, 2), dprompt_k, dprompt_v};
+}
+
+}  // namespace
+}  // namespace fastzs::bridged_attention
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
+  m.def(
+      "bridged_attention(Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, int prefix, int h, int w, "
+      "int rh, int rw, float scale) -> (Tensor out, Tensor lse)");
+  m.def(
+      "bridged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
+      "Tensor out, Tensor lse, int prefix, int h, int w, int rh, int rw, float scale) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dprompt_k, Tensor dprompt_v)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastzs, CPU, m) {
+  m.impl("bridged_attention", TORCH_BOX(&fastzs::bridged_attention::forward));
+  m.impl("bridged_attention_backward", TORCH_BOX(&fastzs::bridged_attention::backward));
+}

@@ -1,0 +1,317 @@
+// bridged_attention on the CPU: what forward and backward share. Operands, their packing, and the matrix products.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "cpu.h"
+#include "simd.h"
+
+namespace fastzs::bridged_attention {
+
+constexpr int MAX_D = 128;
+constexpr int STRIDE = MAX_D + 16;  // of buffers with a token per row: not a power of two, whose lines would collide
+
+// Keys and values of one kind, [B, H, tokens, d] with any strides; a batch stride of 0 serves one for all pictures.
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t batch, head, token, channel;  // strides
+
+  FASTZS_INLINE const T* row(int64_t b, int64_t h, int64_t n) const { return data + b * batch + h * head + n * token; }
+};
+
+// Prefix and patches are the shared tokens. Region (i, j) has the patches [i ch, (i + 1) ch) x [j cw, (j + 1) cw).
+struct Layout {
+  int64_t prefix, h, w, rh, rw;  // rh = rw = 0 without a bridge
+
+  int64_t patches() const { return h * w; }
+  int64_t shared() const { return prefix + h * w; }
+  int64_t regions() const { return rh * rw; }
+  int64_t length() const { return shared() + regions(); }
+  int64_t cell() const { return rh == 0 ? 0 : (h / rh) * (w / rw); }  // patches of a region
+  // Region of a shared token, -1 where it has none.
+  FASTZS_INLINE int64_t region(int64_t token) const {
+    if (rh == 0 || token < prefix) return -1;
+    const int64_t i = (token - prefix) / w / (h / rh), j = (token - prefix) % w / (w / rw);
+    return i < rh && j < rw ? i * rw + j : -1;
+  }
+  // The n-th patch of region r, as a token.
+  FASTZS_INLINE int64_t patch(int64_t r, int64_t n) const {
+    const int64_t rows = h / rh, columns = w / rw;
+    return prefix + (r / rw * rows + n / columns) * w + r % rw * columns + n % columns;
+  }
+};
+
+// A product multiplies fp32 numbers, or pairs of bf16 numbers that one instruction multiplies and adds up in fp32.
+template <bool PAIRS>
+struct Unit {
+  using Type = float;
+};
+template <>
+struct Unit<true> {
+  using Type = int32_t;
+};
+
+// Rows of a tile and vectors of its columns: with 32 registers of AVX-512, else 16, all sums stay in registers.
+template <int LANES>
+constexpr int ROWS = LANES == 16 ? 12 : 6;
+constexpr int MOST_ROWS = 12;
+constexpr int VECTORS = 2;
+
+template <int LANES, bool PAIRS>
+struct Dot {
+  using F = typename Simd<LANES>::F;
+  static FASTZS_INLINE F load(const float* p) { return Simd<LANES>::load(p); }
+  static FASTZS_INLINE F splat(const float* p) {
+#if defined(__x86_64__)
+    if constexpr (LANES > 4) {  // else GCC 12 broadcasts from a register, on a port that the products need
+      F v;
+      asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
+      return v;
+    }
+#endif
+    return Simd<LANES>::splat(*p);
+  }
+  static FASTZS_INLINE void add(F& sum, F a, F b) { sum += a * b; }
+};
+#if defined(__x86_64__)
+template <>
+struct Dot<16, true> {
+  using F = Simd<16>::F;
+  using I = Simd<16>::I;
+  static FASTZS_INLINE I load(const int32_t* p) {
+    I v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static FASTZS_INLINE I splat(const int32_t* p) {
+    I v;
+    asm("vpbroadcastd %1, %0" : "=v"(v) : "m"(*p));
+    return v;
+  }
+  static FASTZS_INLINE void add(F& sum, I a, I b) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b)); }
+};
+#endif
+
+// c[r, n] = factor * sum_k a[r * A_ROW + k * A_DEPTH] b[k * ldb + n], or added to c, for ROWS rows and NV vectors of n.
+template <int LANES, bool PAIRS, int NV, int A_ROW, int A_DEPTH, bool ADD>
+FASTZS_INLINE void tile(
+    const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb, int64_t depth, float* c,
+    int64_t ldc, float factor) {
+  using V = Simd<LANES>;
+  using D = Dot<LANES, PAIRS>;
+  constexpr int R = ROWS<LANES>;
+  typename V::F sum[R][NV] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    decltype(D::load(b)) right[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) right[v] = D::load(b + k * ldb + v * LANES);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const auto left = D::splat(a + r * A_ROW + k * A_DEPTH);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) D::add(sum[r][v], left, right[v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) {
+      float* to = c + r * ldc + v * LANES;
+      V::store(to, ADD ? V::load(to) + sum[r][v] : sum[r][v] * factor);
+    }
+  }
+}
+
+// A matrix [depth, columns] in panels: VECTORS vectors of columns at a time, and one vector for what is left.
+// c[r, columns] += the tile's product with all panels. panel_rows: rows of a whole panel.
+template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH>
+FASTZS_INLINE void multiply_panels(
+    const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* panels, int64_t panel_rows, int64_t first,
+    int64_t depth, int columns, float* c, int64_t ldc) {
+  constexpr int WIDE = VECTORS * LANES;
+  for (int n = 0; n < columns; n += WIDE) {
+    const auto* panel = panels + n * panel_rows;
+    if (columns - n >= WIDE) {
+      tile<LANES, PAIRS, VECTORS, A_ROW, A_DEPTH, true>(a, panel + first * WIDE, WIDE, depth, c + n, ldc, 1.0f);
+    } else {
+      tile<LANES, PAIRS, 1, A_ROW, A_DEPTH, true>(a, panel + first * LANES, LANES, depth, c + n, ldc, 1.0f);
+    }
+  }
+}
+
+// c[r, columns] += the tile's product with a matrix [depth, columns] that has a row per STRIDE.
+template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH>
+FASTZS_INLINE void multiply_rows(
+    const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* rows, int64_t depth, int columns, float* c,
+    int64_t ldc) {
+  constexpr int WIDE = VECTORS * LANES;
+  for (int n = 0; n < columns; n += WIDE) {
+    if (columns - n >= WIDE) {
+      tile<LANES, PAIRS, VECTORS, A_ROW, A_DEPTH, true>(a, rows + n, STRIDE, depth, c + n, ldc, 1.0f);
+    } else {
+      tile<LANES, PAIRS, 1, A_ROW, A_DEPTH, true>(a, rows + n, STRIDE, depth, c + n, ldc, 1.0f);
+    }
+  }
+}
+
+FASTZS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// A token's d numbers as floats; out is filled up with zeros to whole vectors.
+template <int LANES, typename T>
+FASTZS_INLINE void read(const T* p, int64_t stride, int d, float* out) {
+  using V = Simd<LANES>;
+  int i = 0;
+  if (stride == 1)
+    for (; i + LANES <= d; i += LANES) V::store(out + i, V::load(p + i));
+  if (i == d) return;
+  T rest[MAX_D];
+  __builtin_memset(static_cast<void*>(rest), 0, sizeof rest);
+  for (int k = i; k < d; ++k) rest[k] = p[k * stride];
+  for (; i < d; i += LANES) V::store(out + i, V::load(rest + i));
+}
+
+// Rounds to T, after a product with factor. What row has beyond d up to whole vectors may be anything.
+template <int LANES, typename T>
+FASTZS_INLINE void write(const float* row, float factor, int d, T* out) {
+  using V = Simd<LANES>;
+  int i = 0;
+  for (; i + LANES <= d; i += LANES) V::store(out + i, V::load(row + i) * factor);
+  if (i == d) return;
+  T rest[LANES];
+  V::store(rest, V::load(row + i) * factor);
+  for (int k = i; k < d; ++k) out[k] = rest[k - i];
+}
+
+// A token's numbers as the units of a product's depth, d or d / 2 of them.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void read_units(const T* p, int64_t stride, int d, typename Unit<PAIRS>::Type* out) {
+  if constexpr (PAIRS) {
+    if (stride == 1) {
+      __builtin_memcpy(out, static_cast<const void*>(p), d * sizeof(T));
+    } else {
+      for (int i = 0; i < d; ++i)
+        __builtin_memcpy(reinterpret_cast<char*>(out) + i * sizeof(T), static_cast<const void*>(p + i * stride), sizeof(T));
+    }
+  } else {
+    read<LANES>(p, stride, d, out);
+  }
+}
+
+// Two rows of floats as bf16 pairs, the first in the lower halves.
+template <int LANES>
+FASTZS_INLINE void pair_rows(const float* low, const float* high, int n, int32_t* out) {
+  using V = Simd<LANES>;
+  for (int i = 0; i < n; i += LANES) {
+    const auto pair = V::round_bf16(V::load(low + i)) | (V::round_bf16(V::load(high + i)) << 16);
+    __builtin_memcpy(out + i, &pair, sizeof pair);
+  }
+}
+
+// The keys that the shared tokens see, prompts first, of one picture and head.
+template <typename T>
+struct Tokens {
+  Operand<T> prompts, tokens;
+  int64_t b, h, prompt_count, count;  // count: with the prompts
+
+  FASTZS_INLINE const T* row(int64_t n) const {
+    return n < prompt_count ? prompts.row(b, h, n) : tokens.row(b, h, n - prompt_count);
+  }
+  FASTZS_INLINE int64_t stride(int64_t n) const { return n < prompt_count ? prompts.channel : tokens.channel; }
+};
+
+// Tokens transposed, for products over d: panels of VECTORS vectors of tokens, [panel][depth][tokens]. Tokens are
+// filled up to whole panels with zeros.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void pack_transposed(const Tokens<T>& tokens, int d, typename Unit<PAIRS>::Type* out) {
+  using U = typename Unit<PAIRS>::Type;
+  constexpr int WIDE = VECTORS * LANES;
+  const int depth = PAIRS ? d / 2 : d;
+  for (int64_t first = 0; first < tokens.count; first += WIDE, out += WIDE * depth) {
+    for (int lane = 0; lane < WIDE; ++lane) {
+      U row[MAX_D];
+      const int64_t n = first + lane;
+      if (n < tokens.count) {
+        read_units<LANES, PAIRS>(tokens.row(n), tokens.stride(n), d, row);
+      } else {
+        __builtin_memset(row, 0, depth * sizeof(U));
+      }
+      for (int k = 0; k < depth; ++k) out[k * WIDE + lane] = row[k];
+    }
+  }
+}
+
+// Tokens as they are, for products over tokens: panels of VECTORS vectors of channels (see multiply_panels), rows of
+// tokens or of pairs of tokens, filled up with zeros to `rows` of them.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void pack_rows(const Tokens<T>& tokens, int d, int64_t rows, typename Unit<PAIRS>::Type* out) {
+  using U = typename Unit<PAIRS>::Type;
+  constexpr int WIDE = VECTORS * LANES, STEP = PAIRS ? 2 : 1;
+  const int columns = static_cast<int>(round_up(d, LANES));
+  for (int64_t i = 0; i < rows; ++i) {
+    float values[STEP][MAX_D];
+    for (int s = 0; s < STEP; ++s) {
+      const int64_t n = i * STEP + s;
+      if (n < tokens.count) {
+        read<LANES>(tokens.row(n), tokens.stride(n), d, values[s]);
+      } else {
+        __builtin_memset(values[s], 0, sizeof values[s]);
+      }
+    }
+    U row[MAX_D];
+    if constexpr (PAIRS) {
+      pair_rows<LANES>(values[0], values[1], columns, row);
+    } else {
+      __builtin_memcpy(row, values[0], columns * sizeof(float));
+    }
+    for (int n = 0; n < columns; n += WIDE) {
+      const int width = columns - n < WIDE ? columns - n : WIDE;
+      __builtin_memcpy(out + n * rows + i * width, row + n, width * sizeof(U));
+    }
+  }
+}
+
+template <int LANES>
+FASTZS_INLINE float dot(const float* a, const float* b, int columns) {
+  using V = Simd<LANES>;
+  auto sum = V::splat(0.0f);
+  for (int i = 0; i < columns; i += LANES) sum += V::load(a + i) * V::load(b + i);
+  return V::sum(sum);
+}
+
+// a += factor * b
+template <int LANES>
+FASTZS_INLINE void add_row(float* a, float factor, const float* b, int columns) {
+  using V = Simd<LANES>;
+  for (int i = 0; i < columns; i += LANES) V::store(a + i, V::load(a + i) + V::load(b + i) * factor);
+}
+
+template <int LANES>
+FASTZS_INLINE void scale_row(float* a, float factor, int columns) {
+  using V = Simd<LANES>;
+  for (int i = 0; i < columns; i += LANES) V::store(a + i, V::load(a + i) * factor);
+}
+
+// The next `count` floats of a thread's memory, on a boundary of 64 bytes if the memory is.
+FASTZS_INLINE float* take(float*& memory, int64_t count) {
+  float* taken = memory;
+  memory += round_up(count, 16);
+  return taken;
+}
+
+// Floats on a boundary of 64 bytes.
+class Floats {
+ public:
+  explicit Floats(int64_t count) : memory_(new char[count * sizeof(float) + 64]) {
+    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<float*>((at + 63) / 64 * 64);
+  }
+  float* data() const { return data_; }
+
+ private:
+  std::unique_ptr<char[]> memory_;
+  float* data_;
+};
+
+}  // namespace fastzs::bridged_attention

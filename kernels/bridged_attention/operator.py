@@ -1,0 +1,74 @@
+"""What makes a backend of ``bridged_attention`` a PyTorch operator: its fake implementation and its gradient.
+
+Every backend is a pair of operators of one schema: ``fastzs::bridged_attention`` with ``_backward`` in the compiled
+library (csrc/bridged_attention.cpp), and the same for a backend written in Python, see :func:`define`. ``h, w`` are
+the grid's rows and columns and ``rh, rw`` the bridge's, 0 and 0 without one. ``out`` is ``[B, H, L, d]`` in memory
+``[B, L, H, d]``, so that joining the heads afterwards is a view, and so are ``dq``, ``dk`` and ``dv``. ``lse`` is
+``[B, H, L]`` fp32: of every row the logarithm of its softmax's denominator. Prompts are ``[1 or B, H, P, d]``, their
+gradients always ``[B, H, P, d]`` fp32 (P = 0 without prompts), summed over the batch here.
+"""
+
+import torch
+from torch import Tensor
+
+FORWARD = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, int prefix, int h, int w, int rh, int rw, "
+    "float scale) -> (Tensor out, Tensor lse)"
+)
+BACKWARD = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, Tensor out, Tensor lse, "
+    "int prefix, int h, int w, int rh, int rw, float scale) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dprompt_k, Tensor dprompt_v)"
+)
+
+
+def define(name: str) -> None:
+    """Declare the operators ``name`` and ``name_backward`` of a backend written in Python."""
+    torch.library.define(name, FORWARD)
+    torch.library.define(f"{name}_backward", BACKWARD)
+
+
+def register(name: str) -> None:
+    """Give the operator ``name`` its fake implementation and, through ``name_backward``, its gradient."""
+    backward = getattr(torch.ops.fastzs, name.removeprefix("fastzs::") + "_backward")
+
+    def differentiate(ctx, grad: Tensor, _):
+        *tensors, prompt_k, prompt_v, out, lse = ctx.saved_tensors
+        dq, dk, dv, dprompt_k, dprompt_v = backward(grad, *tensors, prompt_k, prompt_v, out, lse, *ctx.options)
+        if prompt_k is None:
+            return dq, dk, dv, *(None,) * 8
+        if prompt_k.shape[0] < grad.shape[0]:
+            dprompt_k, dprompt_v = dprompt_k.sum(0, keepdim=True), dprompt_v.sum(0, keepdim=True)
+        return dq, dk, dv, dprompt_k.to(prompt_k.dtype), dprompt_v.to(prompt_v.dtype), *(None,) * 6
+
+    torch.library.register_fake(name, _fake)
+    torch.library.register_fake(f"{name}_backward", _fake_backward)
+    torch.library.register_autograd(name, differentiate, setup_context=_setup_context)
+    torch.library.register_autograd(f"{name}_backward", _no_second_derivative)
+
+
+def _joined_heads(q: Tensor) -> Tensor:
+    B, H, L, d = q.shape
+    return q.new_empty((B, L, H, d)).transpose(1, 2)
+
+
+def _fake(q, k, v, prompt_k, prompt_v, prefix, h, w, rh, rw, scale):
+    return _joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, scale):
+    B, H, _, d = q.shape
+    P = 0 if prompt_k is None else prompt_k.shape[2]
+    prompts = (q.new_empty((B, H, P, d), dtype=torch.float32) for _ in range(2))
+    return _joined_heads(q), _joined_heads(q), _joined_heads(q), *prompts
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, prompt_k, prompt_v, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("bridged_attention is differentiable once: its second derivative is not implemented")
