@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastzs import clip as clip_module
 from fastzs.clip.packed import pack
-from fastzs.models import ClipRC, LSeg, MaskCLIP, ZegCLIP
+from fastzs.models import ClipRC, LSeg, MaskCLIP, ZegCLIP, ZegFormer, ZSSeg
 from fastzs.models.trained import TrainedModel
 from fastzs.ops import label_map
 from fastzs.pictures import read_picture
@@ -26,7 +26,14 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Model = MaskCLIP | TrainedModel
-MODELS: dict[str, type[Model]] = {"maskclip": MaskCLIP, "clip_rc": ClipRC, "zegclip": ZegCLIP, "lseg": LSeg}
+MODELS: dict[str, type[Model]] = {
+    "maskclip": MaskCLIP,
+    "clip_rc": ClipRC,
+    "zegclip": ZegCLIP,
+    "lseg": LSeg,
+    "zegformer": ZegFormer,
+    "zsseg": ZSSeg,
+}
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
 
@@ -48,7 +55,8 @@ def load(
     """A model ready to segment pictures.
 
     Args:
-        model: "maskclip", which needs no training, or "clip_rc", "zegclip" or "lseg" with a ``checkpoint``.
+        model: "maskclip", which needs no training, or a trained system with a ``checkpoint``: "clip_rc", "zegclip",
+            "lseg", "zegformer", "zsseg".
         backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download. Of a
             checkpoint without a text tower they name the CLIP that the text tower is taken from.
         checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or

@@ -4,5 +4,7 @@ from fastzs.models.clip_rc import ClipRC
 from fastzs.models.lseg import LSeg
 from fastzs.models.maskclip import MaskCLIP
 from fastzs.models.zegclip import ZegCLIP
+from fastzs.models.zegformer import ZegFormer
+from fastzs.models.zsseg import ZSSeg
 
-__all__ = ["ClipRC", "LSeg", "MaskCLIP", "ZegCLIP"]
+__all__ = ["ClipRC", "LSeg", "MaskCLIP", "ZSSeg", "ZegCLIP", "ZegFormer"]

@@ -1,0 +1,179 @@
+"""MaskFormer's class-agnostic part: a picture becomes a fixed number of mask proposals, each with an embedding.
+
+Source: Cheng et al., "Per-Pixel Classification is Not All You Need for Semantic Segmentation" (MaskFormer), NeurIPS
+2021; the decoder is that of Carion et al., "End-to-End Object Detection with Transformers" (DETR), ECCV 2020. A ResNet
+gives features at strides 4 to 32, a feature pyramid joins them into pixel embeddings E at stride 4, and Q learnt
+queries attend to the features at stride 32::
+
+    x_0 = 0;  x_l = layer_l(x_{l-1} + query, res5 + position)      l = 1..L
+    mask_q = MLP(norm(x_l))_q . E                                 logits, one map for each query
+
+Parameters have names of our own; the published implementations' checkpoints are not read.
+"""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torchvision.models import ResNet
+
+STRIDE = 4  # pixels of a mask's cell
+COARSEST = 32
+
+
+class Proposals(NamedTuple):
+    """What the queries found, by the decoder layers asked for: all L in training, the last one (L = 1) otherwise."""
+
+    embeddings: Tensor  # [L, B, Q, D]
+    masks: Tensor  # [L, B, Q, H / 4, W / 4], logits
+
+
+class Pyramid(nn.Module):
+    """The features of a torchvision ResNet at strides 4, 8, 16 and 32."""
+
+    def __init__(self, name: str, pretrained: str | None):
+        super().__init__()
+        known = ("resnet18", "resnet34", "resnet50", "resnet101")
+        if name not in known:
+            raise ValueError(f"MaskFormer: resnet={name!r} is unknown; use one of {', '.join(known)}")
+        net = cast(ResNet, torchvision.models.get_model(name, weights=pretrained))
+        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        last = net.fc.in_features
+        self.channels = [last // 8, last // 4, last // 2, last]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """[B, 3, H, W] -> four maps [B, C_i, H / s, W / s], finest first."""
+        x, out = self.stem(images), []
+        for stage in self.stages:
+            x = stage(x)
+            out.append(x)
+        return out
+
+
+class PixelDecoder(nn.Module):
+    """Feature pyramid: coarse maps, enlarged by nearest neighbour, are added to finer ones."""
+
+    def __init__(self, channels: list[int], width: int):
+        super().__init__()
+        *finer, coarsest = channels
+        self.lateral = nn.ModuleList(_norm_conv(c, width, 1) for c in finer)
+        self.output = nn.ModuleList(nn.Sequential(_norm_conv(c, width, 3), nn.ReLU()) for c in (width,) * len(finer))
+        self.coarsest = nn.Sequential(_norm_conv(coarsest, width, 3), nn.ReLU())
+        self.embed = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, maps: list[Tensor]) -> Tensor:
+        """Maps of the pyramid, finest first -> pixel embeddings [B, D, H / 4, W / 4]."""
+        x = self.coarsest(maps[-1])
+        for i in reversed(range(len(self.lateral))):
+            fine = self.lateral[i](maps[i])
+            x = self.output[i](fine + F.interpolate(x, fine.shape[2:], mode="nearest"))
+        return self.embed(x)
+
+
+def _norm_conv(inner: int, outer: int, side: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inner, outer, side, padding=side // 2, bias=False), nn.GroupNorm(32, outer))
+
+
+class QueryLayer(nn.Module):
+    """DETR's decoder layer, post-norm: attention among the queries, to the picture, then an MLP."""
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.among, self.to_picture = (nn.MultiheadAttention(width, heads, dropout, batch_first=True) for _ in range(2))
+        self.linear1, self.linear2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, query: Tensor, picture: Tensor, position: Tensor) -> Tensor:
+        """x and query [B, Q, D], picture and position [B, N, D] -> [B, Q, D]."""
+        q = x + query
+        x = self.norm1(x + self.drop(self.among(q, q, x, need_weights=False)[0]))
+        seen = self.to_picture(x + query, picture + position, picture, need_weights=False)[0]
+        x = self.norm2(x + self.drop(seen))
+        return self.norm3(x + self.drop(self.linear2(self.drop(F.relu(self.linear1(x))))))
+
+
+class MaskFormer(nn.Module):
+    """Mask proposals for pictures of any size.
+
+    Args:
+        resnet: "resnet18", "resnet34", "resnet50" or "resnet101" of torchvision; published: 50 and 101.
+        pretrained: torchvision's name of the ResNet's weights, random if ``None``.
+        width: channels D of queries and pixels; published: 256.
+        queries: number of proposals Q; published: 100.
+        layers, heads, hidden, dropout: of the query decoder; published: 6, 8, 2048, 0.1.
+
+    Raises:
+        ValueError: an unknown ResNet, a width that heads or the group norms' 32 groups do not divide.
+    """
+
+    def __init__(
+        self,
+        resnet: str = "resnet50",
+        pretrained: str | None = "IMAGENET1K_V1",
+        *,
+        width: int = 256,
+        queries: int = 100,
+        layers: int = 6,
+        heads: int = 8,
+        hidden: int = 2048,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        if width % 32 or width % heads:
+            raise ValueError(f"MaskFormer: width={width}; wanted a multiple of 32 and of the {heads} heads")
+        self.width = width
+        self.pyramid = Pyramid(resnet, pretrained)
+        self.pixels = PixelDecoder(self.pyramid.channels, width)
+        self.project = nn.Conv2d(self.pyramid.channels[-1], width, 1)
+        self.queries = nn.Parameter(torch.randn(queries, width))
+        self.layers = nn.ModuleList(QueryLayer(width, heads, hidden, dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.to_mask = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
+        )
+        for part in (self.pixels, self.project, self.layers):
+            for parameter in part.parameters():
+                if parameter.ndim > 1:
+                    nn.init.xavier_uniform_(parameter)
+
+    def forward(self, images: Tensor) -> Proposals:
+        """Proposals of pictures [B, 3, H, W]; a mask's cell is 4 x 4 pixels of the picture.
+
+        Sides that are no multiple of 4 are enlarged to one, then padded with zeros to multiples of 32.
+        """
+        size = [-(-side // STRIDE) * STRIDE for side in images.shape[2:]]
+        if size != list(images.shape[2:]):
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        images = F.pad(images, (0, -size[1] % COARSEST, 0, -size[0] % COARSEST))
+        maps = self.pyramid(images)
+        pixels = self.pixels(maps)[:, :, : size[0] // STRIDE, : size[1] // STRIDE]  # [B, D, H / 4, W / 4]
+        picture = self.project(maps[-1])
+        position = sine_position(picture).flatten(2).transpose(1, 2)  # [1, N, D]
+        picture = picture.flatten(2).transpose(1, 2)  # [B, N, D]
+        query = self.queries.expand(len(images), -1, -1)  # [B, Q, D]
+        x, kept = torch.zeros_like(query), []
+        for layer in self.layers:
+            x = layer(x, query, picture, position)
+            kept.append(x)
+        embeddings = self.norm(torch.stack(kept if self.training else kept[-1:]))  # [L, B, Q, D]
+        return Proposals(embeddings, torch.einsum("lbqd,bdhw->lbqhw", self.to_mask(embeddings), pixels))
+
+
+def sine_position(like: Tensor) -> Tensor:
+    """DETR's fixed embedding of rows and columns, [1, D, h, w], for a map [B, D, h, w]; half of D for either."""
+    channels, (h, w) = like.shape[1], like.shape[2:]
+    half = channels // 2
+    frequency = 10000.0 ** (torch.arange(0, half, 2, device=like.device) / half)  # [D / 4]
+    angles = []
+    for length in (h, w):
+        place = torch.arange(1, length + 1, device=like.device) / (length + 1e-6) * (2 * math.pi)
+        angle = place[:, None] / frequency
+        angles.append(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).T)  # [D / 2, length]
+    rows, columns = angles
+    both = torch.cat([rows[:, :, None].expand(-1, h, w), columns[:, None, :].expand(-1, h, w)])
+    return both[None].to(like.dtype)
