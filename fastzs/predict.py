@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +137,15 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
+class Maps(NamedTuple):
+    """Class maps of a picture's windows, as :func:`fastzs.ops.label_map` takes them."""
+
+    logits: Tensor  # fp32 [W, C, h, w]
+    windows: Tensor  # int64 [W, 4]
+    size: tuple[int, int]  # of the resized picture
+    picture_size: tuple[int, int]
+
+
 class Segmenter:
     """Segments pictures with one model.
 
@@ -223,21 +232,13 @@ class Segmenter:
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
         with span("preprocess"):
             original = read_picture(picture)
-            resized = self._resize(original)
-        size = (resized.shape[1], resized.shape[2])
-        if self.crop and self.stride:  # a crop always has a stride
-            if self._crop_is_given:
-                _check_crop(self.crop, size)
-            windows = window_grid(size, self.crop, self.stride)
-        else:
-            windows = torch.tensor([[0, 0, *size]])
-        logits = self.logits(resized, windows, vocabulary)
+        maps = self.maps(original, vocabulary)
         with span("label_map"):
             mapped = label_map(
-                logits,
-                windows,
-                size,
-                output_size=(original.shape[1], original.shape[2]),
+                maps.logits,
+                maps.windows,
+                maps.size,
+                output_size=maps.picture_size,
                 activation=self.model.activation,
                 seen=self.model.seen_indices(classes) if isinstance(self.model, TrainedModel) else None,
                 calibration=getattr(self.model, "calibration", 0.0),
@@ -246,6 +247,25 @@ class Segmenter:
             )
         won = None if mapped.scores is None else mapped.scores.cpu()
         return Segmentation(labels=mapped.labels.cpu(), names=classes, scores=won, picture=original.cpu())
+
+    @torch.inference_mode()
+    def maps(self, picture: Tensor, vocabulary: Vocabulary) -> Maps:
+        """What the model says of a picture, uint8 [3, H, W], before :func:`fastzs.ops.label_map` makes labels of it.
+
+        Raises:
+            ValueError: a crop asked for is larger than the resized picture, or a vocabulary that does not fit.
+        """
+        with span("preprocess"):
+            resized = self._resize(picture)
+        size = (resized.shape[1], resized.shape[2])
+        if self.crop and self.stride:  # a crop always has a stride
+            if self._crop_is_given:
+                _check_crop(self.crop, size)
+            windows = window_grid(size, self.crop, self.stride)
+        else:
+            windows = torch.tensor([[0, 0, *size]])
+        logits = self.logits(resized, windows, vocabulary)
+        return Maps(logits, windows, size, (picture.shape[1], picture.shape[2]))
 
     def logits(self, picture: Tensor, windows: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Low-resolution class maps of the windows, fp32 [W, C, h, w], ``batch`` windows at a time."""

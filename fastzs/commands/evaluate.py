@@ -1,0 +1,345 @@
+"""``fastzs evaluate``: score a model or somebody's label maps under a protocol."""
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from fastzs import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fastzs.data.protocols import Protocol
+    from fastzs.evaluate import AnyDataset
+    from fastzs.metrics import ConfusionMatrix
+    from fastzs.predict import Segmenter
+    from fastzs.vocabulary import Vocabulary
+
+HELP = "score a model, or label maps, on a data set"
+ROWS = 40  # classes in a column of the printed table
+
+
+def parser() -> ArgumentParser:
+    options = ArgumentParser(
+        description="Score a model on a data set, or label maps that lie in a folder, under a named protocol. Prints a "
+        "table and writes results.json. Under torchrun the processes share the pictures out."
+    )
+    add = options.add_argument
+    add("--config", action="config", help="YAML file with any of these options (see --print_config)")
+    add("--protocol", type=str | None, help="name (voc15-5, coco156-15, shapes, ...) or YAML file of a protocol")
+    add("--data", type=str | None, help="folder of the protocol's data set, laid out as usual")
+    add("--split", type=str, default="val", help="as the data set calls it")
+    add("--images", type=str | None, help="own data: folder of pictures (with --masks)")
+    add("--masks", type=str | None, help="own data: folder of masks named like the pictures")
+    add("--pairs", type=str | None, help="own data: file with a picture and its mask on each line")
+    add("--classes-file", type=str | None, help="own data without a protocol: YAML list of the names of the labels")
+    add("--output", type=str | None, help="folder for results.json and what else is asked for")
+    add("--overlays", action="store_true", help="also write the labels drawn over each picture")
+    add("--plots", action="store_true", help="also write bars of the IoU and the confusion matrix (needs matplotlib)")
+    add("--predictions", type=str | None, help="score the label maps NAME.png of this folder instead of a model")
+    add("--model", type=str, default="maskclip", help="model")
+    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
+    add("--weights", type=str, default="openai", help="as for fastzs segment")
+    add("--checkpoint", type=str | None, help="trained model: file, folder, hub id")
+    add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
+    add("--words", type=str | None, help="YAML file with other names, or synonyms, for the classes, in their order")
+    add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
+    add("--templates", type=str | None, help="named prompt templates")
+    add(
+        "--calibration",
+        type=float | list[float] | None,
+        help="constant taken from the seen classes' scores (published: 0.1); a list, [0, 0.05, 0.1], tries each; if "
+        "omitted, the model's own where it was trained on this protocol's seen classes, else 0",
+    )
+    add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
+    add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
+    add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
+    add("--batch", type=int, default=8, help="windows at a time")
+    add("--workers", type=int, default=0, help="processes that read pictures ahead")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
+    return options
+
+
+def run(config: Namespace) -> int:
+    """Evaluate; 0 when it is done."""
+    if (config.overlays and config.output is None) or (config.plots and config.output is None):
+        raise ValueError("--overlays and --plots write files; name a folder for them with --output")
+    if config.plots:
+        from fastzs import plots
+
+        plots.check()
+    from fastzs.runs import prepare_folder
+
+    folder = None if config.output is None else Path(config.output)
+    if folder is not None:
+        prepare_folder(folder)
+    protocol = _protocol(config)
+    from rich.console import Console
+
+    from fastzs import ranks
+    from fastzs.predict import choose_device
+
+    device = ranks.join(choose_device(config.device))
+    try:
+        dataset = _dataset(config, protocol)
+        console = Console(stderr=True, quiet=ranks.rank() > 0)
+        begun = time.monotonic()
+        about: dict[str, Any] = {"pictures": len(dataset), "processes": ranks.world()}
+        overlays = folder / "overlays" if folder is not None and config.overlays else None
+        if config.predictions is not None:
+            matrices = {0.0: _score_folder(config.predictions, dataset, protocol, overlays, console)}
+            about |= {"predictions": config.predictions}
+        else:
+            segmenter = _segmenter(config, str(device))
+            vocabulary = _vocabulary(config, protocol)
+            matrices = _score_model(segmenter, vocabulary, config, dataset, protocol, overlays, console)
+            about |= _about(segmenter, vocabulary, config)
+        about |= {"seconds": round(time.monotonic() - begun, 3)}
+        if ranks.rank() == 0:
+            _show(matrices, protocol, dataset, about)
+            if folder is not None:
+                _write(folder, matrices, protocol, dataset, about, config.plots)
+    finally:
+        ranks.leave()
+    return 0
+
+
+def _protocol(config: Namespace) -> "Protocol":
+    from fastzs.data.protocols import Protocol, protocol
+
+    if config.protocol is not None:
+        if config.classes_file is not None:
+            raise ValueError("--protocol brings its classes; --classes-file is for own data without a protocol")
+        return protocol(config.protocol)
+    if config.classes_file is None:
+        raise ValueError("name the protocol with --protocol, or for own data the classes with --classes-file")
+    from fastzs.vocabulary import Vocabulary
+
+    names = Vocabulary(_read_classes(config.classes_file)).names
+    return Protocol(Path(config.classes_file).stem, names)
+
+
+def _dataset(config: Namespace, protocol: "Protocol") -> "AnyDataset":
+    from fastzs.data.datasets import FolderDataset, PairsFile, open_dataset
+
+    reduce = protocol.reduce_zero_label
+    if (config.images is None) != (config.masks is None):
+        raise ValueError("--images and --masks go together: the folder of pictures and the folder of their masks")
+    if sum(given is not None for given in (config.images, config.pairs, config.data)) > 1:
+        raise ValueError("name the data once: with --data, with --images and --masks, or with --pairs")
+    if config.images is not None:
+        return FolderDataset(config.images, config.masks, protocol.classes, reduce_zero_label=reduce)
+    if config.pairs is not None:
+        return PairsFile(config.pairs, protocol.classes, reduce_zero_label=reduce)
+    return open_dataset(protocol, config.data, config.split)
+
+
+def _segmenter(config: Namespace, device: str) -> "Segmenter":
+    import fastzs
+
+    try:
+        return fastzs.load(
+            config.model,
+            backbone=config.backbone,
+            weights=config.weights,
+            checkpoint=config.checkpoint,
+            device=device,
+            precision=config.precision,
+            short_side=config.short_side,
+            crop=config.crop,
+            stride=config.stride,
+            batch=config.batch,
+            **config.options,
+        )
+    except TypeError as error:  # of a name among the options that the model does not have
+        raise ValueError(f"--options {config.options}: {error}") from error
+
+
+def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
+    from fastzs.vocabulary import Vocabulary
+
+    words = list(protocol.classes) if config.words is None else _read_classes(config.words)
+    return Vocabulary(words, templates=config.templates, embeddings=config.embeddings)
+
+
+def _read_classes(path: str) -> list:
+    from fastzs.commands.segment import read_classes
+
+    return read_classes(Path(path))
+
+
+def _score_folder(
+    predictions: str, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None, console: "Console"
+) -> "ConfusionMatrix":
+    from fastzs.evaluate import evaluate_predictions
+
+    with _progress(console, dataset, protocol, overlays) as step:
+        return evaluate_predictions(predictions, dataset, protocol, step=step)
+
+
+def _score_model(
+    segmenter: "Segmenter",
+    vocabulary: "Vocabulary",
+    config: Namespace,
+    dataset: "AnyDataset",
+    protocol: "Protocol",
+    overlays: Path | None,
+    console: "Console",
+) -> "dict[float, ConfusionMatrix]":
+    from fastzs.evaluate import evaluate
+
+    given = config.calibration
+    constants = [given] if isinstance(given, float | int) else given
+    with _progress(console, dataset, protocol, overlays) as step:
+        return evaluate(
+            segmenter, dataset, protocol, vocabulary, calibrations=constants, workers=config.workers, step=step
+        )
+
+
+class _progress:
+    """Bar with counts, rate and time left on stderr; gives the step that moves it and writes overlays."""
+
+    def __init__(self, console: "Console", dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None):
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from fastzs import ranks
+
+        columns = (
+            TextColumn(f"evaluating {protocol.name}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+        )
+        self.bar = Progress(*columns, console=console)
+        mine = len(range(ranks.rank(), len(dataset), ranks.world()))
+        self.task = self.bar.add_task("", total=mine, rate="")
+        self.protocol, self.overlays = protocol, overlays
+
+    def __enter__(self):
+        self.bar.start()
+        return self._step
+
+    def __exit__(self, *problem) -> None:
+        self.bar.stop()
+
+    def _step(self, name, picture, labels) -> None:
+        from fastzs.evaluate import save_overlay
+
+        if self.overlays is not None:
+            save_overlay(self.overlays, name, picture, labels, self.protocol)
+        speed = self.bar.tasks[0].speed
+        self.bar.update(self.task, advance=1, rate=f"{speed:.1f} pictures/s" if speed else "")
+
+
+def _about(segmenter: "Segmenter", vocabulary: "Vocabulary", config: Namespace) -> dict[str, Any]:
+    from fastzs.doctor import describe_device, versions
+
+    device = describe_device(segmenter.device)
+    return {
+        "model": config.model,
+        "options": dict(config.options),
+        "checkpoint": config.checkpoint,
+        "fingerprint": getattr(segmenter.model, "fingerprint", "") or None,
+        "weights": config.weights,
+        "vocabulary": {"hash": vocabulary.hash, "phrases": list(vocabulary.phrases)},
+        "precision": str(segmenter.dtype).removeprefix("torch."),
+        "short_side": segmenter.short_side,
+        "crop": segmenter.crop,
+        "stride": segmenter.stride,
+        "device": {key: device[key] for key in ("device", "name", "details")},
+        "versions": versions(),
+    }
+
+
+def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", dataset: "AnyDataset", about: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    what = f"predictions in {about['predictions']}" if "predictions" in about else about["model"]
+    console.print(f"{what} on {dataset.what}, {about['pictures']} pictures", markup=False, highlight=False)
+    console.print(f"protocol {protocol}", markup=False, highlight=False)
+    summary = Table()
+    summary.add_column("calibration" if "predictions" not in about else "")
+    for title in ("pAcc", "mAcc", "mIoU", "mIoU(S)", "mIoU(U)", "hIoU"):
+        summary.add_column(title, justify="right")
+    for constant, matrix in matrices.items():
+        s = matrix.scores_of(protocol)
+        first = f"{constant:g}" if "predictions" not in about else ""
+        summary.add_row(first, *(_percent(value) for value in (s.pAcc, s.mAcc, s.mIoU, s.seen, s.unseen, s.hIoU)))
+    console.print(summary)
+    scores = next(iter(matrices.values())).scores_of(protocol)
+    columns = -(-len(protocol.classes) // ROWS)
+    table = Table()
+    for _ in range(columns):
+        table.add_column("class")
+        table.add_column("IoU", justify="right")
+        table.add_column("Acc", justify="right")
+    rows = -(-len(protocol.classes) // columns)
+    for row in range(rows):
+        cells: list[str] = []
+        for i in range(row, len(protocol.classes), rows):
+            name = protocol.classes[i] + (" (unseen)" if i in protocol.unseen else "")
+            cells += [name, _percent(scores.iou[i]), _percent(scores.accuracy[i])]
+        table.add_row(*cells)
+    console.print(table)
+    if scores.absent:
+        console.print(
+            f"{len(scores.absent)} classes are not in the truth: {', '.join(scores.absent)}",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _write(
+    folder: Path,
+    matrices: "dict[float, ConfusionMatrix]",
+    protocol: "Protocol",
+    dataset: "AnyDataset",
+    about: dict[str, Any],
+    plots: bool,
+) -> None:
+    from fastzs.evaluate import report
+    from fastzs.files import write_atomically
+    from fastzs.runs import OutputError
+
+    results = {
+        "fastzs": __version__,
+        "protocol": {
+            "name": protocol.name,
+            "summary": str(protocol),
+            "classes": list(protocol.classes),
+            "unseen": list(protocol.unseen),
+            "background": protocol.background,
+        },
+        "dataset": dataset.what,
+        **about,
+        "results": [
+            ({} if "predictions" in about else {"calibration": constant}) | report(matrix, protocol)
+            for constant, matrix in matrices.items()
+        ],
+    }
+    path = folder / "results.json"
+    try:
+        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
+        if plots:
+            from fastzs.plots import save_bars, save_confusion
+
+            first = next(iter(matrices.values()))
+            path = folder / "iou.png"
+            save_bars(path, first, protocol)
+            path = folder / "confusion.png"
+            save_confusion(path, first, protocol)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+    print(f"results in {folder}")

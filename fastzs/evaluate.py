@@ -1,0 +1,178 @@
+"""Score a model, or somebody's label maps, on a data set under a protocol.
+
+The processes of ``torchrun`` share the pictures out, none twice, and add their confusion matrices, so that any number
+of them gives exactly the same figures.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fastzs import ranks
+from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset, read_mask
+from fastzs.data.protocols import Protocol
+from fastzs.metrics import ConfusionMatrix, Scores
+from fastzs.models.trained import TrainedModel
+from fastzs.ops import label_map
+from fastzs.predict import Segmenter
+from fastzs.result import Segmentation
+from fastzs.vocabulary import Vocabulary
+
+AnyDataset = PairsDataset | ShapesDataset
+TOLD = 5  # problems that a message names; the rest are counted
+
+
+def own_calibration(model: Any, protocol: Protocol) -> float:
+    """What the model takes from the scores of the protocol's seen classes if nothing else is asked for.
+
+    Its own constant if it was told its training classes and they are the protocol's seen ones; else 0: a model that
+    was trained on another vocabulary, transductively or on all labels has no reason to distrust these classes.
+    """
+    if not isinstance(model, TrainedModel) or model.seen is None or not protocol.unseen:
+        return 0.0
+    try:
+        same = model.seen_indices(protocol.classes) == list(protocol.seen)
+    except ValueError:  # classes that this protocol does not have
+        same = False
+    return model.calibration if same else 0.0
+
+
+def evaluate(
+    segmenter: Segmenter,
+    dataset: AnyDataset,
+    protocol: Protocol,
+    vocabulary: Vocabulary | None = None,
+    *,
+    calibrations: Sequence[float] | None = None,
+    workers: int = 0,
+    step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
+) -> dict[float, ConfusionMatrix]:
+    """Label a data set and compare with the truth.
+
+    Args:
+        dataset: with the protocol's classes.
+        vocabulary: what the model is asked for, one entry for each class of the protocol; their names if omitted.
+        calibrations: constants taken from the seen classes' scores; the model runs once for all of them.
+            :func:`own_calibration` if omitted.
+        workers: processes that read pictures ahead.
+        step: called after each of this process's pictures with its name, the picture uint8 [3, H, W] and the labels
+            [H, W] under the first constant.
+
+    Returns:
+        For each constant the confusion matrix over the whole data set.
+
+    Raises:
+        ValueError: the data set's classes or the vocabulary are not the protocol's.
+        DataError, PictureError: a file cannot be used.
+    """
+    protocol.check_classes(dataset.classes, "the data set")
+    vocabulary = Vocabulary(protocol.classes) if vocabulary is None else vocabulary
+    if len(vocabulary) != len(protocol.classes):
+        raise ValueError(
+            f"the vocabulary has {len(vocabulary)} classes, but protocol {protocol.name} has {len(protocol.classes)}"
+        )
+    constants = [own_calibration(segmenter.model, protocol)] if calibrations is None else list(calibrations)
+    if not constants:
+        raise ValueError("calibrations has no constant in it")
+    matrices = {constant: ConfusionMatrix(len(protocol.classes)) for constant in constants}
+    names = dataset.names
+    for index, (picture, truth) in _samples(dataset, workers):
+        maps = segmenter.maps(picture, vocabulary)
+        found = [
+            label_map(
+                maps.logits,
+                maps.windows,
+                maps.size,
+                output_size=maps.picture_size,
+                activation=segmenter.model.activation,
+                seen=protocol.seen,
+                calibration=constant,
+            ).labels
+            for constant in matrices
+        ]
+        for matrix, labels in zip(matrices.values(), found, strict=True):
+            matrix.add(truth.to(labels.device), labels)
+        step(names[index], picture, found[0].cpu())
+    for matrix in matrices.values():
+        matrix.reduce(segmenter.device)
+    return matrices
+
+
+def evaluate_predictions(
+    folder: str | Path,
+    dataset: AnyDataset,
+    protocol: Protocol,
+    *,
+    step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
+) -> ConfusionMatrix:
+    """Score label maps that lie in a folder as ``NAME.png``, 8-bit, class indices; other values count as no class.
+
+    Raises:
+        ValueError: the data set's classes are not the protocol's.
+        DataError: label maps are missing, cannot be read or have another size than the truth (named and counted).
+    """
+    protocol.check_classes(dataset.classes, "the data set")
+    folder = Path(folder)
+    missing = [f"{name}.png" for name in dataset.names if not (folder / f"{name}.png").is_file()]
+    if missing:
+        told = ", ".join(missing[:TOLD]) + (f" and {len(missing) - TOLD} more" if len(missing) > TOLD else "")
+        raise DataError(f"predictions in {folder}: {len(missing)} of {len(dataset)} label maps are missing: {told}")
+    matrix = ConfusionMatrix(len(protocol.classes))
+    names = dataset.names
+    for index, (picture, truth) in _samples(dataset, 0):
+        path = folder / f"{names[index]}.png"
+        labels = torch.from_numpy(read_mask(path))
+        if labels.shape != truth.shape:
+            raise DataError(
+                f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its truth {truth.shape[1]} x {truth.shape[0]}"
+            )
+        matrix.add(truth, labels)
+        step(names[index], picture, labels)
+    matrix.reduce()
+    return matrix
+
+
+def summary(scores: Scores) -> dict[str, float]:
+    """The figures of a training's evaluation, as far as they exist."""
+    found = asdict(scores)
+    return {key: found[key] for key in ("pAcc", "mAcc", "mIoU", "seen", "unseen", "hIoU") if found[key] is not None}
+
+
+def report(matrix: ConfusionMatrix, protocol: Protocol) -> dict[str, Any]:
+    """Everything about one confusion matrix under a protocol, as plain values for JSON."""
+    scores = matrix.scores_of(protocol)
+    figures = asdict(scores) | {"absent": list(scores.absent)}
+    iou, accuracy = figures.pop("iou"), figures.pop("accuracy")
+    classes = {
+        name: {"iou": iou[i], "accuracy": accuracy[i], "unseen": i in protocol.unseen}
+        for i, name in enumerate(protocol.classes)
+    }
+    return {"scores": figures, "classes": classes, "confusion": matrix.counts.tolist()}
+
+
+def save_overlay(folder: Path, name: str, picture: Tensor, labels: Tensor, protocol: Protocol) -> None:
+    """Draw labels [H, W] over a picture uint8 [3, H, W] into ``folder/NAME.jpg``.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    names = protocol.classes
+    if (labels >= len(names)).any():  # predictions of no class
+        labels, names = labels.clamp(max=len(names)), (*names, "background")
+    path = folder / f"{name}.jpg"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wide = torch.uint8 if len(names) <= 255 else torch.int16
+    Segmentation(labels.to(wide), names, picture=picture).overlay(path)
+
+
+def _samples(dataset: AnyDataset, workers: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """This process's pictures and truths as plain tensors, with their indices."""
+    indices = range(ranks.rank(), len(dataset), ranks.world())
+    loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers, generator=torch.Generator())
+    for index, (picture, truth) in zip(indices, loader, strict=True):
+        yield index, (picture.as_subclass(Tensor), truth.as_subclass(Tensor))
