@@ -1,0 +1,208 @@
+"""The vision tower, ViT-B/16 at 512 x 512, one picture: CLIP-RC's with its bridge, and what exporting would give.
+
+    pytest bench/test_tower.py --benchmark-only            # the CPU
+    pytest bench/test_tower.py --benchmark-only -m gpu     # a GPU
+
+Random weights (the work is the same). The first rival is the tower as published: prompts are tokens with queries, the
+region mask is a dense additive matrix. "dense mask" is our tower on scaled_dot_product_attention under such a mask;
+"packed" is what ``fastzs.load`` makes of ours on a CPU. OpenVINO and ONNX Runtime get the plain tower, without prompts
+and bridge: less work, and the bar for a CPU. An answer is judged by the fp64 result of the tower that it computes.
+"""
+
+import copy
+import functools
+import importlib.util
+import io
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastzs.clip import VisionTransformer, packed, prompted
+from fastzs.clip.prompted import PromptedVisionTransformer
+from fastzs.predict import native_bf16
+
+from .baselines.prompt_tuned import Tower
+from .rivals import Contest, Rival, Unavailable, compete, largest_error
+
+SIZES = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
+PROMPTS, BRIDGE, SIDE = 10, (4, 4), 512
+BF16 = torch.bfloat16
+# Exporting is timed on CPUs: there it is what a user would do instead.
+RIVALS = {
+    "cpu": ("published", "dense mask", "fastzs", "fastzs packed", "plain", "plain OpenVINO", "plain ONNX Runtime"),
+    "cuda": ("published", "dense mask", "fastzs", "plain"),
+}
+
+
+def bridged() -> PromptedVisionTransformer:
+    """The tower of CLIP-RC, as it is made for training."""
+    torch.manual_seed(0)
+    tower = PromptedVisionTransformer(prompts=PROMPTS, bridge=BRIDGE, double_class_embedding=True, **SIZES)
+    return tower.eval().requires_grad_(False)
+
+
+class Plain(nn.Module):
+    """The plain tower with all its tokens in the text space, which is what an export would hold."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tower = VisionTransformer(**SIZES).eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W] -> [B, 1 + h * w, D]
+        tokens, _ = self.tower.trunk(images)
+        return self.tower.ln_post(self.tower.blocks[-1](tokens)) @ self.tower.proj
+
+
+def dense_mask_attention(q, k, v, layout, *, prompt_kv=None):
+    if prompt_kv is not None:
+        k, v = (torch.cat([p.expand(len(x), -1, -1, -1), x], 2) for p, x in zip(prompt_kv, (k, v), strict=True))
+    mask = dense_mask(layout, k.shape[2] - layout.length, q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@functools.cache
+def dense_mask(layout, prompts: int, device) -> Tensor:
+    return layout.dense_mask(prompts, device)
+
+
+def published(device, dtype):
+    tower = Tower(bridged().state_dict(), SIZES["heads"], SIZES["grid"]).eval().requires_grad_(False)
+    tower.to(device, dtype)
+    return lambda images: tower(images)[1].flatten(2).transpose(1, 2)
+
+
+def with_dense_mask(device, dtype):
+    tower = bridged().to(device, dtype)
+
+    def run(images):
+        ours, prompted.bridged_attention = prompted.bridged_attention, dense_mask_attention
+        try:
+            return tower.encode(images).patches
+        finally:
+            prompted.bridged_attention = ours
+
+    return run
+
+
+def fastzs(device, dtype):
+    tower = bridged().to(device, dtype)
+    return lambda images: tower.encode(images).patches
+
+
+def fastzs_packed(device, dtype):
+    tower = bridged().to(device, dtype)
+    packed.pack(tower)
+    return lambda images: tower.encode(images).patches
+
+
+def plain(device, dtype):
+    return Plain().to(device, dtype)
+
+
+def openvino(device, dtype):
+    if importlib.util.find_spec("openvino") is None:
+        raise Unavailable("openvino is not installed: pip install 'fastzs[bench]'")
+    import openvino as ov
+
+    example = torch.zeros(1, 3, SIDE, SIDE)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tracing
+        model = ov.convert_model(Plain(), example_input=example, input=list(example.shape))
+    hints = {
+        "INFERENCE_PRECISION_HINT": "bf16" if dtype == BF16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = ov.Core().compile_model(model, "CPU", hints)
+    return lambda images: torch.from_numpy(compiled(images.float().numpy())[0])
+
+
+def onnx_runtime(device, dtype):
+    missing = [name for name in ("onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Unavailable(f"{' and '.join(missing)} not installed: pip install 'fastzs[bench]'")
+    if dtype == BF16:
+        raise Unavailable("ONNX Runtime's CPU kernels do not multiply in bf16")
+    import onnxruntime
+
+    file = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tracing
+        torch.onnx.export(Plain(), (torch.zeros(1, 3, SIDE, SIDE),), file, dynamo=False, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+MAKERS = {
+    "published": published,
+    "dense mask": with_dense_mask,
+    "fastzs": fastzs,
+    "fastzs packed": fastzs_packed,
+    "plain": plain,
+    "plain OpenVINO": openvino,
+    "plain ONNX Runtime": onnx_runtime,
+}
+
+
+def later(make, device, dtype):
+    """The tower is made in the first call, so that one that cannot be had is a row of its own."""
+    made = functools.cache(lambda: make(device, dtype))
+
+    @torch.inference_mode()
+    def run(images):
+        return made()(images)
+
+    return run
+
+
+def contest(dtype, device):
+    def inputs(seed, dtype):
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randn(1, 3, SIDE, SIDE, generator=generator).to(device, dtype),)
+
+    @torch.inference_mode()
+    def judge(images):
+        return copy.deepcopy(bridged()).double().encode(images).patches, Plain().double()(images)
+
+    def error(got, right):
+        return min(largest_error(got, [one]) for one in right if one.shape == got[0].shape)
+
+    N = (SIDE // SIZES["patch_size"]) ** 2
+    width, tokens, keys = SIZES["width"], N + 1 + 16, N + 1 + PROMPTS
+    layer = 2 * tokens * 12 * width**2 + 4 * (N + 1) * keys * width
+    weights = 12 * 12 * width**2 * (2 if dtype == BF16 else 4)
+    return Contest(
+        f"tower, ViT-B/16, {SIDE}x{SIDE}, {str(dtype).removeprefix('torch.')}",
+        device,
+        inputs,
+        {name: Rival(later(MAKERS[name], device, dtype), dtype) for name in RIVALS[device]},
+        judge,
+        error,
+        nbytes=weights,
+        operations=SIZES["layers"] * layer,
+        info={"tokens": tokens, "prompts": PROMPTS},
+        seconds=20,
+    )
+
+
+@pytest.mark.parametrize("rival", RIVALS["cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_cpu(benchmark, dtype, rival):
+    if dtype == BF16 and not native_bf16(torch.device("cpu")):
+        pytest.skip("this processor has no bf16 matrix instructions")
+    compete(benchmark, rival, contest, dtype, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rival", RIVALS["cuda"])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+def test_gpu(benchmark, dtype, rival):
+    compete(benchmark, rival, contest, dtype, "cuda")
