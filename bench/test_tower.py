@@ -12,8 +12,10 @@ and bridge: less work, and the bar for a CPU. An answer is judged by the fp64 re
 import copy
 import functools
 import importlib.util
-import io
+import tempfile
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ from fastzs.predict import native_bf16
 from .baselines.prompt_tuned import Tower
 from .rivals import Contest, Rival, Unavailable, compete, largest_error
 
-SIZES = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
+SIZES: dict[str, Any] = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
 PROMPTS, BRIDGE, SIDE = 10, (4, 4), 512
 BF16 = torch.bfloat16
 # Exporting is timed on CPUs: there it is what a user would do instead.
@@ -122,20 +124,20 @@ def openvino(device, dtype):
 
 
 def onnx_runtime(device, dtype):
-    missing = [name for name in ("onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("onnxruntime", "onnx") if importlib.util.find_spec(name) is None]
     if missing:
         raise Unavailable(f"{' and '.join(missing)} not installed: pip install 'fastzs[bench]'")
     if dtype == BF16:
         raise Unavailable("ONNX Runtime's CPU kernels do not multiply in bf16")
     import onnxruntime
 
-    file = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of tracing
-        torch.onnx.export(Plain(), (torch.zeros(1, 3, SIDE, SIDE),), file, dynamo=False, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # of tracing
+        path = Path(folder) / "tower.onnx"
+        torch.onnx.export(Plain(), (torch.zeros(1, 3, SIDE, SIDE),), path, dynamo=False, verbose=False)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 

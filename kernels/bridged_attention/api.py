@@ -1,13 +1,19 @@
 """``bridged_attention``: attention of CLIP-RC's tower under its region mask, which never becomes a matrix."""
 
+import importlib.util
+import os
+
 import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from . import operator as operator  # registers the Triton backend
 from .compiled import why_not_cpu
 from .layout import TokenLayout
 from .reference import bridged_attention_reference
 from .split import bridged_attention_split
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def bridged_attention(
@@ -29,8 +35,8 @@ def bridged_attention(
             no queries: deep prompts, whose outputs the next layer would overwrite. Prefix and patches see them.
         scale: factor on the scores, by default d^-1/2.
         impl: ``"auto"``, ``"reference"`` (dense mask), ``"split"`` (unmasked attention of the shared rows, bridge
-            keys merged exactly) or ``"cpu"`` (the compiled library, heads of a multiple of 8 up to 128), see
-            :mod:`fastzs.kernels.dispatch`. All are differentiable once.
+            keys merged exactly), ``"cpu"`` (the compiled library, heads of a multiple of 8 up to 128) or ``"triton"``
+            (a GPU, heads up to 128), see :mod:`fastzs.kernels.dispatch`. All are differentiable once.
 
     Raises:
         TypeError: dtypes differ or are not floating.
@@ -67,15 +73,28 @@ def bridged_attention(
     split = None
     if layout.bridge is not None and q.device.type != "cpu":
         split = f"the merge needs an attention that returns its log-sum-exp, taken here only on the CPU, not {q.device}"
-    reasons = {"cpu": why_not_cpu(q), "split": split, "reference": None}
+    reasons = {"cpu": why_not_cpu(q), "split": split, "triton": _why_not_triton(q), "reference": None}
     chosen = choose("bridged_attention", impl, reasons)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if chosen == "cpu":
+    if chosen in ("cpu", "triton"):
         pk, pv = prompt_kv or (None, None)
         sizes = (layout.prefix, *layout.grid, *(layout.bridge or (0, 0)))
-        return torch.ops.fastzs.bridged_attention(q, k, v, pk, pv, *sizes, factor)[0]
+        ops = torch.ops.fastzs
+        op = ops.bridged_attention if chosen == "cpu" else ops.bridged_attention_triton
+        return op(q, k, v, pk, pv, *sizes, factor)[0]
     run = bridged_attention_split if chosen == "split" else bridged_attention_reference
     return run(q, k, v, layout, prompt_kv, factor)
+
+
+def _why_not_triton(q: Tensor) -> str | None:
+    """Why Triton cannot take these queries ``[B, H, L, d]``, or None."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return f"q is on {q.device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
+    return None if q.shape[3] <= 128 else f"heads have size {q.shape[3]}; wanted at most 128"
 
 
 __all__ = ["TokenLayout", "bridged_attention"]

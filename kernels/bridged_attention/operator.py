@@ -11,6 +11,8 @@ gradients always ``[B, H, P, d]`` fp32 (P = 0 without prompts), summed over the 
 import torch
 from torch import Tensor
 
+from .layout import TokenLayout
+
 FORWARD = (
     "(Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, int prefix, int h, int w, int rh, int rw, "
     "float scale) -> (Tensor out, Tensor lse)"
@@ -72,3 +74,27 @@ def _setup_context(ctx, inputs, output):
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError("bridged_attention is differentiable once: its second derivative is not implemented")
+
+
+define("fastzs::bridged_attention_triton")
+
+
+@torch.library.impl("fastzs::bridged_attention_triton", ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
+def _triton(q, k, v, prompt_k, prompt_v, prefix, h, w, rh, rw, scale):
+    from .triton import forward  # imports triton, which not every machine has
+
+    return forward(q, k, v, prompt_k, prompt_v, _layout(prefix, h, w, rh, rw), scale)
+
+
+@torch.library.impl("fastzs::bridged_attention_triton_backward", ("CUDA", "CPU"))
+def _triton_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, scale):
+    from .triton import backward
+
+    return backward(grad, q, k, v, prompt_k, prompt_v, out, lse, _layout(prefix, h, w, rh, rw), scale)
+
+
+def _layout(prefix: int, h: int, w: int, rh: int, rw: int) -> TokenLayout:
+    return TokenLayout(prefix, (h, w), (rh, rw) if rh else None)
+
+
+register("fastzs::bridged_attention_triton")
