@@ -20,8 +20,8 @@ from .layout import TokenLayout
 
 # By the bytes of a number and the widest head: rows, keys, warps. Larger tiles spill registers on one of sm_80, sm_90
 # and sm_100, for which tests/kernels/test_bridged_attention_triton.py compiles these.
-FORWARD = {(2, 64): (128, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 32, 8), (4, 128): (16, 16, 4)}
-BACKWARD_Q = {(2, 64): (64, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 32, 8), (4, 128): (16, 32, 4)}
+FORWARD = {(2, 64): (128, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 16, 4), (4, 128): (16, 16, 4)}
+BACKWARD_Q = {(2, 64): (64, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 16, 8), (4, 128): (16, 32, 4)}
 BACKWARD_KV = {(2, 64): (32, 64, 8), (2, 128): (32, 64, 8), (4, 64): (16, 32, 8), (4, 128): (16, 16, 8)}
 CELLS = 32  # patches of a region that its bridge token meets at a time
 LOG2_E = math.log2(math.e)
