@@ -25,13 +25,13 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def check(layout, prompts, dtype, **options):
+def check(layout, prompts, dtype, device="cpu", **options):
     """Within twice the error of the dense mask in the same dtype plus one rounding, against fp64.
 
     The rounding is the result's and, since weights are exponentials, the largest score's.
     """
-    tensors = inputs(layout, prompts, dtype, **options)
-    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0), dtype=f64)
+    tensors = [t.to(device) for t in inputs(layout, prompts, dtype, **options)]
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0), dtype=f64).to(device)
     exact = run([t.double() for t in tensors], layout, "reference", weights)
     eager = run(tensors, layout, "reference", weights)
     ours = run(tensors, layout, "triton", weights)
@@ -124,6 +124,17 @@ def test_operator():
     layout = TokenLayout(1, (2, 3), (1, 2))
     tensors = [t.requires_grad_() for t in inputs(layout, 2, f32, heads=1, dim=16)]
     torch.library.opcheck(torch.ops.fastzs.bridged_attention_triton, (*tensors, 1, 2, 3, 1, 2, 0.25))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("name", ["published", "left-over", "no-bridge", "tiny"])
+def test_on_a_gpu(name, dtype, dim):
+    layout, prompts = LAYOUTS[name]
+    check(layout, prompts, dtype, device="cuda", dim=dim)
+    check(layout, max(prompts, 1), dtype, device="cuda", dim=dim, prompt_batch=2)
 
 
 KERNELS = {"fwd": "FORWARD", "bwd_q": "BACKWARD_Q", "bwd_kv": "BACKWARD_KV"}

@@ -19,11 +19,11 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def check(kind, grid, prefix=1, dim=16, dtype=f32, std=5.0, size=1.0):
+def check(kind, grid, prefix=1, dim=16, dtype=f32, std=5.0, size=1.0, device="cpu"):
     """Within twice the error of the reference in the same dtype plus one rounding, against fp64."""
     generator = torch.Generator().manual_seed(0)
     shape = (2, prefix + grid[0] * grid[1], 2, dim)
-    q, k, v = ((size * torch.randn(shape, generator=generator)).to(dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = ((size * torch.randn(shape, generator=generator)).to(device, dtype).transpose(1, 2) for _ in range(3))
     exact = dense_attention(q.double(), k.double(), v.double(), kind, grid, std=std, impl="reference")
     eager = dense_attention(q, k, v, kind, grid, std=std, impl="reference")
     ours = dense_attention(q, k, v, kind, grid, std=std, impl="triton")
@@ -77,6 +77,15 @@ def test_gradients_go_through_the_reference():
 def test_operator():
     q, k, v = (torch.randn(1, 1, 7, 16) for _ in range(3))
     torch.library.opcheck(torch.ops.fastzs.dense_attention_triton, (q, k, v, 2, 3, 0.7))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dim", [64, 72, 128])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(kind, dtype, dim):
+    check(kind, (32, 43), dtype=dtype, dim=dim, device="cuda")
 
 
 @pytest.mark.slow
