@@ -8,9 +8,9 @@ import sys
 from jsonargparse import ArgumentParser
 
 from fastzs import __version__
-from fastzs.commands import doctor, evaluate, segment
+from fastzs.commands import doctor, evaluate, models, segment
 
-COMMANDS = {"segment": segment, "evaluate": evaluate, "doctor": doctor}
+COMMANDS = {"segment": segment, "evaluate": evaluate, "models": models, "doctor": doctor}
 
 
 def main(arguments: list[str] | None = None) -> int:
