@@ -4,13 +4,23 @@ Every option can also stand in a YAML file given with ``--config``; ``--print_co
 """
 
 import sys
+from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from fastzs import __version__
-from fastzs.commands import doctor, evaluate, models, segment
+from fastzs.commands import doctor, evaluate, models, segment, train
+from fastzs.recipe import check_keys
 
-COMMANDS = {"segment": segment, "evaluate": evaluate, "models": models, "doctor": doctor}
+COMMANDS: dict[str, Any] = {
+    "segment": segment,
+    "train": train,
+    "evaluate": evaluate,
+    "models": models,
+    "doctor": doctor,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,10 +28,14 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 if everything asked for came out, 1 if some pictures did not, 2 if the command could not be
-        carried out (one sentence on stderr says why), 130 after an interrupt.
+        carried out (one sentence on stderr says why), 130 after an interrupt, 143 after a SIGTERM.
     """
-    config = _parser().parse_args(_config_first(sys.argv[1:] if arguments is None else arguments))
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else ""
     try:
+        if name in COMMANDS:
+            arguments = _config_first(arguments)
+        config = _parser().parse_args(arguments)
         return COMMANDS[config.command].run(config[config.command])
     except KeyboardInterrupt:
         print("fastzs: interrupted; the same command goes on from here", file=sys.stderr)
@@ -29,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception as error:
         if not _is_for_the_user(error):
             raise
-        print(f"fastzs {config.command}: {error}", file=sys.stderr)
+        print(f"fastzs {name}: {error}", file=sys.stderr)
         return 2
 
 
@@ -42,16 +56,38 @@ def _parser() -> ArgumentParser:
 
 
 def _config_first(arguments: list[str]) -> list[str]:
-    """Put ``--config FILE`` in front of a command's other arguments.
+    """Put ``--config FILE``, and the files that presets stand for, in front of a command's other arguments.
 
-    The parser lets what comes later win; this way the command line wins over the file wherever it stands.
+    The parser lets what comes later win; this way the command line wins over the files wherever they stand.
+
+    Raises:
+        ValueError: a file has a key that the command does not know, or there is no such preset.
     """
-    command, rest, files = arguments[:1], list(arguments[1:]), []
+    name, *rest = arguments
+    files = []
     while "--config" in rest[:-1]:
         at = rest.index("--config")
-        files += rest[at : at + 2]
+        files.append(rest[at + 1])
         del rest[at : at + 2]
-    return [*command, *files, *rest]
+    for item in [item for item in rest if item.startswith("--config=")]:
+        files.append(item.removeprefix("--config="))
+        rest.remove(item)
+    command = COMMANDS[name]
+    known = [action.dest for action in command.parser()._actions]
+    for file in files:
+        check_keys(_keys(file), known, file)
+    if hasattr(command, "preset_files"):
+        files = [*command.preset_files(rest, files), *files]
+    return [name, *(part for file in files for part in ("--config", file)), *rest]
+
+
+def _keys(file: str) -> list[str]:
+    """Names at the top of a YAML file; of what cannot be read, none, since the parser says what is wrong with it."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return []
+    return [str(key).replace("-", "_") for key in content] if isinstance(content, dict) else []
 
 
 def _is_for_the_user(error: Exception) -> bool:

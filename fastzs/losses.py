@@ -1,4 +1,5 @@
-"""Which labels train a zero-shot model: the three published settings; and the softmax loss of dense models.
+"""Which labels train a zero-shot model: the three published settings, and one that is told less; and the softmax loss
+of dense models.
 
 Source: the label handling of ZegCLIP and CLIP-RC. All three take labels of the whole vocabulary and leave the ignored
 ones as they are; what is ignored, and unseen classes in the inductive setting, counts as negative for every class
@@ -37,7 +38,7 @@ def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ign
     """Pixels of unseen classes get the model's own best unseen class; which pixels these are, the labels tell.
 
     That is the published protocol (ZegCLIP and after it CLIP-RC): the labels of unseen classes are not used, but
-    where they are is.
+    where they are is. :func:`honest_target` is not told.
 
     Args:
         target: integer labels [B, H, W], in [0, C) or ``ignore_index``.
@@ -50,20 +51,49 @@ def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ign
     Raises:
         ValueError: every class is seen, or a label is out of range.
     """
-    classes = logits.shape[1]
-    is_seen = torch.zeros(classes, dtype=torch.bool, device=target.device)
-    is_seen[torch.tensor(list(seen), device=target.device)] = True
+    ignored = target == ignore_index
+    is_seen, unseen = _split(logits.shape[1], seen, target.device)
+    replaced = ~ignored & ~is_seen[_in_range(target, ignored, len(is_seen))]
+    best, _ = _best(logits, unseen, target.shape, scores=False)
+    return torch.where(replaced, best, target.long())
+
+
+def honest_target(
+    target: Tensor, logits: Tensor, seen: Sequence[int], ignore_index: int = 255, threshold: float = 0.5
+) -> Tensor:
+    """Pixels without a seen label get the model's own best unseen class where it says that class is there.
+
+    Unlike in the published protocol, pixels of unseen classes and ignored ones are not told from each other: of both,
+    those where no unseen class has a probability of ``threshold`` become ``ignore_index``.
+
+    Args, result and errors: as :func:`transductive_target`.
+    """
+    ignored = target == ignore_index
+    is_seen, unseen = _split(logits.shape[1], seen, target.device)
+    labelled = ~ignored & is_seen[_in_range(target, ignored, len(is_seen))]
+    best, probability = _best(logits, unseen, target.shape, scores=True)
+    return torch.where(labelled, target.long(), torch.where(probability >= threshold, best, ignore_index))
+
+
+def _split(classes: int, seen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Which classes are seen, bool [C], and the indices of the others."""
+    is_seen = torch.zeros(classes, dtype=torch.bool, device=device)
+    is_seen[torch.tensor(list(seen), device=device)] = True
     unseen = (~is_seen).nonzero().flatten()
     if len(unseen) == 0:
         raise ValueError("transductive training: every class is seen; leave out `seen` to train on all labels")
-    ignored = target == ignore_index
-    replaced = ~ignored & ~is_seen[_in_range(target, ignored, classes)]
-    size = (target.shape[1], target.shape[2])
-    best = [
-        label_map(image[None, unseen], [[0, 0, *size]], size, activation="sigmoid").labels.long()
+    return is_seen, unseen
+
+
+def _best(logits: Tensor, unseen: Tensor, shape: torch.Size, scores: bool) -> tuple[Tensor, Tensor]:
+    """The best unseen class of each pixel, int64 [B, H, W], and, if ``scores``, its probability."""
+    size = (shape[1], shape[2])
+    maps = [
+        label_map(image[None, unseen], [[0, 0, *size]], size, activation="sigmoid", return_scores=scores)
         for image in logits.detach()
     ]
-    return torch.where(replaced, unseen[torch.stack(best)], target.long())
+    labels = unseen[torch.stack([found.labels for found in maps]).long()]
+    return labels, torch.stack([found.scores for found in maps if found.scores is not None]) if scores else labels
 
 
 def pixel_cross_entropy(

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -340,29 +341,24 @@ class TestFaults:
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_0000001"]
         assert torch.equal(checkpoints.read(tmp_path / "last")["a"], before["a"])
 
-    def test_sigterm_saves_and_stops(self, tmp_path):
-        model, plan = small(), recipe(iterations=6)
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_sigterm_saves_and_stops(self, tmp_path, workers):
+        """Also where the readers get it, too, as from a batch system."""
+        model = small()
 
         def evaluate(model):
+            for process in multiprocessing.active_children():
+                os.kill(process.pid, signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
             return scores(model)
 
         before = signal.getsignal(signal.SIGTERM)
-        outcome = train(
-            model,
-            Scenes(),
-            flipped,
-            TEXT,
-            recipe(iterations=6, evaluate_every=2),
-            tmp_path,
-            seen=SEEN,
-            evaluate=evaluate,
-        )
+        plan = recipe(iterations=6, evaluate_every=2, workers=workers)
+        outcome = train(model, Scenes(), flipped, TEXT, plan, tmp_path, seen=SEEN, evaluate=evaluate)
         assert (outcome.stopped_by, outcome.step) == (signal.SIGTERM, 3)
         assert signal.getsignal(signal.SIGTERM) is before
         assert training_state(tmp_path)["step"] == 3
         assert equal_states(ClipRC.from_pretrained(tmp_path / "last"), model)
-        assert plan.iterations == 6
 
     def test_loss_that_is_not_a_number(self, tmp_path, monkeypatch):
         losses = ClipRC.losses

@@ -6,6 +6,7 @@ random about a picture follows from seed, epoch and picture alone.
 """
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-IGNORE = 255
+from fastzs.data.protocols import IGNORE
 
 
 class Batch(NamedTuple):
@@ -61,10 +62,11 @@ class _Prepared(Dataset):
 
     def __init__(self, dataset: Any, transform: Callable, classes: int, seed: int):
         self.dataset, self.transform, self.classes, self.seed = dataset, transform, classes, seed
+        self.names = list(dataset.names)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor, str] | str:
         epoch, index = place
-        name = str(self.dataset.names[index])
+        name = str(self.names[index])
         try:
             image, mask = self.dataset[index]
             used = torch.bincount(torch.as_tensor(mask).flatten(), minlength=IGNORE + 1).nonzero().flatten()
@@ -88,6 +90,12 @@ def _collate(items: Sequence[tuple[Tensor, Tensor, str] | str]) -> Batch | str:
             return item
     images, masks, names = zip(*items, strict=True)
     return Batch(torch.stack(images), torch.stack(masks), list(names))
+
+
+def _leave_signals(worker: int) -> None:
+    """A signal to all processes of a training is for the one that trains; it ends its readers."""
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, signal.SIG_IGN)
 
 
 def batches(
@@ -131,6 +139,7 @@ def batches(
         num_workers=workers,
         pin_memory=pin,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_leave_signals,
     )
     for item in loader:
         if isinstance(item, str):

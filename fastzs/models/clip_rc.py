@@ -14,7 +14,7 @@ enlarged (both are linear); W_q's half for the text is computed once for a vocab
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -177,7 +177,7 @@ class ClipRC(PromptTuned):
         vocabulary: Vocabulary | Tensor,
         *,
         seen: Sequence[str] | Sequence[int] | None = None,
-        transductive: bool = False,
+        transductive: bool | Literal["honest"] = False,
         ignore_index: int = 255,
         focal: float = 100.0,
         dice: float = 1.0,
@@ -191,7 +191,8 @@ class ClipRC(PromptTuned):
             vocabulary: all classes, or their text vectors [C, D].
             seen: the classes whose labels may be used; all (fully supervised) if omitted.
             transductive: pixels of the other classes are trained with the model's own best unseen class, instead of
-                counting as no class.
+                counting as no class; "honest" does not tell these pixels from ignored ones, see
+                :func:`fastzs.losses.honest_target`.
             focal, dice, recovery: weights; published: 100, 1, 2 (VOC; recovery 0 fully supervised) and 200, 3, 50
                 (COCO-Stuff; 100, 1.5, 1 fully supervised).
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +13,7 @@ from fastzs.clip import Clip, VisionTransformer, WeightsError
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
 from fastzs.clip.vision import mlp_ratio, vit_sizes
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
-from fastzs.losses import inductive_target, transductive_target
+from fastzs.losses import honest_target, inductive_target, transductive_target
 from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices, count_layers
 from fastzs.ops import mask_loss
 from fastzs.vocabulary import Vocabulary
@@ -34,14 +34,16 @@ class TrainingBatch(NamedTuple):
     encoded: Encoded
     text: Tensor  # [C, D]: the classes that get logits
     target: Tensor  # [B, H, W], indices of these classes or ignore_index
-    seen: list[int] | None  # in the transductive setting, where the other classes' labels are still to be replaced
+    seen: list[int] | None  # in the transductive settings, where the other classes' labels are still to be replaced
+    honest: bool  # of these, the one that does not know where the other classes are
     ignore_index: int
 
     def mask_losses(self, logits: Tensor, focal: float, dice: float) -> dict[str, Tensor]:
         """Weighted focal and dice loss of logits [B, C, h, w]."""
         target = self.target
         if self.seen is not None:
-            target = transductive_target(target, logits, self.seen, self.ignore_index)
+            replace = honest_target if self.honest else transductive_target
+            target = replace(target, logits, self.seen, self.ignore_index)
         loss = mask_loss(logits, target, ignore_index=self.ignore_index)
         return {"focal": focal * loss.focal, "dice": dice * loss.dice}
 
@@ -156,7 +158,7 @@ class PromptTuned(TrainedModel):
         target: Tensor,
         vocabulary: Vocabulary | Tensor,
         seen: Sequence | None,
-        transductive: bool,
+        transductive: bool | Literal["honest"],
         ignore_index: int,
     ) -> "TrainingBatch":
         """The batch of one of the three published settings; see the models' ``losses``."""
@@ -169,7 +171,7 @@ class PromptTuned(TrainedModel):
             if not transductive:
                 target = inductive_target(target, indices, len(text), ignore_index)
                 text, indices = text[indices], None
-        return TrainingBatch(self.encode(images), text, target, indices, ignore_index)
+        return TrainingBatch(self.encode(images), text, target, indices, transductive == "honest", ignore_index)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:

@@ -11,7 +11,7 @@ Only these scores leave the last layer, so nothing else of it exists here.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -108,7 +108,7 @@ class ZegCLIP(PromptTuned):
         vocabulary: Vocabulary | Tensor,
         *,
         seen: Sequence[str] | Sequence[int] | None = None,
-        transductive: bool = False,
+        transductive: bool | Literal["honest"] = False,
         ignore_index: int = 255,
         focal: float = 100.0,
         dice: float = 1.0,
@@ -121,7 +121,8 @@ class ZegCLIP(PromptTuned):
             vocabulary: all classes, or their text vectors [C, D].
             seen: the classes whose labels may be used; all (fully supervised) if omitted.
             transductive: pixels of the other classes are trained with the model's own best unseen class, instead of
-                counting as no class.
+                counting as no class; "honest" does not tell these pixels from ignored ones, see
+                :func:`fastzs.losses.honest_target`.
             focal, dice: weights; published: 100 and 1.
 
         Raises:

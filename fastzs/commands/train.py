@@ -1,0 +1,270 @@
+"""``fastzs train``: train a model on a data set under a protocol."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from jsonargparse import ArgumentParser, Namespace
+
+from fastzs import __version__
+from fastzs.recipe import Recipe, check_keys
+
+if TYPE_CHECKING:
+    from fastzs.data.protocols import Protocol
+    from fastzs.evaluate import AnyDataset
+    from fastzs.vocabulary import Vocabulary
+
+HELP = "train a model on a data set"
+PRESETS = Path(__file__).parents[1] / "presets"
+CONFIG = "config.yaml"
+
+
+def parser() -> ArgumentParser:
+    options = ArgumentParser(
+        description="Train a model under a named protocol, or go on with a training that stopped: the same command "
+        "does. Writes the settings in full (config.yaml), log.csv, evaluation.csv, TensorBoard's files where that is "
+        "installed, and checkpoints: OUTPUT/last and OUTPUT/best are folders that --checkpoint of other commands "
+        "takes. Under torchrun the processes share every batch out."
+    )
+    add = options.add_argument
+    add("--preset", type=str | None, help=f"named settings: {', '.join(presets())}")
+    add("--config", action="config", help="YAML file with any of these options; comes after the preset")
+    add("--output", type=str, required=True, help="folder for the results")
+    add("--protocol", type=str | None, help="name (voc15-5, coco156-15, shapes, ...) or YAML file of a protocol")
+    add("--data", type=str | None, help="folder of the protocol's data set, laid out as usual")
+    add("--split", type=str, default="train", help="to train on, as the data set calls it")
+    add("--test-split", type=str, default="val", help="to evaluate on")
+    add("--images", type=str | None, help="own data: folder of pictures (with --masks)")
+    add("--masks", type=str | None, help="own data: folder of masks named like the pictures")
+    add("--test-images", type=str | None, help="own data: pictures to evaluate on (with --test-masks)")
+    add("--test-masks", type=str | None, help="own data: their masks")
+    add("--classes-file", type=str | None, help="YAML list of the classes' names, or of name: [synonyms]")
+    add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
+    add("--templates", type=str | None, help="named prompt templates")
+    add("--model", type=str, default="clip_rc", help="model")
+    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
+    add("--weights", type=str, default="openai", help="as for fastzs segment")
+    add("--start", type=str | None, help="checkpoint whose weights to start from: file, folder, hub id")
+    add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.prompts=10")
+    add("--losses", type=dict[str, Any], default={}, help="weights of the loss's parts, as --losses.focal=100")
+    add("--transform", type=dict[str, Any], default={}, help="augmentation, as --transform.flip=0")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
+    types = get_type_hints(Recipe)
+    for item in fields(Recipe):
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        add(f"--{item.name.replace('_', '-')}", type=types[item.name], default=default, help=item.metadata["help"])
+    return options
+
+
+def presets() -> list[str]:
+    """Names of all presets."""
+    return sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
+
+
+def preset_files(arguments: list[str], files: list[str]) -> list[str]:
+    """The files of the presets that a command's arguments, or else its YAML files, name.
+
+    Raises:
+        ValueError: there is no such preset; the nearest known are named.
+    """
+    import yaml
+
+    names = [value for flag, value in pairwise(arguments) if flag == "--preset"]
+    names += [item.removeprefix("--preset=") for item in arguments if item.startswith("--preset=")]
+    for file in files if not names else ():
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
+        names += [str(content["preset"])] if isinstance(content, dict) and content.get("preset") else []
+    for name in names:
+        if name not in presets():
+            near = difflib.get_close_matches(name, presets(), n=3, cutoff=0.4) or presets()
+            raise ValueError(f"unknown preset {name!r}; nearest known: {', '.join(near)}")
+    return [str(PRESETS / f"{name}.yaml") for name in names]
+
+
+def run(config: Namespace) -> int:
+    """Train; 0 when it is done, 128 plus the signal's number if one stopped it."""
+    recipe = Recipe(**{item.name: config[item.name] for item in fields(Recipe)})
+    protocol = _protocol(config)
+    if recipe.setting != "supervised" and not protocol.unseen:
+        raise ValueError(
+            f"protocol {protocol.name} has no unseen classes, so --setting {recipe.setting} means nothing there; "
+            "use --setting supervised"
+        )
+    from fastzs.runs import prepare_folder
+
+    output = Path(config.output)
+    prepare_folder(output)
+
+    import torch
+
+    from fastzs import ranks
+    from fastzs.data.transforms import training_transform
+    from fastzs.predict import choose_device
+    from fastzs.train import train
+
+    device = ranks.join(choose_device(config.device))
+    try:
+        vocabulary = _vocabulary(config, protocol)
+        dataset = _dataset(config, protocol, config.split, config.images, config.masks)
+        evaluate, tested = _evaluation(config, protocol, vocabulary)
+        torch.manual_seed(recipe.seed)
+        model = _model(config, protocol, recipe)
+        _check_arguments(model.losses, config.losses, "losses")
+        _check_arguments(training_transform, config.transform, "transform")
+        transform = training_transform(
+            model.crop, model.mean, model.std, **{key: _tuple(value) for key, value in config.transform.items()}
+        )
+        if ranks.rank() == 0:
+            _write_config(config, protocol, output)
+            print(f"{config.model} on {dataset.what}, {len(dataset)} pictures; protocol {protocol}; {tested}")
+        outcome = train(
+            model,
+            dataset,
+            transform,
+            vocabulary,
+            recipe,
+            output,
+            seen=protocol.seen if recipe.setting != "supervised" else None,
+            losses=config.losses,
+            evaluate=evaluate,
+            best="hIoU" if protocol.unseen else "mIoU",
+            about={
+                "protocol": protocol.name,
+                "data": dataset.what,
+                "vocabulary": vocabulary.hash,
+                "model": config.model,
+                "backbone": config.backbone,
+                "weights": config.weights,
+                "start": config.start,
+                "options": config.options,
+                "transform": config.transform,
+            },
+            device=device,
+        )
+        if ranks.rank() == 0:
+            print(_told(outcome, recipe, output, protocol))
+        return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    finally:
+        ranks.leave()
+
+
+def _protocol(config: Namespace) -> "Protocol":
+    from fastzs.data.protocols import Protocol, protocol
+
+    if config.protocol is None and config.classes_file is None:
+        raise ValueError("name the protocol with --protocol, or for own data the classes with --classes-file")
+    if config.protocol is not None:
+        return protocol(config.protocol)
+    from fastzs.vocabulary import Vocabulary
+
+    return Protocol(Path(config.classes_file).stem, Vocabulary(_words(config.classes_file)).names)
+
+
+def _words(path: str) -> list:
+    from fastzs.commands.segment import read_classes
+
+    return read_classes(Path(path))
+
+
+def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
+    from fastzs.vocabulary import Vocabulary
+
+    words = list(protocol.classes) if config.classes_file is None else _words(config.classes_file)
+    if len(words) != len(protocol.classes):
+        raise ValueError(
+            f"classes file {config.classes_file} has {len(words)} classes, "
+            f"but protocol {protocol.name} has {len(protocol.classes)}"
+        )
+    return Vocabulary(words, templates=config.templates, synonyms="mean", embeddings=config.embeddings)
+
+
+def _dataset(
+    config: Namespace, protocol: "Protocol", split: str, images: str | None, masks: str | None
+) -> "AnyDataset":
+    from fastzs.data.datasets import FolderDataset, open_dataset
+
+    if (images is None) != (masks is None):
+        raise ValueError("a folder of pictures and one of their masks go together; one of them is missing")
+    if images is None or masks is None:
+        return open_dataset(protocol, config.data, split)
+    if config.data is not None:
+        raise ValueError("name the data once: with --data, or with --images and --masks")
+    return FolderDataset(images, masks, protocol.classes, reduce_zero_label=protocol.reduce_zero_label)
+
+
+def _evaluation(
+    config: Namespace, protocol: "Protocol", vocabulary: "Vocabulary"
+) -> tuple[Callable[[Any], Mapping[str, float]] | None, str]:
+    """What scores the model on the way, and a sentence on what it is scored on."""
+    if config.images is not None and config.test_images is None:
+        return None, "not evaluated on the way, since there are no --test-images"
+    dataset = _dataset(config, protocol, config.test_split, config.test_images, config.test_masks)
+
+    def evaluate(model: Any) -> Mapping[str, float]:
+        from fastzs.evaluate import evaluate, summary
+        from fastzs.predict import Segmenter
+
+        matrices = evaluate(Segmenter(model), dataset, protocol, vocabulary)
+        return summary(next(iter(matrices.values())).scores_of(protocol))
+
+    return evaluate, f"evaluated on {dataset.what}, {len(dataset)} pictures"
+
+
+def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
+    from fastzs.predict import MODELS
+
+    trained = {name: kind for name, kind in MODELS.items() if hasattr(kind, "losses")}
+    if config.model not in trained:
+        raise ValueError(f"there is no model {config.model!r} to train; there are {', '.join(trained)}")
+    kind: Any = trained[config.model]
+    options = dict(config.options)
+    _check_arguments(kind, options, "options")
+    # The scores of classes that were trained with labels are lowered in testing, as published.
+    options["seen"] = [protocol.classes[i] for i in protocol.seen] if recipe.setting == "inductive" else None
+    if config.start is None:
+        return kind(backbone=config.backbone, weights=config.weights, **options)
+    if Path(config.start).is_file() or Path(config.start).suffix in (".pth", ".pt", ".safetensors"):
+        return kind.from_checkpoint(config.start, **options)
+    return kind.from_pretrained(config.start, **options)
+
+
+def _check_arguments(function: Callable, given: Mapping[str, Any], what: str) -> None:
+    taken = inspect.signature(function).parameters.values()
+    names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY or (what == "options" and p.kind is not p.VAR_KEYWORD)]
+    check_keys(given, names, f"--{what}")
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _write_config(config: Namespace, protocol: "Protocol", output: Path) -> None:
+    import yaml
+
+    from fastzs.files import write_atomically
+    from fastzs.runs import OutputError
+
+    kept = {key: value for key, value in config.as_dict().items() if key not in ("config", "preset", "output")}
+    about = f"# fastzs {__version__}" + (f", from the preset {config.preset}" if config.preset else "")
+    text = f"{about}\n# protocol {protocol}\n{yaml.safe_dump(_plain(kept), sort_keys=False)}"
+    try:
+        write_atomically(output / CONFIG, text.encode())
+    except OSError as error:
+        raise OutputError(f"cannot write {output / CONFIG}: {error.strerror}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _told(outcome: Any, recipe: Recipe, output: Path, protocol: "Protocol") -> str:
+    scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in outcome.scores.items())
+    if outcome.stopped_by is not None:
+        return f"stopped by {outcome.stopped_by.name} after step {outcome.step}; the same command goes on from {output}"
+    return f"{outcome.step} of {recipe.iterations} steps done" + (f"; {protocol.name}: {scores}" if scores else "")
