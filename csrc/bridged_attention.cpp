@@ -1,4 +1,4 @@
-// bridged_attention on the CPU, forward and backward.
+// bridged_attention on the CPU, forward and backward, and dense_attention, forward.
 //
 // Forward, a thread packs the keys and values of a head once and then takes a few query rows at a time: their scores
 // against a block of keys stay in the first cache, become weights there, and are multiplied with the values. What a
@@ -14,6 +14,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 namespace fastzs::bridged_attention {
 namespace {
@@ -30,7 +31,11 @@ struct Inputs {
   int64_t batch, heads, prompts;
   int d;
   float scale;
+  int64_t first;           // of the tokens that have a row; 0 in bridged_attention, the first patch in dense_attention
+  const float* near_rows;  // [h]: what patches n rows apart add to a score, times ...
+  const float* near_columns;  // [2 w - 1]: ... that of columns, from w - 1 to the left to as many to the right; or null
 
+  int64_t rows() const { return layout.length() - first; }
   int64_t keys() const { return prompts + layout.shared(); }  // that a shared row sees, but for the bridge
   Tokens<T> keys_of(int64_t b, int64_t h) const { return {prompt_k, k, b, h, prompts, keys()}; }
   Tokens<T> values_of(int64_t b, int64_t h) const { return {prompt_v, v, b, h, prompts, keys()}; }
@@ -44,15 +49,16 @@ constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
 template <typename T>
 struct Forward {
   const Inputs<T>* in;
-  T* out;      // [B, L, H, d]
-  float* lse;  // [B, H, L]
+  T* out;      // [B, rows, H, d]
+  float* lse;  // [B, H, rows]
   int64_t begin, end;  // of the units
   float* memory;
 };
 
 // A unit is MOST_ROWS shared rows of a head, or all its bridge rows.
-int64_t forward_units_per_head(const Layout& layout) {
-  return (layout.shared() + MOST_ROWS - 1) / MOST_ROWS + (layout.regions() > 0);
+template <typename T>
+int64_t forward_units_per_head(const Inputs<T>& in) {
+  return (in.layout.shared() - in.first + MOST_ROWS - 1) / MOST_ROWS + (in.layout.regions() > 0);
 }
 
 // How much memory a forward thread wants, in floats.
@@ -90,13 +96,30 @@ struct ForwardScratch {
   }
 };
 
+// Adds to the scores of one patch against keys [from, from + n) what patches near it get.
+template <typename T>
+FASTZS_INLINE void add_nearness(const Inputs<T>& in, int64_t token, int64_t from, int64_t n, float* scores) {
+  const int64_t w = in.layout.w, y = (token - in.layout.prefix) / w, x = (token - in.layout.prefix) % w;
+  const int64_t patches = in.prompts + in.layout.prefix;  // key of the first patch
+  const int64_t end = from + n < in.keys() ? from + n : in.keys();
+  for (int64_t key = from < patches ? patches : from; key < end;) {
+    const int64_t row = (key - patches) / w, column = (key - patches) % w;
+    const int64_t left = w - column, count = left < end - key ? left : end - key;
+    const float factor = in.near_rows[row < y ? y - row : row - y];
+    const float* near = in.near_columns + w - 1 - x + column;
+    float* to = scores + key - from;
+    for (int64_t i = 0; i < count; ++i) to[i] += factor * near[i];
+    key += count;
+  }
+}
+
 // Prefix and patch rows [first, first + ROWS) of a head; rows beyond the last are computed from zeros and dropped.
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first) {
   using V = Simd<LANES>;
   constexpr int WIDE = VECTORS * LANES, R = ROWS<LANES>;
   const Inputs<T>& in = *a.in;
-  const int64_t left = in.layout.shared() - first, rows = left < R ? left : R, length = in.layout.length();
+  const int64_t left = in.layout.shared() - first, rows = left < R ? left : R;
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = PAIRS ? d / 2 : d;
 
   for (int64_t r = 0; r < R; ++r) {
@@ -131,6 +154,7 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
 
     for (int64_t r = 0; r < rows; ++r) {
       float* row = s.scores + r * SCORE_STRIDE;
+      if (in.near_rows != nullptr) add_nearness(in, first + r, from, n, row);
       auto even = V::splat(s.top[r]), odd = even;  // two, for each waits for itself
       for (int64_t k = 0; k < n; k += WIDE) {
         const auto x = V::load(row + k), y = V::load(row + k + LANES);
@@ -158,8 +182,9 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
         s.weights, s.values_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.output, STRIDE);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    write<LANES>(s.output + r * STRIDE, 1.0f / s.total[r], d, a.out + ((b * length + first + r) * in.heads + h) * d);
-    a.lse[(b * in.heads + h) * length + first + r] = s.top[r] + __builtin_logf(s.total[r]);
+    const int64_t at = first - in.first + r;
+    write<LANES>(s.output + r * STRIDE, 1.0f / s.total[r], d, a.out + ((b * in.rows() + at) * in.heads + h) * d);
+    a.lse[(b * in.heads + h) * in.rows() + at] = s.top[r] + __builtin_logf(s.total[r]);
   }
 }
 
@@ -196,7 +221,7 @@ FASTZS_INLINE void forward_bridge(const Forward<T>& a, ForwardScratch<PAIRS>& s,
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void forward_units(const Forward<T>& a) {
   const Inputs<T>& in = *a.in;
-  const int64_t regions = in.layout.regions(), units = forward_units_per_head(in.layout);
+  const int64_t regions = in.layout.regions(), units = forward_units_per_head(in);
   const int columns = static_cast<int>(round_up(in.d, LANES));
   ForwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS * LANES), columns, in.layout);
   int64_t packed = -1;
@@ -212,7 +237,7 @@ FASTZS_INLINE void forward_units(const Forward<T>& a) {
       }
       packed = head;
     }
-    const int64_t first = unit % units * MOST_ROWS;
+    const int64_t first = in.first + unit % units * MOST_ROWS;
     if (first >= in.layout.shared()) {
       forward_bridge<LANES, PAIRS>(a, s, b, h);
     } else {
@@ -336,13 +361,13 @@ FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>&
   }
 }
 
-// Rows r and r + 1 of a block that begins with token `first - r` and has `rows` rows, as pairs.
+// Rows r and r + 1 of a block of `rows` rows as pairs; row r is x's row `at`.
 template <int LANES, typename T>
 FASTZS_INLINE void pair_tokens(
-    const Operand<T>& x, int64_t b, int64_t h, int64_t first, int64_t r, int64_t rows, int d, int32_t* out) {
+    const Operand<T>& x, int64_t b, int64_t h, int64_t at, int64_t r, int64_t rows, int d, int32_t* out) {
   float low[MAX_D] = {}, high[MAX_D] = {};
-  if (r < rows) read<LANES>(x.row(b, h, first), x.channel, d, low);
-  if (r + 1 < rows) read<LANES>(x.row(b, h, first + 1), x.channel, d, high);
+  if (r < rows) read<LANES>(x.row(b, h, at), x.channel, d, low);
+  if (r + 1 < rows) read<LANES>(x.row(b, h, at + 1), x.channel, d, high);
   pair_rows<LANES>(low, high, static_cast<int>(round_up(d, LANES)), out);
 }
 
@@ -504,91 +529,107 @@ Operand<T> operand(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), batch, t.stride(1), t.stride(2), t.stride(3)};
 }
 
-template <typename T>
-Inputs<T> inputs(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
-    const std::optional<Tensor>& prompt_v, const Layout& layout, double scale) {
-  Inputs<T> in{operand<T>(q), operand<T>(k), operand<T>(v), {}, {}, layout, q.size(0), q.size(1), 0, 0, 0};
-  if (prompt_k.has_value()) {
-    in.prompt_k = operand<T>(*prompt_k);
-    in.prompt_v = operand<T>(*prompt_v);
-    in.prompts = prompt_k->size(2);
-  }
-  in.d = static_cast<int>(q.size(3));
-  in.scale = static_cast<float>(scale);
-  return in;
-}
+// What both operators take; std is that of dense_attention's nearness, 0 without it.
+struct Call {
+  const char* op;
+  const Tensor &q, &k, &v;
+  std::optional<Tensor> prompt_k, prompt_v;
+  Layout layout;
+  double scale;
+  int64_t first;
+  double std;
 
-void check(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
-    const std::optional<Tensor>& prompt_v, const Layout& layout) {
-  const int64_t d = q.dim() == 4 ? q.size(3) : 0;
-  STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, "bridged_attention: wanted [B, H, L, d], d a multiple of 8 up to ", MAX_D);
-  for (const Tensor* t : {&k, &v}) {
-    STD_TORCH_CHECK(t->scalar_type() == q.scalar_type(), "bridged_attention: q, k and v differ in dtype");
-    STD_TORCH_CHECK(t->dim() == 4 && t->size(0) == q.size(0) && t->size(1) == q.size(1) && t->size(2) == q.size(2) &&
-        t->size(3) == d, "bridged_attention: q, k and v differ in shape");
+  int64_t rows() const { return layout.length() - first; }
+
+  void check() const {
+    const int64_t d = q.dim() == 4 ? q.size(3) : 0;
+    STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, op, ": wanted [B, H, L, d], d a multiple of 8 up to ", MAX_D);
+    STD_TORCH_CHECK(layout.prefix >= 0 && layout.h > 0 && layout.w > 0 && layout.rh >= 0 && layout.rh <= layout.h &&
+        layout.rw >= 0 && layout.rw <= layout.w && (layout.rh == 0) == (layout.rw == 0), op, ": no such layout");
+    fits(k, q.size(0), layout.length());
+    fits(v, q.size(0), layout.length());
+    fits(q, q.size(0), layout.length());
+    STD_TORCH_CHECK(prompt_k.has_value() == prompt_v.has_value(), op, ": prompt keys or values are missing");
+    if (!prompt_k.has_value()) return;
+    for (const Tensor* p : {&*prompt_k, &*prompt_v}) fits(*p, p->size(0) == 1 ? 1 : q.size(0), prompt_k->size(2));
   }
-  STD_TORCH_CHECK(layout.prefix > 0 && layout.h > 0 && layout.w > 0 && layout.rh >= 0 && layout.rh <= layout.h &&
-      layout.rw >= 0 && layout.rw <= layout.w && (layout.rh == 0) == (layout.rw == 0), "bridged_attention: no such layout");
-  STD_TORCH_CHECK(q.size(2) == layout.length(), "bridged_attention: ", q.size(2), " tokens, but the layout has ",
-      layout.length());
-  STD_TORCH_CHECK(prompt_k.has_value() == prompt_v.has_value(), "bridged_attention: prompt keys or values are missing");
-  for (const auto* t : {&prompt_k, &prompt_v}) {
-    if (!t->has_value()) continue;
-    const Tensor& p = **t;
-    STD_TORCH_CHECK(p.scalar_type() == q.scalar_type(), "bridged_attention: the prompts differ from q in dtype");
-    STD_TORCH_CHECK(p.dim() == 4 && (p.size(0) == 1 || p.size(0) == q.size(0)) && p.size(1) == q.size(1) &&
-        p.size(2) == prompt_k->size(2) && p.size(3) == d, "bridged_attention: the prompts do not fit q in shape");
+
+  void fits(const Tensor& t, int64_t batch, int64_t tokens) const {
+    STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), op, ": the inputs differ in dtype");
+    STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == q.size(1) && t.size(2) == tokens &&
+        t.size(3) == q.size(3), op, ": an input is not [", batch, ", ", q.size(1), ", ", tokens, ", ", q.size(3), "]");
   }
-}
+
+  // near_rows [h], then near_columns [2 w - 1] of Inputs.
+  std::vector<float> nearness() const {
+    std::vector<float> near;
+    if (std == 0) return near;
+    const auto at = [&](int64_t n) { return static_cast<float>(std::exp(-0.5 * (n / std) * (n / std))); };
+    for (int64_t n = 0; n < layout.h; ++n) near.push_back(at(n));
+    for (int64_t n = 1 - layout.w; n < layout.w; ++n) near.push_back(at(n));
+    return near;
+  }
+
+  template <typename T>
+  Inputs<T> inputs(const std::vector<float>& near) const {
+    Inputs<T> in{};
+    in.q = operand<T>(q), in.k = operand<T>(k), in.v = operand<T>(v);
+    if (prompt_k.has_value()) {
+      in.prompt_k = operand<T>(*prompt_k), in.prompt_v = operand<T>(*prompt_v);
+      in.prompts = prompt_k->size(2);
+    }
+    in.layout = layout;
+    in.batch = q.size(0), in.heads = q.size(1), in.d = static_cast<int>(q.size(3));
+    in.scale = static_cast<float>(scale), in.first = first;
+    if (!near.empty()) in.near_rows = near.data(), in.near_columns = near.data() + layout.h;
+    return in;
+  }
+};
 
 template <typename T>
 T* data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-std::tuple<Tensor, Tensor> forward(
-    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
-    const std::optional<Tensor>& prompt_v, int64_t prefix, int64_t h, int64_t w, int64_t rh, int64_t rw, double scale) {
-  const Layout layout{prefix, h, w, rh, rw};
-  check(q, k, v, prompt_k, prompt_v, layout);
-  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3);
-  Tensor out = torch::stable::new_empty(q, {B, L, H, d});
-  Tensor lse = torch::stable::new_empty(q, {B, H, L}, ScalarType::Float);
-  dispatch_floating(q, "bridged_attention", [&](auto* type) {
+using torch::stable::new_empty;
+using torch::stable::transpose;
+
+std::tuple<Tensor, Tensor> forward(const Call& call) {
+  call.check();
+  const Tensor& q = call.q;
+  const int64_t B = q.size(0), H = q.size(1), d = q.size(3);
+  Tensor out = new_empty(q, {B, call.rows(), H, d});
+  Tensor lse = new_empty(q, {B, H, call.rows()}, ScalarType::Float);
+  const std::vector<float> near = call.nearness();
+  dispatch_floating(q, call.op, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const Inputs<T> in = inputs<T>(q, k, v, prompt_k, prompt_v, layout, scale);
+    const Inputs<T> in = call.inputs<T>(near);
     // A thread gets a run of units, and so packs each head that it works on once.
-    const int64_t work = MOST_ROWS * in.keys() * d;
-    const int64_t grain = std::max<int64_t>(1, (1 << 18) / work);
-    torch::stable::parallel_for(0, B * H * forward_units_per_head(layout), grain, [&](int64_t begin, int64_t end) {
+    const int64_t work = MOST_ROWS * in.keys() * d, grain = std::max<int64_t>(1, (1 << 18) / work);
+    torch::stable::parallel_for(0, B * H * forward_units_per_head(in), grain, [&](int64_t begin, int64_t end) {
       const Floats memory(forward_memory(in));
       run(Forward<T>{&in, data<T>(out), data<float>(lse), begin, end, memory.data()});
     });
   });
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return {transpose(out, 1, 2), lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
-    const std::optional<Tensor>& prompt_v, const Tensor& out, const Tensor& lse, int64_t prefix, int64_t h, int64_t w,
-    int64_t rh, int64_t rw, double scale) {
-  const Layout layout{prefix, h, w, rh, rw};
-  check(q, k, v, prompt_k, prompt_v, layout);
-  check(q, grad, out, {}, {}, layout);
+    const Call& call, const Tensor& grad, const Tensor& out, const Tensor& lse) {
+  call.check();
+  const Tensor& q = call.q;
   const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3);
-  const int64_t P = prompt_k.has_value() ? prompt_k->size(2) : 0;
+  const int64_t P = call.prompt_k.has_value() ? call.prompt_k->size(2) : 0;
+  call.fits(grad, B, L);
+  call.fits(out, B, L);
   STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == B * H * L && lse.scalar_type() == ScalarType::Float,
-      "bridged_attention: lse must be contiguous fp32 [B, H, L]");
-  Tensor dq = torch::stable::new_empty(q, {B, L, H, d});
-  Tensor dk = torch::stable::new_empty(q, {B, L, H, d});
-  Tensor dv = torch::stable::new_empty(q, {B, L, H, d});
-  Tensor dprompt_k = torch::stable::new_empty(q, {B, H, P, d}, ScalarType::Float);
-  Tensor dprompt_v = torch::stable::new_empty(q, {B, H, P, d}, ScalarType::Float);
-  dispatch_floating(q, "bridged_attention", [&](auto* type) {
+      call.op, ": lse must be contiguous fp32 [B, H, rows]");
+  Tensor dq = new_empty(q, {B, L, H, d}), dk = new_empty(q, {B, L, H, d}), dv = new_empty(q, {B, L, H, d});
+  Tensor dprompt_k = new_empty(q, {B, H, P, d}, ScalarType::Float);
+  Tensor dprompt_v = new_empty(q, {B, H, P, d}, ScalarType::Float);
+  dispatch_floating(q, call.op, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    const Inputs<T> in = inputs<T>(q, k, v, prompt_k, prompt_v, layout, scale);
+    const Inputs<T> in = call.inputs<T>({});
     torch::stable::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
       const Floats memory(backward_memory(in));
       run(Backward<T>{
@@ -596,8 +637,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           data<T>(dk), data<T>(dv), data<float>(dprompt_k), data<float>(dprompt_v), begin, end, memory.data()});
     });
   });
-  using torch::stable::transpose;
   return {transpose(dq, 1, 2), transpose(dk, 1, 2), transpose(dv, 1, 2), dprompt_k, dprompt_v};
+}
+
+std::tuple<Tensor, Tensor> bridged_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
+    const std::optional<Tensor>& prompt_v, int64_t prefix, int64_t h, int64_t w, int64_t rh, int64_t rw, double scale) {
+  return forward(Call{"bridged_attention", q, k, v, prompt_k, prompt_v, {prefix, h, w, rh, rw}, scale, 0, 0});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bridged_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
+    const std::optional<Tensor>& prompt_v, const Tensor& out, const Tensor& lse, int64_t prefix, int64_t h, int64_t w,
+    int64_t rh, int64_t rw, double scale) {
+  const Call call{"bridged_attention", q, k, v, prompt_k, prompt_v, {prefix, h, w, rh, rw}, scale, 0, 0};
+  return backward(call, grad, out, lse);
+}
+
+// out alone: it has no gradient.
+Tensor dense_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, int64_t h, int64_t w, double scale, double std) {
+  const int64_t prefix = (q.dim() == 4 ? q.size(2) : 0) - h * w;
+  return std::get<0>(forward(Call{"dense_attention", q, k, v, {}, {}, {prefix, h, w, 0, 0}, scale, prefix, std}));
 }
 
 }  // namespace
@@ -611,9 +672,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
       "bridged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
       "Tensor out, Tensor lse, int prefix, int h, int w, int rh, int rw, float scale) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dprompt_k, Tensor dprompt_v)");
+  m.def("dense_attention(Tensor q, Tensor k, Tensor v, int h, int w, float scale, float std) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastzs, CPU, m) {
-  m.impl("bridged_attention", TORCH_BOX(&fastzs::bridged_attention::forward));
-  m.impl("bridged_attention_backward", TORCH_BOX(&fastzs::bridged_attention::backward));
+  m.impl("bridged_attention", TORCH_BOX(&fastzs::bridged_attention::bridged_attention));
+  m.impl("bridged_attention_backward", TORCH_BOX(&fastzs::bridged_attention::bridged_attention_backward));
+  m.impl("dense_attention", TORCH_BOX(&fastzs::bridged_attention::dense_attention));
 }

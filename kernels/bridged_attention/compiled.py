@@ -16,10 +16,15 @@ if MISSING is None:
 
 def why_not_cpu(q: Tensor) -> str | None:
     """None if it can take these queries ``[B, H, L, d]``, else the reason."""
+    return why_not_blocked(q) or MISSING
+
+
+def why_not_blocked(q: Tensor) -> str | None:
+    """None if the blocked attention of the library takes such queries, should the library be there."""
     if q.device.type != "cpu":
         return f"q is on {q.device}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
     if q.shape[3] not in HEAD_SIZES:
         return f"heads have size {q.shape[3]}; wanted a multiple of 8 up to {HEAD_SIZES[-1]}"
-    return MISSING
+    return None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..dispatch import choose
 from . import operator as operator  # registers the Triton backend
 from . import reference
+from .compiled import why_not_cpu
 
 Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -45,12 +46,14 @@ def dense_attention(
         q, k, v: the last block's projections; the ``P`` tokens before the patches (CLS, prompts) come first.
         grid: rows and columns of the patches.
         std: of NACLIP's Gaussian, in patches.
-        impl: backend, see :mod:`fastzs.kernels.dispatch`; Triton computes fp32, bf16 and fp16 where no gradient is
-            wanted, in memory [B, h * w, H, d], so that joining the heads is a view.
+        impl: backend, see :mod:`fastzs.kernels.dispatch`. The compiled library (``"cpu"``: heads of a multiple of 8 up
+            to 128) and Triton compute fp32, bf16 and fp16 where no gradient is wanted, in memory [B, h * w, H, d], so
+            that joining the heads is a view.
 
     Raises:
         RuntimeError: ``impl`` cannot run here.
-        ValueError: unknown ``kind``, shapes that disagree, fewer tokens than patches, ``std`` not positive.
+        ValueError: unknown ``kind``, shapes, dtypes or devices that disagree, fewer tokens than patches, ``std`` not
+            positive.
     """
     if kind not in KINDS:
         raise ValueError(f"dense_attention: kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -59,17 +62,29 @@ def dense_attention(
             "dense_attention: q, k and v must share one shape [B, H, L, d], "
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
+    for name, tensor in (("k", k), ("v", v)):
+        if (tensor.dtype, tensor.device) != (q.dtype, q.device):
+            raise ValueError(
+                f"dense_attention: {name} is {tensor.dtype} on {tensor.device}; wanted {q.dtype} on {q.device} as q"
+            )
     if q.shape[-2] < grid[0] * grid[1]:
         raise ValueError(f"dense_attention: {q.shape[-2]} tokens are fewer than the {grid[0]} x {grid[1]} patches")
     if std <= 0:
         raise ValueError(f"dense_attention: std must be positive, got {std}")
-    if choose("dense_attention", impl, {"triton": _why_not_triton(q, k, v), "reference": None}) == "reference":
+    reasons = {"cpu": why_not_cpu(q, k, v), "triton": _why_not_triton(q, k, v), "reference": None}
+    backend = choose("dense_attention", impl, reasons)
+    if backend == "reference":
         return reference.dense_attention(q, k, v, kind, grid, std)
     if kind == "identity":
         return v[..., q.shape[-2] - grid[0] * grid[1] :, :]
     pairs = {"qk": [(q, k)], "qq": [(q, q)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
-    bias = std if kind == "kk+gaussian" else None
-    first, *second = (torch.ops.fastzs.dense_attention_triton(a, b, v, *grid, bias) for a, b in pairs)
+    if backend == "cpu":
+        options = (*grid, q.shape[-1] ** -0.5, std if kind == "kk+gaussian" else 0.0)
+        parts = (torch.ops.fastzs.dense_attention(a, b, v, *options) for a, b in pairs)
+    else:
+        bias = std if kind == "kk+gaussian" else None
+        parts = (torch.ops.fastzs.dense_attention_triton(a, b, v, *grid, bias) for a, b in pairs)
+    first, *second = parts
     return first + second[0] if second else first
 
 

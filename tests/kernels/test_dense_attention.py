@@ -50,6 +50,8 @@ def test_bad_inputs_are_named(qkv):
         ((q, k, v, "nope", GRID), "nope"),
         ((q, k[:1], v, "qq", GRID), r"\[1, 4, 16, 8\]"),
         ((q, k, v, "qq", (4, 5)), "4 x 5"),
+        ((q, k, v.float(), "qq", GRID), r"v is torch\.float32"),
+        ((q, k.to("meta"), v, "qq", GRID), "k is .* on meta"),
     ):
         with pytest.raises(ValueError, match=message):
             dense_attention(*arguments)
