@@ -1,0 +1,76 @@
+"""What makes the Triton backend PyTorch operators: their declarations, fake implementations and gradients.
+
+``fastzs::key_smoothing_linear_triton`` and ``fastzs::key_smoothing_pairs_triton`` take keys ``[B, N, D]`` and probs
+``[B, C, N]``, each fp32, bf16 or fp16, and give ``[B, C, N]`` in the dtype of ``probs``. Backward keeps the two inputs,
+no more, and is matrix products of PyTorch: linear in N for the linear form, in pieces for the other.
+"""
+
+import torch
+from torch import Tensor
+
+from . import pairwise
+from .linear import EPS
+
+LINEAR = "fastzs::key_smoothing_linear_triton"
+PAIRS = "fastzs::key_smoothing_pairs_triton"
+
+torch.library.define(LINEAR, "(Tensor keys, Tensor probs, str mode, float threshold) -> Tensor")
+torch.library.define(PAIRS, "(Tensor keys, Tensor probs, str weights, float temperature) -> Tensor")
+
+
+@torch.library.impl(LINEAR, ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
+def _linear(keys, probs, mode, threshold):
+    from .triton import key_smoothing_linear  # imports triton, which not every machine has
+
+    return key_smoothing_linear(keys, probs, mode, threshold)
+
+
+@torch.library.impl(PAIRS, ("CUDA", "CPU"))
+def _pairs(keys, probs, weights, temperature):
+    from .triton import key_smoothing_pairs
+
+    return key_smoothing_pairs(keys, probs, weights, temperature)
+
+
+@torch.library.register_fake(LINEAR)
+def _(keys, probs, mode, threshold):
+    return torch.empty_like(probs, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake(PAIRS)
+def _(keys, probs, weights, temperature):
+    return torch.empty_like(probs, memory_format=torch.contiguous_format)
+
+
+def linear_gradients(grad: Tensor, keys: Tensor, probs: Tensor, mode: str, threshold: float) -> tuple[Tensor, Tensor]:
+    """With U the normalised keys and ``out = (P U) U^T``: ``dP = (G U) U^T`` and ``dU = G^T (P U) + P^T (G U)``."""
+    k, p, g = keys.float(), probs.float(), grad.float()
+    axis = 2 if mode == "paper" else 1
+    length = torch.linalg.vector_norm(k, dim=axis, keepdim=True)
+    norm = length.clamp_min(EPS)
+    unit = k / norm
+    replaced = torch.ones_like(p[:, :1], dtype=torch.bool)
+    if mode == "official":
+        replaced = p.amax(1, keepdim=True) < threshold
+    kept, g = g.masked_fill(replaced, 0), g.masked_fill(~replaced, 0)
+    sums, grad_sums = p @ unit, g @ unit  # [B, C, D]
+    grad_probs = grad_sums @ unit.mT + kept
+    grad_unit = g.mT @ sums + p.mT @ grad_sums
+    # a unit vector does not change with the length; below EPS the length counts as EPS
+    along = (unit * grad_unit).sum(axis, keepdim=True).where(length >= EPS, 0)
+    return ((grad_unit - unit * along) / norm).to(keys.dtype), grad_probs.to(probs.dtype)
+
+
+def _setup_linear(ctx, inputs, output):
+    keys, probs, ctx.mode, ctx.threshold = inputs
+    ctx.save_for_backward(keys, probs)
+
+
+def _backward_linear(ctx, grad):
+    keys, probs = ctx.saved_tensors
+    with torch.autocast(keys.device.type, enabled=False):
+        return *linear_gradients(grad, keys, probs, ctx.mode, ctx.threshold), None, None
+
+
+torch.library.register_autograd(LINEAR, _backward_linear, setup_context=_setup_linear)
+torch.library.register_autograd(PAIRS, pairwise.backward, setup_context=pairwise.setup_context)

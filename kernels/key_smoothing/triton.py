@@ -1,0 +1,318 @@
+"""Key smoothing in Triton: K (K^T P) with the norms taken from the tiles on their way, and the form over pairs.
+
+Linear, two kernels. The first adds up ``sums = P K^`` (``[C, D]``, K^ the normalised keys) over some positions: it
+holds whole keys, so it has their norms before it multiplies, and each program writes the sums of its own positions.
+The second adds those up and multiplies with the keys again; the norm of a key is a factor of its position's column,
+so it divides at the end. No normalised copy of the keys exists and no norm is stored.
+
+Over pairs, one kernel: a program owns some positions and goes through all others, keeping the weighted sums in
+registers, and for a softmax its running maximum and total.
+
+Products of fp32 are exact; bf16 and fp16 are multiplied as tf32, which holds them, or as they are.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
+# pyright: reportGeneralTypeIssues=false
+# (it does not know that a grid launches a kernel)
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .linear import EPS
+
+# tests/kernels/test_key_smoothing_triton.py compiles these for sm_80, sm_90 and sm_100.
+SUMS_TILE, SUMS_POSITIONS, SUMS_WARPS = 16384, 16, 8  # classes x channels, at least 16 classes
+SPREAD_CLASSES, SPREAD_POSITIONS, SPREAD_CHANNELS, SPREAD_WARPS = 64, 64, 32, 4
+PAIR_ROWS, PAIR_CHANNELS = 64, 32
+PAIR_TILES = {"ieee": (32, 32, 8), "tf32": (64, 64, 4)}  # positions, most classes, warps: larger ones spill
+PROGRAMS = 264  # two for each of an H200's 132 SMs: positions are split so far
+WEIGHT_CODES = {"cosine": 0, "relu": 1, "softmax": 2}
+
+
+@triton.jit
+def key_smoothing_sums_fwd_kernel(
+    keys_ptr,  # [B, N, D], contiguous
+    probs_ptr,  # [B, C, N], contiguous
+    sums_ptr,  # [B, SPLITS, C, D] fp32
+    squares_ptr,  # [B, SPLITS, D] fp32, written with OFFICIAL
+    N,
+    C,
+    D,
+    splits,
+    per_split,  # positions, a multiple of POSITIONS
+    eps,
+    OFFICIAL: tl.constexpr,
+    CLASSES: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,  # at least D
+    PRECISION: tl.constexpr,
+):
+    c = tl.program_id(0) * CLASSES + tl.arange(0, CLASSES)  # [CLASSES]
+    split = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, CHANNELS)
+    sums = tl.zeros([CLASSES, CHANNELS], tl.float32)
+    squares = tl.zeros([CHANNELS], tl.float32)
+    for start in range(split * per_split, tl.minimum((split + 1) * per_split, N), POSITIONS):
+        n = start + tl.arange(0, POSITIONS)
+        row = b * N + n
+        k = tl.load(keys_ptr + row[:, None] * D + d[None, :], mask=(n < N)[:, None] & (d < D)[None, :], other=0.0)
+        k = k.to(tl.float32)  # [POSITIONS, CHANNELS]
+        p = tl.load(
+            probs_ptr + (b * C + c)[:, None] * N + n[None, :], mask=(c < C)[:, None] & (n < N)[None, :], other=0.0
+        ).to(tl.float32)  # [CLASSES, POSITIONS]
+        if OFFICIAL:
+            squares += tl.sum(k * k, 0)
+        else:
+            p = p / tl.maximum(tl.sqrt_rn(tl.sum(k * k, 1)), eps)[None, :]
+        sums = tl.dot(p, k, sums, input_precision=PRECISION)
+    at = (b * splits + split) * C + c  # [CLASSES]
+    tl.store(sums_ptr + at[:, None] * D + d[None, :], sums, mask=(c < C)[:, None] & (d < D)[None, :])
+    if OFFICIAL:
+        mask = (d < D) & (tl.program_id(0) == 0)
+        tl.store(squares_ptr + (b * splits + split) * D + d, squares, mask=mask)
+
+
+@triton.jit
+def key_smoothing_spread_fwd_kernel(
+    keys_ptr,  # [B, N, D], contiguous
+    probs_ptr,  # [B, C, N], read with OFFICIAL
+    sums_ptr,  # [B, SPLITS, C, D] fp32
+    squares_ptr,  # [B, SPLITS, D] fp32, read with OFFICIAL
+    out_ptr,  # [B, C, N]
+    N,
+    C,
+    D,
+    splits,
+    eps,
+    threshold,
+    OFFICIAL: tl.constexpr,
+    CLASSES: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    n = tl.program_id(0) * POSITIONS + tl.arange(0, POSITIONS)
+    c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
+    b = tl.program_id(2).to(tl.int64)
+    total = tl.zeros([CLASSES, POSITIONS], tl.float32)
+    squares = tl.zeros([POSITIONS], tl.float32)
+    for start in range(0, D, CHANNELS):
+        d = start + tl.arange(0, CHANNELS)
+        row = b * N + n
+        k = tl.load(keys_ptr + row[None, :] * D + d[:, None], mask=(n < N)[None, :] & (d < D)[:, None], other=0.0)
+        k = k.to(tl.float32)  # [CHANNELS, POSITIONS]
+        inside = (c < C)[:, None] & (d < D)[None, :]
+        sums = tl.zeros([CLASSES, CHANNELS], tl.float32)
+        length = tl.zeros([CHANNELS], tl.float32)
+        for split in range(splits):
+            at = (b * splits + split) * C + c
+            sums += tl.load(sums_ptr + at[:, None] * D + d[None, :], mask=inside, other=0.0)
+            if OFFICIAL:
+                length += tl.load(squares_ptr + (b * splits + split) * D + d, mask=d < D, other=1.0)
+        if OFFICIAL:
+            sums = sums / tl.maximum(length, eps * eps)[None, :]
+        else:
+            squares += tl.sum(k * k, 0)
+        total = tl.dot(sums, k, total, input_precision=PRECISION)
+    inside = (c < C)[:, None] & (n < N)[None, :]
+    place = (b * C + c)[:, None] * N + n[None, :]
+    if OFFICIAL:
+        most = tl.full([POSITIONS], float("-inf"), tl.float32)
+        unsure = tl.zeros([POSITIONS], tl.int32)
+        for start in range(0, C, CLASSES):
+            other = start + tl.arange(0, CLASSES)
+            p = tl.load(
+                probs_ptr + (b * C + other)[:, None] * N + n[None, :],
+                mask=(other < C)[:, None] & (n < N)[None, :],
+                other=float("-inf"),
+            ).to(tl.float32)
+            unsure |= tl.max((p != p).to(tl.int32), 0)
+            most = tl.maximum(most, tl.max(p, 0))
+        p = tl.load(probs_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        # a maximum with NaN is NaN, which is not below the threshold
+        total = tl.where(((most < threshold) & (unsure == 0))[None, :], total, p)
+    else:
+        total = total / tl.maximum(tl.sqrt_rn(squares), eps)[None, :]
+    tl.store(out_ptr + place, total, mask=inside)
+
+
+@triton.jit
+def key_smoothing_pairs_fwd_kernel(
+    keys_ptr,  # [B, N, D], contiguous
+    probs_ptr,  # [B, C, N], contiguous
+    out_ptr,  # [B, C, N]
+    N,
+    C,
+    D,
+    eps,
+    per_temperature,  # 1 / temperature
+    WEIGHTS: tl.constexpr,
+    CLASSES: tl.constexpr,
+    ROWS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # the program's own positions
+    c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
+    b = tl.program_id(2).to(tl.int64)
+    squares = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, CHANNELS):
+        d = start + tl.arange(0, CHANNELS)
+        k = tl.load(
+            keys_ptr + (b * N + i)[:, None] * D + d[None, :], mask=(i < N)[:, None] & (d < D)[None, :], other=0.0
+        ).to(tl.float32)
+        squares += tl.sum(k * k, 1)
+    norm = tl.maximum(tl.sqrt_rn(squares), eps)  # [ROWS]
+
+    total = tl.zeros([ROWS, CLASSES], tl.float32)
+    most = tl.full([ROWS], float("-inf"), tl.float32)
+    weight_sum = tl.zeros([ROWS], tl.float32)
+    for first in range(0, N, POSITIONS):
+        j = first + tl.arange(0, POSITIONS)
+        similarity = tl.zeros([ROWS, POSITIONS], tl.float32)
+        squares_j = tl.zeros([POSITIONS], tl.float32)
+        for start in range(0, D, CHANNELS):
+            d = start + tl.arange(0, CHANNELS)
+            a = tl.load(
+                keys_ptr + (b * N + i)[:, None] * D + d[None, :], mask=(i < N)[:, None] & (d < D)[None, :], other=0.0
+            )  # [ROWS, CHANNELS]
+            k = tl.load(
+                keys_ptr + (b * N + j)[None, :] * D + d[:, None], mask=(j < N)[None, :] & (d < D)[:, None], other=0.0
+            )  # [CHANNELS, POSITIONS]
+            k32 = k.to(tl.float32)
+            squares_j += tl.sum(k32 * k32, 0)
+            if UPCAST:
+                similarity = tl.dot(a.to(tl.float32), k32, similarity, input_precision=PRECISION)
+            else:
+                similarity = tl.dot(a, k, similarity, input_precision=PRECISION)
+        weight = similarity / (norm[:, None] * tl.maximum(tl.sqrt_rn(squares_j), eps)[None, :])
+        if WEIGHTS == 1:
+            weight = tl.where(weight < 0, 0.0, weight)  # NaN stays
+        if WEIGHTS == 2:
+            weight = tl.where((j < N)[None, :], weight * per_temperature, float("-inf"))
+            new = tl.maximum(most, tl.max(weight, 1))
+            shrink = tl.exp(most - new)
+            weight = tl.exp(weight - new[:, None])
+            total = total * shrink[:, None]
+            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
+            most = new
+        p = tl.load(
+            probs_ptr + (b * C + c)[None, :] * N + j[:, None], mask=(c < C)[None, :] & (j < N)[:, None], other=0.0
+        ).to(tl.float32)  # [POSITIONS, CLASSES]
+        total = tl.dot(weight, p, total, input_precision=PRECISION)
+    if WEIGHTS == 2:
+        total = total / weight_sum[:, None]
+    place = (b * C + c)[None, :] * N + i[:, None]
+    tl.store(out_ptr + place, total, mask=(c < C)[None, :] & (i < N)[:, None])
+
+
+def class_tile(classes: int, most: int) -> int:
+    return min(max(triton.next_power_of_2(classes), 16), most)
+
+
+def precision(keys: Tensor, probs: Tensor) -> str:
+    """Products of fp32 are fp32; tf32 holds bf16 and fp16 whole."""
+    return "ieee" if torch.float32 in (keys.dtype, probs.dtype) else "tf32"
+
+
+def key_smoothing_linear(keys: Tensor, probs: Tensor, mode: str, threshold: float) -> Tensor:
+    """``[B, N, D]``, ``[B, C, N]`` -> ``[B, C, N]`` in the dtype of ``probs``; ``D`` at most 1024."""
+    keys, probs = keys.contiguous(), probs.contiguous()
+    (B, N, D), C = keys.shape, probs.shape[1]
+    channels = max(triton.next_power_of_2(D), 16)
+    classes = class_tile(C, max(16, SUMS_TILE // channels))
+    blocks = triton.cdiv(C, classes)
+    splits = min(triton.cdiv(N, 4 * SUMS_POSITIONS), max(1, PROGRAMS // (B * blocks)))
+    per_split = triton.cdiv(triton.cdiv(N, splits), SUMS_POSITIONS) * SUMS_POSITIONS
+    splits = triton.cdiv(N, per_split)
+    sums = keys.new_empty((B, splits, C, D), dtype=torch.float32)
+    official = mode == "official"
+    squares = keys.new_empty((B, splits, D), dtype=torch.float32) if official else sums
+    out = _empty(probs)
+    with torch.cuda.device(keys.device.index if keys.is_cuda else -1):
+        key_smoothing_sums_fwd_kernel[(blocks, splits, B)](
+            keys,
+            probs,
+            sums,
+            squares,
+            N,
+            C,
+            D,
+            splits,
+            per_split,
+            EPS,
+            OFFICIAL=official,
+            CLASSES=classes,
+            POSITIONS=SUMS_POSITIONS,
+            CHANNELS=channels,
+            PRECISION=precision(keys, probs),
+            num_warps=SUMS_WARPS,
+            enable_fp_fusion=True,
+        )
+        classes = class_tile(C, SPREAD_CLASSES)
+        key_smoothing_spread_fwd_kernel[(triton.cdiv(N, SPREAD_POSITIONS), triton.cdiv(C, classes), B)](
+            keys,
+            probs,
+            sums,
+            squares,
+            out,
+            N,
+            C,
+            D,
+            splits,
+            EPS,
+            threshold,
+            OFFICIAL=official,
+            CLASSES=classes,
+            POSITIONS=SPREAD_POSITIONS,
+            CHANNELS=SPREAD_CHANNELS,
+            PRECISION=precision(keys, probs),
+            num_warps=SPREAD_WARPS,
+            enable_fp_fusion=True,
+        )
+    return out.to(probs.dtype)
+
+
+def key_smoothing_pairs(keys: Tensor, probs: Tensor, weights: str, temperature: float) -> Tensor:
+    """``[B, N, D]``, ``[B, C, N]`` -> ``[B, C, N]`` in the dtype of ``probs``, over all pairs of positions."""
+    keys, probs = keys.contiguous(), probs.contiguous()
+    (B, N, D), C = keys.shape, probs.shape[1]
+    out = _empty(probs)
+    positions, most_classes, warps = PAIR_TILES[precision(keys, probs)]
+    classes = class_tile(C, most_classes)
+    with torch.cuda.device(keys.device.index if keys.is_cuda else -1):
+        key_smoothing_pairs_fwd_kernel[(triton.cdiv(N, PAIR_ROWS), triton.cdiv(C, classes), B)](
+            keys,
+            probs,
+            out,
+            N,
+            C,
+            D,
+            EPS,
+            1 / temperature,
+            WEIGHTS=WEIGHT_CODES[weights],
+            CLASSES=classes,
+            ROWS=PAIR_ROWS,
+            POSITIONS=positions,
+            CHANNELS=PAIR_CHANNELS,
+            PRECISION=precision(keys, probs),
+            UPCAST=_interpreted(),
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
+    return out.to(probs.dtype)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _empty(probs: Tensor) -> Tensor:
+    # The interpreter cuts what it rounds to bf16: it gets fp32 instead.
+    return torch.empty_like(probs, dtype=torch.float32 if _interpreted() else probs.dtype)

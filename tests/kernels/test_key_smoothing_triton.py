@@ -1,0 +1,239 @@
+"""The Triton backend of key_smoothing: its arithmetic in Triton's interpreter, its machine code for three GPUs."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastzs.kernels.key_smoothing.api import WIDEST_TRITON, key_smoothing
+
+from .interpreter import INTERPRETED, interpreted, run_interpreted
+from .test_key_smoothing import random_case
+from .tolerances import assert_close, errors
+
+triton = pytest.importorskip("triton")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+OFFICIAL = {"mode": "official", "threshold": 0.95}
+OPTIONS = [{}, OFFICIAL, {"weights": "relu"}, {"weights": "softmax", "temperature": 0.1}]
+SHAPES = {  # B, C, N, D: tiles have 16 to 64 of each
+    "one": (1, 1, 1, 1),
+    "part of a tile": (2, 3, 9, 5),
+    "over the edges": (1, 70, 131, 40),
+    "pairs of a cosine": (1, 40, 20, 65),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_agrees(shape, options, dtype):
+    keys, probs = (x.to(dtype) for x in random_case(*shape))
+    if shape[2] > 4:
+        keys[0, 3] = 0
+    out = key_smoothing(keys, probs, impl="triton", **options)
+    assert out.dtype == dtype
+    assert_close("key_smoothing", out, key_smoothing(keys.double(), probs.double(), impl="reference", **options))
+
+
+@interpreted
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_dtypes_mix_and_layouts(options):
+    keys, probs = random_case(2, 5, 33, 20)
+    keys = keys.to(torch.bfloat16).transpose(1, 2).contiguous().transpose(1, 2)
+    probs = probs.float()[:, :, ::2].repeat_interleave(2, 2)[:, :, :33]
+    out = key_smoothing(keys, probs, impl="triton", **options)
+    assert out.dtype == torch.float32
+    assert_close("key_smoothing", out, key_smoothing(keys.double(), probs.double(), impl="reference", **options))
+
+
+@interpreted
+@pytest.mark.parametrize("shape", [(1, 3, 70, 12), (2, 9, 4, 11)], ids=["linear", "pairs"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_gradients(options, shape):
+    keys, probs = random_case(*shape)
+    grad = torch.randn(probs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def gradients(impl, dtype):
+        k, p = (x.to(dtype).requires_grad_() for x in (keys, probs))
+        return torch.autograd.grad(key_smoothing(k, p, impl=impl, **options), (k, p), grad.to(dtype))
+
+    exact = gradients("reference", torch.float64)
+    for mine, eager, wanted in zip(
+        gradients("triton", torch.float32), gradients("reference", torch.float32), exact, strict=True
+    ):
+        for seen, allowed in zip(errors(mine, wanted), errors(eager, wanted), strict=True):
+            assert seen <= 2 * allowed + 1e-7
+
+
+@interpreted
+def test_not_a_number_stays():
+    keys, probs = random_case(1, 2, 5, 4, dtype=torch.float32)
+    probs[0, 1, 2] = torch.nan
+    for options in OPTIONS:
+        got = key_smoothing(keys, probs, impl="triton", **options)
+        want = key_smoothing(keys, probs, impl="reference", **options)
+        assert torch.equal(got.isnan(), want.isnan()), options
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["linear", "pairs"])
+def test_opcheck(name):
+    keys, probs = (x.requires_grad_() for x in random_case(1, 2, 4, 3, dtype=torch.float32))
+    if name == "linear":
+        torch.library.opcheck(torch.ops.fastzs.key_smoothing_linear_triton, (keys, probs, "official", 0.8))
+    else:
+        torch.library.opcheck(torch.ops.fastzs.key_smoothing_pairs_triton, (keys, probs, "softmax", 0.5))
+
+
+@interpreted
+@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
+def test_compile_and_export(options):
+    keys, probs = random_case(1, 2, 9, 4, dtype=torch.float32)
+
+    class Program(torch.nn.Module):
+        def forward(self, keys, probs):
+            return key_smoothing(keys, probs, impl="triton", **options)
+
+    want = Program()(keys, probs)
+    exported = torch.export.export(Program(), (keys, probs)).module()
+    for program in (torch.compile(Program(), fullgraph=True, backend="aot_eager"), exported):
+        assert torch.equal(program(keys, probs), want)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="there is an interpreter")
+def test_reasons():
+    keys, probs = torch.ones(1, 5, 4), torch.ones(1, 3, 5)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        key_smoothing(keys, probs, impl="triton")
+
+
+@interpreted
+def test_reasons_in_the_interpreter():
+    keys, probs = torch.ones(1, 90, WIDEST_TRITON + 1), torch.ones(1, 3, 90)
+    with pytest.raises(RuntimeError, match="1025 wide"):
+        key_smoothing(keys, probs, impl="triton")
+    with pytest.raises(RuntimeError, match=r"probs is torch\.float64"):
+        key_smoothing(keys, probs.double(), impl="triton")
+
+
+# ---- machine code ---------------------------------------------------------------------------------------------------
+
+ARCHITECTURES = [80, 90, 100]
+compiled = pytest.mark.skipif(INTERPRETED, reason="compiles")
+
+
+def machine_code(kernel, dtype, constants, arch, warps):
+    from .aot import resources
+
+    names = kernel.arg_names
+    signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
+    signature.update(dict.fromkeys({"keys_ptr", "probs_ptr", "out_ptr"} & set(names), f"*{dtype}"))
+    signature.update(dict.fromkeys({"eps", "threshold", "per_temperature"} & set(names), "fp32"))
+    signature.update(dict.fromkeys(constants, "constexpr"))
+    aligned = [name for name in names if name.endswith("_ptr") or name in ("N", "D")]
+    seen = resources(kernel, signature, constants, arch, warps, aligned=aligned)
+    assert seen.local_accesses == 0, seen
+    # Blackwell's tensor cores are waited for with atomics on shared memory; nothing else has any.
+    assert seen.atomics == 0 or (arch >= 100 and dtype != "fp32"), seen
+    assert (seen.matrix_products > 0) == (dtype != "fp32"), seen
+    return seen
+
+
+@compiled
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "width", "official"), [("fp32", 768, False), ("bf16", 768, True)])
+def test_sums_machine_code(arch, dtype, width, official):
+    from fastzs.kernels.key_smoothing import triton as tiles
+
+    from .aot import SHARED_LIMIT
+
+    channels = triton.next_power_of_2(width)
+    constants = {
+        "OFFICIAL": official,
+        "CLASSES": max(16, tiles.SUMS_TILE // channels),
+        "POSITIONS": tiles.SUMS_POSITIONS,
+        "CHANNELS": channels,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
+    kernel = tiles.key_smoothing_sums_fwd_kernel
+    assert machine_code(kernel, dtype, constants, arch, tiles.SUMS_WARPS).shared <= SHARED_LIMIT[arch]
+
+
+@compiled
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "official"), [("fp32", False), ("bf16", True)])
+def test_spread_machine_code(arch, dtype, official):
+    from fastzs.kernels.key_smoothing import triton as tiles
+
+    constants = {
+        "OFFICIAL": official,
+        "CLASSES": tiles.SPREAD_CLASSES,
+        "POSITIONS": tiles.SPREAD_POSITIONS,
+        "CHANNELS": tiles.SPREAD_CHANNELS,
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+    }
+    kernel = tiles.key_smoothing_spread_fwd_kernel
+    assert machine_code(kernel, dtype, constants, arch, tiles.SPREAD_WARPS).shared <= 48 << 10
+
+
+@compiled
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "weights"), [("fp32", 2), ("bf16", 2)])
+def test_pairs_machine_code(arch, dtype, weights):
+    from fastzs.kernels.key_smoothing import triton as tiles
+
+    precision = "ieee" if dtype == "fp32" else "tf32"
+    positions, classes, warps = tiles.PAIR_TILES[precision]
+    constants = {
+        "WEIGHTS": weights,
+        "CLASSES": classes,
+        "ROWS": tiles.PAIR_ROWS,
+        "POSITIONS": positions,
+        "CHANNELS": tiles.PAIR_CHANNELS,
+        "PRECISION": precision,
+        "UPCAST": False,
+    }
+    assert machine_code(tiles.key_smoothing_pairs_fwd_kernel, dtype, constants, arch, warps).shared <= 48 << 10
+
+
+# ---- a wrong kernel is noticed -------------------------------------------------------------------------------------
+
+MUTATIONS = {
+    "norms are left out": ("p = p / tl.maximum(tl.sqrt_rn(tl.sum(k * k, 1)), eps)[None, :]", "p = p", {}),
+    "one split counts": ("for split in range(splits):", "for split in range(1):", {}),
+    "certain positions are smoothed": ("(most < threshold) & (unsure == 0)", "(most < 2)", OFFICIAL),
+    "the other axis": ("squares += tl.sum(k * k, 0)\n        else", "squares += 1.0\n        else", OFFICIAL),
+    "negative weights count": ("tl.where(weight < 0, 0.0, weight)", "weight", {"weights": "relu"}),
+    "no running maximum": ("total = total * shrink[:, None]", "total = total * 1", {"weights": "softmax"}),
+    "positions beyond the end": ("tl.where((j < N)[None, :], weight *", "tl.where((j < N + 9)[None, :], weight *",
+                                 {"weights": "softmax", "temperature": 0.5}),
+}  # fmt: skip
+
+
+@interpreted
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
+    from fastzs.kernels.key_smoothing import triton as tiles
+
+    right, wrong, options = MUTATIONS[name]
+    source = Path(tiles.__file__).read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "broken.py"
+    path.write_text(source.replace(right, wrong).replace("from .linear", "from fastzs.kernels.key_smoothing.linear"))
+    spec = importlib.util.spec_from_file_location("broken_key_smoothing", path)
+    assert spec is not None
+    assert spec.loader is not None
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    monkeypatch.setattr(tiles, "key_smoothing_linear", broken.key_smoothing_linear)
+    monkeypatch.setattr(tiles, "key_smoothing_pairs", broken.key_smoothing_pairs)
+    with pytest.raises(AssertionError):
+        test_agrees(SHAPES["over the edges"], options, torch.float32)
