@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 
 from ..dispatch import choose
-from ..pixel_text_logits import pixel_text_logits
+from ..pixel_text_logits.api import pixel_text_logits, product_dtype, validate
+from ..pixel_text_logits.api import reasons as logits_reasons
+from . import pixel_text as pixel_text  # registers the operator
 from .compiled import MISSING
 from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
 
@@ -77,11 +79,7 @@ def mask_loss(
     else:
         sums, _ = torch.ops.fastzs.mask_sums(logits, target, *options, with_nodes)
 
-    if skip:
-        pixels = (target != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)  # [B, 1]
-    else:
-        pixels = target.shape[1] * target.shape[2]
-    return _losses(sums, pixels, normalizer, present_only)
+    return _losses(sums, _pixels(target, ignore_index, skip), normalizer, present_only)
 
 
 def pixel_text_mask_loss(
@@ -100,21 +98,51 @@ def pixel_text_mask_loss(
 ) -> MaskLoss:
     """:func:`mask_loss` of :func:`pixel_text_logits`: the loss of pixel features ``[B, D, h, w]`` in one call.
 
-    What is kept for backward has the resolution of the features: they, their norms, the logits and the
-    gradients of the loss's sums. Arguments, result and errors are those of the two functions; ``impl`` chooses the
-    backend of the loss.
+    One node of autograd. It keeps for backward the features, the text and three gradients of the loss's sums for each
+    logit, nothing of the target's resolution and not the logits. Arguments, result and errors are those of the
+    two functions; ``impl`` chooses the backend of the loss. With the loss's reference the two functions run one
+    after the other.
     """
-    return mask_loss(
-        pixel_text_logits(features, text, scale),
+    validate(features, text, scale)
+    dtype = product_dtype(features)
+    (B, _, h, w), C = features.shape, text.shape[0]
+    logits = features.new_empty((), dtype=dtype).expand(B, C, h, w)  # stands for them: shape, dtype and device
+    _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer)
+    backend = choose("mask_loss", impl, _reasons(logits, target))
+    if backend == "reference":
+        return mask_loss(
+            pixel_text_logits(features, text, scale),
+            target,
+            alpha=alpha,
+            gamma=gamma,
+            ignore_index=ignore_index,
+            ignored=ignored,
+            normalizer=normalizer,
+            present_only=present_only,
+            impl="reference",
+        )
+    skip = ignored == "skip"
+    sums, _ = torch.ops.fastzs.pixel_text_mask_sums(
+        features,
+        text.to(dtype),
         target,
-        alpha=alpha,
-        gamma=gamma,
-        ignore_index=ignore_index,
-        ignored=ignored,
-        normalizer=normalizer,
-        present_only=present_only,
-        impl=impl,
+        float(scale),
+        float(alpha),
+        float(gamma),
+        ignore_index,
+        skip,
+        torch.is_grad_enabled() and (features.requires_grad or text.requires_grad),
+        choose("pixel_text_logits", "auto", logits_reasons(features, dtype)),
+        backend,
     )
+    return _losses(sums, _pixels(target, ignore_index, skip), normalizer, present_only)
+
+
+def _pixels(target: torch.Tensor, ignore_index: int, skip: bool) -> int | torch.Tensor:
+    """How many pixels the mean of an image runs over; a tensor ``[B, 1]`` where that differs between images."""
+    if skip:
+        return (target != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)
+    return target.shape[1] * target.shape[2]
 
 
 def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None]:

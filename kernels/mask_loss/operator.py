@@ -23,10 +23,14 @@ torch.library.define(
 
 @torch.library.impl("fastzs::mask_sums_backward", "CompositeExplicitAutograd")
 def mask_sums_backward(grad_sums: torch.Tensor, nodes: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """``[B, C, 4]`` and ``[B, C, 3, h, w]`` to the gradient of the logits ``[B, C, h, w]``."""
-    with torch.autocast(logits.device.type, enabled=False):
+    return logits_gradient(grad_sums, nodes).to(logits.dtype)
+
+
+def logits_gradient(grad_sums: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
+    """``[B, C, 4]`` and ``[B, C, 3, h, w]`` to the gradient of the logits ``[B, C, h, w]``, fp32."""
+    with torch.autocast(nodes.device.type, enabled=False):
         grad = grad_sums[..., None, :FIELDS] @ nodes.flatten(3)  # [B, C, 1, h * w]
-    return grad.view(logits.shape).to(logits.dtype)
+    return grad.squeeze(2).unflatten(2, nodes.shape[3:])
 
 
 @torch.library.register_fake("fastzs::mask_sums_backward")
@@ -42,9 +46,14 @@ torch.library.register_autograd("fastzs::mask_sums_backward", _no_second_derivat
 
 
 def _fake(logits, target, alpha, gamma, ignore_index, skip, with_nodes):
-    B, C, h, w = logits.shape
+    return fake_sums(logits, logits.shape, with_nodes)
+
+
+def fake_sums(like, shape, with_nodes):
+    """Sums and nodes of logits of this shape, on the device of ``like``, without values."""
+    B, C, h, w = shape
     size = (h, w) if with_nodes else (0, 0)
-    new_empty = logits.new_empty
+    new_empty = like.new_empty
     return new_empty((B, C, 4), dtype=torch.float32), new_empty((B, C, FIELDS, *size), dtype=torch.float32)
 
 

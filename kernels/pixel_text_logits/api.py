@@ -3,11 +3,12 @@
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 
 import torch
 
 from ..dispatch import choose
-from . import operator as operator  # registers the Triton backend
+from .operator import MISSING
 from .reference import pixel_text_logits_reference
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -24,18 +25,60 @@ def pixel_text_logits(
             rows of a vocabulary already have unit length (published ones up to their rounding, which
             published scores contain).
         scale: factor on the cosine, for example CLIP's 100.
-        impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. Triton computes fp32, bf16 and fp16 on
-            GPUs; everything else, the CPU included, takes the reference: a norm and one matrix product of BLAS.
+        impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. On the CPU, C++ reads fp32, bf16 and fp16
+            and sums in fp32; fp64 takes the reference.
 
     Returns:
         ``[B, C, h, w]`` in the dtype of ``features`` (under autocast, in the autocast dtype), between
-        -scale and scale up to rounding. A zero feature scores 0. Differentiable in both tensors.
+        -scale and scale up to rounding. A zero feature scores 0. Differentiable in both tensors, on the CPU once
+        unless ``impl="reference"``.
 
     Raises:
         TypeError: an argument is not a floating-point tensor, or ``scale`` is not a number.
         ValueError: shapes do not fit, tensors lie on different devices, or ``scale`` is not finite.
         RuntimeError: ``impl`` cannot run.
     """
+    validate(features, text, scale)
+    dtype = product_dtype(features)
+    backend = choose("pixel_text_logits", impl, reasons(features, dtype))
+    return logits_by(backend)(features, text.to(dtype), float(scale))
+
+
+def product_dtype(features: torch.Tensor) -> torch.dtype:
+    """The dtype of the logits: that of ``features``, or autocast's."""
+    device = features.device.type
+    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return features.dtype
+
+
+def logits_by(backend: str) -> Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]:
+    """What computes the logits in ``backend``, for text already in the dtype of the logits."""
+    if backend == "reference":
+        return pixel_text_logits_reference
+    return torch.ops.fastzs.pixel_text_logits_triton if backend == "triton" else torch.ops.fastzs.pixel_text_logits
+
+
+def reasons(features: torch.Tensor, dtype: torch.dtype) -> dict[str, str | None]:
+    """For each backend, best first, why it cannot multiply these features in ``dtype``, or None."""
+    device = features.device.type
+    cpu, cuda, triton = MISSING["cpu"], MISSING["cuda"], None
+    if device != "cpu":
+        cpu = f"the features are on {device}"
+    if device != "cuda":
+        cuda = f"the features are on {device}"
+    if not HAS_TRITON:
+        triton = "Triton is not installed"
+    elif device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        triton = f"the features are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    for seen in (features.dtype, dtype):
+        if seen not in (torch.float32, torch.bfloat16, torch.float16):
+            cpu = cuda = triton = f"the features are {seen}; wanted float32, bfloat16 or float16"
+    return {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": None}
+
+
+def validate(features: torch.Tensor, text: torch.Tensor, scale: float) -> None:
+    """Raise what :func:`pixel_text_logits` promises for arguments that do not fit."""
     for name, tensor, dims in (("features", features, "[B, D, h, w]"), ("text", text, "[C, D]")):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             seen = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
@@ -53,26 +96,3 @@ def pixel_text_logits(
         raise TypeError(f"pixel_text_logits: scale is {type(scale).__name__}; wanted a number")
     if not math.isfinite(scale):
         raise ValueError(f"pixel_text_logits: scale is {scale}; wanted a finite number")
-
-    device = features.device.type
-    if torch.is_autocast_enabled(device) and features.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    else:
-        dtype = features.dtype
-    backend = choose("pixel_text_logits", impl, {"triton": _why_not_triton(features, dtype), "reference": None})
-    if backend == "triton":
-        return torch.ops.fastzs.pixel_text_logits_triton(features, text.to(dtype), float(scale))
-    return pixel_text_logits_reference(features, text, float(scale))
-
-
-def _why_not_triton(features: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """Why Triton cannot multiply these features in ``dtype``, or None."""
-    device = features.device.type
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the features are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
-    for seen in (features.dtype, dtype):
-        if seen not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"the features are {seen}; wanted float32, bfloat16 or float16"
-    return None

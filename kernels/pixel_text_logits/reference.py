@@ -1,4 +1,4 @@
-"""The specification of ``pixel_text_logits`` in plain PyTorch, differentiable; also its backend on CPUs.
+"""The specification of ``pixel_text_logits`` in plain PyTorch, differentiable.
 
 The product is one matrix product, which BLAS does best; what is ours is the order of the operations: dividing
 the product by the feature's norm, not the feature itself, gives the same cosine and no normalised copy.

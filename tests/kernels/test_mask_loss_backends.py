@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastzs.kernels.mask_loss import mask_loss, pixel_text_mask_loss
+from fastzs.kernels.mask_loss import mask_loss
 from fastzs.kernels.mask_loss.compiled import MISSING
 from fastzs.kernels.mask_loss.reference import mask_sums_reference
 
@@ -237,24 +237,3 @@ def test_environment_switches_the_backend(monkeypatch):
     exact = mask_loss(logits, target, impl="reference")
     assert loss == exact
     assert os.environ.get("FASTZS_IMPL") is None
-
-
-def test_loss_of_features_and_text():
-    _, target = case(B=2, C=5)
-    g = torch.Generator().manual_seed(0)
-    features = torch.randn(2, 16, 3, 4, generator=g)
-    text = torch.nn.functional.normalize(torch.randn(5, 16, generator=g), dim=1)
-    mine = features.requires_grad_(), text.requires_grad_()
-    exact = features.detach().double().requires_grad_(), text.detach().double().requires_grad_()
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        loss = pixel_text_mask_loss(*mine, target, 10.0, impl="cpu")
-    logits = 10 * torch.einsum("bdhw,cd->bchw", torch.nn.functional.normalize(exact[0], dim=1), exact[1])
-    wanted = mask_loss(logits, target, impl="reference")
-    for value, reference in zip(loss, wanted, strict=True):
-        assert_close("mask_loss", value, reference, size=1)
-        grads = torch.autograd.grad(value, mine, retain_graph=True)
-        for grad, grad_wanted in zip(grads, torch.autograd.grad(reference, exact, retain_graph=True), strict=True):
-            assert_close("mask_loss.grad", grad, grad_wanted)
-    low_resolution = 2 * 5 * 3 * 12  # the largest kept tensor: three gradients per image, class and logit
-    assert max(saved) <= max(low_resolution, features.numel())

@@ -19,6 +19,22 @@ def inputs(B=2, D=12, C=5, h=3, w=4, dtype=torch.float32, seed=0):
     return features.to(dtype), text.to(dtype)
 
 
+def lay_out(features, layout):
+    """The same values; all that lies between them is NaN."""
+    if layout == "tokens":  # patch tokens [B, h * w, D] behind a class token, seen as a map
+        B, D, h, w = features.shape
+        tokens = torch.full((B, 1 + h * w, D), torch.nan, dtype=features.dtype)
+        tokens[:, 1:] = features.flatten(2).transpose(1, 2)
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
+    if layout == "framed":
+        B, D, h, w = features.shape
+        wide = torch.full((B + 2, D + 2, h + 2, w + 2), torch.nan, dtype=features.dtype)
+        inside = wide[1:-1, 1:-1, 1:-1, 1:-1]
+        inside.copy_(features)
+        return inside
+    return features
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "tokens", "strided"])
 def test_agrees_with_normalised_copies(dtype, layout):
@@ -99,7 +115,7 @@ def test_empty_batch_and_no_classes():
         (lambda f, t: (f, t.to("meta")), ValueError, "features are on cpu, text is on meta"),
         (lambda f, t: (f, t, float("nan")), ValueError, "scale is nan"),
         (lambda f, t: (f, t, "100"), TypeError, "scale is str"),
-        (lambda f, t: (f, t, 1.0, "cuda"), RuntimeError, "no such backend"),
+        (lambda f, t: (f, t, 1.0, "cuda"), RuntimeError, "the features are on cpu"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -10,7 +10,7 @@ from fastzs.kernels.mask_loss import pixel_text_mask_loss
 from fastzs.kernels.pixel_text_logits import pixel_text_logits
 
 from .interpreter import INTERPRETED, interpreted, run_interpreted
-from .test_pixel_text_logits import cosine, inputs
+from .test_pixel_text_logits import cosine, inputs, lay_out
 from .tolerances import assert_close, errors
 
 pytest.importorskip("triton")
@@ -31,22 +31,6 @@ def check(features, text, scale=100.0):
     out = pixel_text_logits(features, text, scale, impl="triton")
     assert out.dtype == features.dtype
     assert_close("pixel_text_logits", out, cosine(features, text, scale))
-
-
-def lay_out(features, layout):
-    """The same values; all that lies between them is NaN."""
-    if layout == "tokens":  # patch tokens [B, h * w, D] behind a class token, seen as a map
-        B, D, h, w = features.shape
-        tokens = torch.full((B, 1 + h * w, D), torch.nan, dtype=features.dtype)
-        tokens[:, 1:] = features.flatten(2).transpose(1, 2)
-        return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
-    if layout == "framed":
-        B, D, h, w = features.shape
-        wide = torch.full((B + 2, D + 2, h + 2, w + 2), torch.nan, dtype=features.dtype)
-        inside = wide[1:-1, 1:-1, 1:-1, 1:-1]
-        inside.copy_(features)
-        return inside
-    return features
 
 
 SHAPES = {  # B, D, C, h, w: tiles have 64 pixels, 16 (fp32) or 32 channels, up to 64 (fp32) or 128 classes
