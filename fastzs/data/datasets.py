@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +87,7 @@ class PairsDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Ids of the pictures, no two the same."""
         return tuple(pair.name for pair in self.pairs)
@@ -324,22 +324,34 @@ class ShapesDataset(Dataset[Sample]):
         length: number of pictures.
         size: side of the square pictures in pixels.
         seed: of the whole data set.
+        objects: least and greatest number of objects of a scene.
+        radius: least and greatest half-extent of an object in pixels; 10 to 30 of 128 if omitted.
 
     Raises:
         DataError: ``length`` or ``size`` is below 1.
     """
 
-    def __init__(self, split: str = "train", length: int = 2000, size: int = 128, seed: int = 0):
+    def __init__(
+        self,
+        split: str = "train",
+        length: int = 2000,
+        size: int = 128,
+        seed: int = 0,
+        *,
+        objects: tuple[int, int] = (2, 4),
+        radius: tuple[float, float] | None = None,
+    ):
         if length < 1 or size < 1:
             raise DataError(f"shapes: cannot draw {length} pictures of {size} x {size} pixels")
         self.classes = (*shapes.PAIRS, *shapes.GROUNDS)
         self.split, self.length, self.size, self.seed = split, length, size, seed
+        self.objects, self.radius = objects, radius or (10 * size / 128, 30 * size / 128)
         self.what = f"shapes {split}"
 
     def __len__(self) -> int:
         return self.length
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """Ids of the pictures, no two the same."""
         return tuple(f"{self.split}-{i:06}" for i in range(self.length))
@@ -349,8 +361,7 @@ class ShapesDataset(Dataset[Sample]):
             raise IndexError(f"shapes: picture {index} of {self.length}")
         seed = seed_of(self.seed, self.split, index)
         side = (self.size, self.size)
-        radius = (10 * self.size / 128, 30 * self.size / 128)
-        scene = shapes.draw(1, side, seed=seed, objects=(2, 4), radius=radius)
+        scene = shapes.draw(1, side, seed=seed, objects=self.objects, radius=self.radius)
         return tv_tensors.Image(scene.images[0]), tv_tensors.Mask(scene.labels(self.classes)[0])
 
 

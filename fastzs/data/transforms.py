@@ -64,7 +64,9 @@ class VariedCrop(v2.Transform):
         for _ in range(TRIES):
             box["top"] = int(torch.randint(height - rows + 1, ()))
             box["left"] = int(torch.randint(width - columns + 1, ()))
-            if labels is None or self.most >= 1 or self._varied(TF.crop(labels, **box)):
+            if labels is None or self.most >= 1 or (rows, columns) == (height, width):
+                break
+            if self._varied(TF.crop(labels, **box)):
                 break
         return box
 

@@ -132,6 +132,7 @@ class ClipRC(PromptTuned):
             double_class_embedding=double_class_embedding,
             imagenet_normalization=imagenet_normalization,
         )
+        self.bridge = (bridge[0], bridge[1])
         dim = self.backbone.output_dim
         heads, hidden = decoder_heads or max(1, dim // 64), decoder_hidden or 4 * dim
         self.settings.update(decoder_layers=decoder_layers, decoder_heads=heads, decoder_hidden=hidden)
@@ -141,11 +142,10 @@ class ClipRC(PromptTuned):
 
     def lateral(self, encoded: Encoded) -> Tensor:
         """Z before the first layer, [B, N, D]."""
-        projection, bridge = self.decode_head.lateral_proj, self.backbone.bridge
+        projection = self.decode_head.lateral_proj
         assert encoded.bridge is not None
-        assert bridge is not None
         of_regions, of_picture, of_patches = projection.weight.chunk(3, dim=1)
-        regions = F.linear(encoded.bridge, of_regions).transpose(1, 2).unflatten(2, bridge)  # [B, D, rh, rw]
+        regions = F.linear(encoded.bridge, of_regions).transpose(1, 2).unflatten(2, self.bridge)  # [B, D, rh, rw]
         regions = F.interpolate(regions, encoded.grid, mode="bilinear", align_corners=False)
         picture = F.linear(encoded.cls, of_picture, projection.bias)
         return F.linear(encoded.patches, of_patches) + regions.flatten(2).transpose(1, 2) + picture[:, None]
