@@ -99,6 +99,16 @@ class ConfusionMatrix:
             dist.all_reduce(counts)
             self.counts = counts.cpu()
 
+    def of_truth(self, classes: Sequence[int]) -> "ConfusionMatrix":
+        """The pixels whose truth is one of ``classes``, whatever was predicted there.
+
+        So SZN (2018) scores seen and unseen classes: false positives on pixels of the other kind do not count, and the
+        result is no mIoU(S) or mIoU(U).
+        """
+        out = ConfusionMatrix(self.classes)
+        out.counts[list(classes)] = self.counts[list(classes)]
+        return out
+
     def iou(self) -> Tensor:
         """fp64 [C], NaN where a class is in neither truth nor prediction."""
         hits, truth, predicted = self.areas()

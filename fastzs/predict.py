@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastzs import clip as clip_module
 from fastzs.clip.packed import pack
-from fastzs.models import ClipRC, LSeg, MaskCLIP, ZegCLIP, ZegFormer, ZSSeg
+from fastzs.models import SZN, ClipRC, LSeg, MaskCLIP, ZegCLIP, ZegFormer, ZSSeg
 from fastzs.models.trained import TrainedModel
 from fastzs.ops import label_map
 from fastzs.pictures import read_picture
@@ -31,6 +31,7 @@ MODELS: dict[str, type[Model]] = {
     "clip_rc": ClipRC,
     "zegclip": ZegCLIP,
     "lseg": LSeg,
+    "szn": SZN,
     "zegformer": ZegFormer,
     "zsseg": ZSSeg,
 }
@@ -56,7 +57,7 @@ def load(
 
     Args:
         model: "maskclip", which needs no training, or a trained system with a ``checkpoint``: "clip_rc", "zegclip",
-            "lseg", "zegformer", "zsseg".
+            "lseg", "szn", "zegformer", "zsseg".
         backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download. Of a
             checkpoint without a text tower they name the CLIP that the text tower is taken from.
         checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or

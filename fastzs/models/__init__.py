@@ -3,8 +3,9 @@
 from fastzs.models.clip_rc import ClipRC
 from fastzs.models.lseg import LSeg
 from fastzs.models.maskclip import MaskCLIP
+from fastzs.models.szn import SZN
 from fastzs.models.zegclip import ZegCLIP
 from fastzs.models.zegformer import ZegFormer
 from fastzs.models.zsseg import ZSSeg
 
-__all__ = ["ClipRC", "LSeg", "MaskCLIP", "ZSSeg", "ZegCLIP", "ZegFormer"]
+__all__ = ["SZN", "ClipRC", "LSeg", "MaskCLIP", "ZSSeg", "ZegCLIP", "ZegFormer"]

@@ -112,6 +112,7 @@ class LSeg(TrainedModel):
             the picture. Without it they stay at half of it and :func:`fastzs.ops.label_map` enlarges them, which is
             quicker and, away from a window's centre, up to half a pixel off.
         normalization: what pictures are normalised with: "half" (mean and deviation 0.5, published) or "clip".
+        seen, calibration: the training classes, and what is taken from their probabilities in testing; published: 0.
 
     Raises:
         ValueError: settings that do not fit each other.
@@ -141,6 +142,8 @@ class LSeg(TrainedModel):
         crop: int = 480,
         double_logits: bool = True,
         normalization: Literal["half", "clip"] | None = None,
+        seen: Sequence[str] | Sequence[int] | None = None,
+        calibration: float = 0.0,
     ):
         clip = None
         if text_dim is None or (image == "clip" and sizes is None):
@@ -149,7 +152,9 @@ class LSeg(TrainedModel):
         if pretrained is None:
             pretrained = str(weights) != "random"
         normalization = normalization or ("clip" if image == "clip" else "half")
-        super().__init__(backbone=backbone, weights=weights, clip=clip, text_dim=text_dim)
+        super().__init__(
+            backbone=backbone, weights=weights, clip=clip, text_dim=text_dim, seen=seen, calibration=calibration
+        )
         if image == "clip":
             tower, sizes = _clip_tower(clip, sizes)
             self.patch_size, width, depth = sizes["patch_size"], sizes["width"], sizes["layers"]

@@ -1,0 +1,355 @@
+"""SZN: pixels embedded among word vectors, and a second head that says where the unseen classes are.
+
+Source: Doshi, "Zero-Shot Semantic Segmentation" (Princeton thesis), 2018, and its code. An FCN-32s gives each pixel
+p a vector v_p in the space of the class vectors s_c, and a score for being of a seen class::
+
+    stage 1, "embedding":   minimise the mean over p of 1 - cos(v_p, s_y(p))   or   |v_p - s_y(p)|^2
+    stage 2, "seenmask":    all else frozen: cross-entropy of m_p [2] with "y(p) is seen"
+    label of p:             argmax of cos(v_p, s_c) over the seen classes if m_p says seen, else over the unseen ones
+
+Any class vectors will do: an array (word vectors are not shipped) or CLIP's text tower. In the thesis: 20 principal
+components of word2vec's vectors, divided by their largest norm.
+
+What the published code gets wrong is right here; a switch brings each slip back:
+
+- ``broadcast_norm``: |v| is [B, H, W] where [B, 1, H, W] was meant, so that the cosine loss is wrong for any batch but
+  one (and refused by torch unless there are as many pictures as channels).
+- ``ignored_as_unseen``: ignored pixels are trained as unseen ones in stage 2.
+- ``zero_rows``: classes that cannot be chosen stay in the running with a similarity of 0, and win where all others
+  are negative.
+
+Left out: stage 1 takes only pictures without a pixel of other classes; here such pixels are ignored instead.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from fastzs import clip as clip_module
+from fastzs.clip import WeightsError
+from fastzs.decoders.fcn import CONVOLUTIONS, FCN, OFFSET, STRIDE, bilinear_kernel, upscore
+from fastzs.losses import pixel_cross_entropy
+from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
+from fastzs.ops import pixel_text_logits
+from fastzs.vocabulary import Vocabulary
+
+CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # RGB; the published code's pictures are BGR
+OUT = 4.0  # taken from the cosines of the classes that cannot be chosen: more than they differ by
+
+
+class SZN(TrainedModel):
+    """SZN for pictures of any size and class vectors of any number and width.
+
+    Args:
+        backbone, weights: the CLIP of the class vectors where names are given and no array, see
+            :func:`fastzs.clip.load`.
+        text_dim: width D of the class vectors, if it should not be looked up in ``backbone``; published: 20.
+        pretrained: start from torchvision's VGG-16. Omitted: unless ``weights="random"``.
+        widths, hidden: sizes of the VGG, see :class:`fastzs.decoders.fcn.FCN`.
+        seen: the classes whose labels may be used in training.
+        train_unseen: those of them that are held out in stage 1, and stand for the unseen classes in stage 2.
+        stage: what is trained: all but the second head, "embedding", or nothing but it, "seenmask".
+        loss: of stage 1, "cosine" or "mse".
+        crop: window side; published, and if omitted: the whole picture.
+        normalization: what pictures are normalised with: "imagenet", or "caffe" as published (a mean, no deviation).
+        broadcast_norm, ignored_as_unseen, zero_rows: slips of the published code, see the module's text.
+        calibration: taken from the seen classes' cosines in testing; published: 0.
+
+    Raises:
+        ValueError: an unknown stage, loss or normalization.
+    """
+
+    activation = "none"  # the output is made of cosines
+    default_templates = "raw"
+    opaque = ("numpy",)
+
+    def __init__(
+        self,
+        backbone: str = "ViT-B-32",
+        weights: str = "openai",
+        *,
+        text_dim: int | None = None,
+        pretrained: bool | None = None,
+        widths: Sequence[int] = (64, 128, 256, 512, 512),
+        hidden: int = 4096,
+        seen: Sequence[str] | Sequence[int] | None = None,
+        train_unseen: Sequence[str] | Sequence[int] = (),
+        stage: Literal["embedding", "seenmask"] = "embedding",
+        loss: Literal["cosine", "mse"] = "cosine",
+        crop: int | None = None,
+        normalization: Literal["imagenet", "caffe"] = "imagenet",
+        broadcast_norm: bool = False,
+        ignored_as_unseen: bool = False,
+        zero_rows: bool = False,
+        calibration: float = 0.0,
+    ):
+        for what, value, known in (
+            ("stage", stage, ("embedding", "seenmask")),
+            ("loss", loss, ("cosine", "mse")),
+            ("normalization", normalization, ("imagenet", "caffe")),
+        ):
+            if value not in known:
+                raise ValueError(f"SZN: {what} must be {' or '.join(known)}, got {value!r}")
+        clip = None
+        if text_dim is None:
+            clip = clip_module.load(backbone, weights)
+            text_dim = clip.embed_dim
+        super().__init__(
+            backbone=backbone, weights=weights, clip=clip, text_dim=text_dim, seen=seen, calibration=calibration
+        )
+        self.fcn = FCN(widths, hidden)
+        if str(weights) != "random" if pretrained is None else pretrained:
+            self.fcn.start_from(_vgg())
+        self.score_fr = nn.Conv2d(hidden, text_dim, 1)
+        self.seenmask_score = nn.Conv2d(hidden, 2, 1)
+        self.seenmask_upscore = nn.ConvTranspose2d(2, 2, 2 * STRIDE, stride=STRIDE, bias=False)
+        with torch.no_grad():
+            self.seenmask_upscore.weight.copy_(torch.eye(2)[:, :, None, None] * bilinear_kernel())
+        self.train_unseen = list(train_unseen)
+        self.loss = loss
+        self.broadcast_norm, self.ignored_as_unseen, self.zero_rows = broadcast_norm, ignored_as_unseen, zero_rows
+        if normalization == "imagenet":
+            self.mean, self.std = IMAGENET_MEAN, IMAGENET_STD
+        else:
+            self.mean, self.std = CAFFE_MEAN, (1 / 255,) * 3
+        self.crop = self.short_side = crop
+        self.stride = None if crop is None else max(1, crop * 2 // 3)
+        self.settings.update(
+            text_dim=text_dim,
+            pretrained=False,
+            widths=list(widths),
+            hidden=hidden,
+            train_unseen=self.train_unseen,
+            loss=loss,
+            crop=crop,
+            normalization=normalization,
+            broadcast_norm=broadcast_norm,
+            ignored_as_unseen=ignored_as_unseen,
+            zero_rows=zero_rows,
+        )
+        self.stage = stage
+
+    @property
+    def stage(self) -> Literal["embedding", "seenmask"]:
+        """What is trained; setting it chooses the parameters that get gradients."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: Literal["embedding", "seenmask"]) -> None:
+        self._stage: Literal["embedding", "seenmask"] = stage
+        self.settings["stage"] = stage
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith("seenmask_") == (stage == "seenmask"))
+
+    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """v [B, D, H, W] and the scores of unseen and seen, m [B, 2, H, W], for images [B, 3, H, W]."""
+        size = (images.shape[2], images.shape[3])
+        features = self.fcn(images.to(self.score_fr.weight.dtype))
+        mask = self.seenmask_upscore(self.seenmask_score(features))
+        mask = mask[:, :, OFFSET : OFFSET + size[0], OFFSET : OFFSET + size[1]]
+        return upscore(self.score_fr(features), size), mask
+
+    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor, *, truth: Tensor | None = None) -> Tensor:
+        """Cosines [B, C, H, W], fp32 at least, those of the classes that cannot be chosen lowered below all others.
+
+        They have the picture's size, since which classes can be chosen is decided pixel by pixel after the enlargement.
+
+        Args:
+            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
+            vocabulary: the classes, or their vectors [C, D].
+            truth: labels [B, H, W] that take the place of the second head: a perfect seenmask (ignored pixels count
+                as seen).
+
+        Raises:
+            ValueError: vectors of another width, or seen classes that are not in the vocabulary.
+        """
+        text, names = self.text(vocabulary), _names(vocabulary)
+        seen = self.chosen_as_seen(names)
+        embedded, mask = self.maps(images)
+        scores = self.cosines(embedded, text)
+        if isinstance(vocabulary, Vocabulary):
+            scores = vocabulary.reduce(scores)
+        if seen is None:
+            return scores
+        is_seen = torch.isin(torch.arange(len(names)), torch.tensor(seen)).to(scores.device)
+        if truth is None:
+            pixels = mask.argmax(1) == 1
+        else:
+            pixels = ~torch.isin(truth.to(scores.device), (~is_seen).nonzero().flatten())
+        return self.restrict(scores, is_seen, pixels)
+
+    def chosen_as_seen(self, names: Sequence[str]) -> list[int] | None:
+        """Indices of the classes that count as seen: ``seen`` without ``train_unseen``; None if none were told."""
+        if self.seen is None:
+            return None
+        kept = set(class_indices(self.seen, names))
+        return sorted(kept - set(class_indices(self.train_unseen, names) if self.train_unseen else ()))
+
+    @staticmethod
+    def cosines(embedded: Tensor, text: Tensor) -> Tensor:
+        """cos(v_p, s_c): [B, D, H, W], [C, D] -> [B, C, H, W], fp32 at least."""
+        embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+        return pixel_text_logits(embedded, F.normalize(text.to(embedded), dim=1))
+
+    def restrict(self, scores: Tensor, is_seen: Tensor, seen_pixels: Tensor) -> Tensor:
+        """Put out of the running, at each pixel, the classes of the other kind.
+
+        Args:
+            scores: cosines [B, C, H, W].
+            is_seen: bool [C].
+            seen_pixels: bool [B, H, W].
+        """
+        out = is_seen[:, None, None] != seen_pixels[:, None]  # [B, C, H, W]
+        return scores.masked_fill(out, 0.0) if self.zero_rows else scores - OUT * out
+
+    def losses(
+        self,
+        images: Tensor,
+        target: Tensor,
+        vocabulary: Vocabulary | Tensor,
+        *,
+        seen: Sequence[str] | Sequence[int] | None = None,
+        ignore_index: int = 255,
+    ) -> dict[str, Tensor]:
+        """The loss of the present ``stage``, under its name and as ``total``.
+
+        Args:
+            images: [B, 3, H, W], normalised.
+            target: integer labels [B, H, W] of the whole vocabulary, or ``ignore_index``.
+            vocabulary: all classes, or their vectors [C, D].
+            seen: the classes whose labels may be used; pixels of the others are ignored. The model's own if omitted,
+                and all if it has none.
+
+        Raises:
+            ValueError: seen classes that are not in the vocabulary, labels out of range or of another size, or in
+                stage 2 no class that stands for the unseen ones.
+        """
+        text, names = self.training_text(vocabulary)
+        if target.shape[1:] != images.shape[2:]:
+            raise ValueError(f"SZN: labels are {list(target.shape)}, images {list(images.shape)}; wanted one size")
+        known = seen if seen is not None else self.seen
+        labelled = set(range(len(names))) if known is None else set(class_indices(known, names))
+        held_out = set(class_indices(self.train_unseen, names)) if self.train_unseen else set()
+        embedded, mask = self.maps(images)
+        if self.stage == "embedding":
+            usable = _only(target, labelled - held_out, ignore_index)
+            if self.loss == "cosine":
+                loss = cosine_loss(embedded, text, usable, ignore_index, broadcast_norm=self.broadcast_norm)
+            else:
+                loss = mse_loss(embedded, text, usable, ignore_index)
+            return {self.loss: loss, "total": loss}
+        if not labelled & held_out:
+            raise ValueError(
+                "SZN: stage 'seenmask' wants classes with labels that stand for the unseen ones: train_unseen=[...]"
+            )
+        usable = _only(target, labelled, ignore_index)
+        is_seen = torch.isin(usable, torch.tensor(sorted(labelled - held_out), device=target.device)).long()
+        if not self.ignored_as_unseen:
+            is_seen = is_seen.masked_fill(usable == ignore_index, ignore_index)
+        loss = pixel_cross_entropy(mask, is_seen, ignore_index)
+        return {"seenmask": loss, "total": loss}
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> "SZN":
+        """Read a published checkpoint, or a safetensors file of this model.
+
+        Published weights want pictures as BGR; the first convolution is turned so that here too they are RGB.
+        Which classes are seen is not in a checkpoint: give ``seen`` and ``train_unseen``.
+
+        Raises:
+            WeightsError: see :meth:`TrainedModel.from_checkpoint`; or an enlargement that was trained, which is fixed
+                here.
+        """
+        return super().from_checkpoint(path, **options)
+
+    @classmethod
+    def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:
+        if not any(name.removeprefix("fcn.") == "conv1_1.weight" for name in state) or "score_fr.weight" not in state:
+            some = ", ".join(list(state)[:3])
+            raise WeightsError(f"{path}: not an SZN checkpoint (no 'conv1_1' and 'score_fr' in it; it holds {some})")
+        kernel = state.get("upscore.weight")
+        if kernel is not None:
+            wanted = torch.eye(len(kernel))[:, :, None, None] * bilinear_kernel()
+            if kernel.shape != wanted.shape or not torch.allclose(kernel.float(), wanted, atol=1e-6):
+                raise WeightsError(f"{path}: upscore.weight is not bilinear interpolation, which it is here")
+
+    @classmethod
+    def _used(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for name, tensor in state.items():
+            if name == "conv1_1.weight":
+                tensor = tensor.flip(1)
+            if name != "upscore.weight":
+                out[f"fcn.{name}" if name.startswith(("conv", "fc")) and not name.startswith("fcn.") else name] = tensor
+        return out
+
+    @classmethod
+    def _sizes(cls, state: Mapping[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "weights": "openai",
+            "backbone": "",
+            "text_dim": len(state["score_fr.weight"]),
+            "pretrained": False,
+            "widths": [len(state[f"fcn.conv{stage}_1.weight"]) for stage in range(1, len(CONVOLUTIONS) + 1)],
+            "hidden": len(state["fcn.fc6.weight"]),
+            "normalization": "caffe",
+        } | options
+
+
+def cosine_loss(
+    embedded: Tensor, text: Tensor, target: Tensor, ignore_index: int = 255, *, broadcast_norm: bool = False
+) -> Tensor:
+    """Mean over the labelled pixels of 1 - cos(v_p, s_y(p)); 0 if there are none.
+
+    Args:
+        embedded: v [B, D, H, W].
+        text: s [C, D].
+        target: integer labels [B, H, W], in [0, C) or ``ignore_index``.
+        broadcast_norm: divide by |v| as the published code does, see the module's text.
+
+    Raises:
+        RuntimeError: ``broadcast_norm`` with other than one picture, or as many as channels.
+    """
+    labelled = target != ignore_index
+    wanted = text[target.long().masked_fill(~labelled, 0)].movedim(-1, 1)  # [B, D, H, W]
+    if broadcast_norm:
+        cosine = (embedded / embedded.norm(dim=1) * F.normalize(wanted, dim=1)).sum(1)
+    else:
+        cosine = F.cosine_similarity(embedded, wanted, dim=1)
+    return _mean(1 - cosine, labelled)
+
+
+def mse_loss(embedded: Tensor, text: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
+    """Mean over the labelled pixels of |v_p - s_y(p)|^2; 0 if there are none. Arguments as of :func:`cosine_loss`."""
+    labelled = target != ignore_index
+    wanted = text[target.long().masked_fill(~labelled, 0)].movedim(-1, 1)
+    return _mean((embedded - wanted).square().sum(1), labelled)
+
+
+def _mean(values: Tensor, where: Tensor) -> Tensor:
+    return values.masked_fill(~where, 0).sum() / where.sum().clamp(min=1)
+
+
+def _only(target: Tensor, classes: set[int], ignore_index: int) -> Tensor:
+    """Labels of other classes ignored."""
+    kept = torch.tensor(sorted(classes), device=target.device)
+    return torch.where(torch.isin(target, kept), target.long(), ignore_index)
+
+
+def _names(vocabulary: Vocabulary | Tensor) -> Sequence[str]:
+    return vocabulary.names if isinstance(vocabulary, Vocabulary) else [str(i) for i in range(len(vocabulary))]
+
+
+def _vgg() -> nn.Module:
+    try:
+        return torchvision.models.vgg16(weights="IMAGENET1K_V1")
+    except Exception as error:
+        raise WeightsError(
+            f"SZN: VGG-16's weights could not be fetched ({type(error).__name__}); give pretrained=False to start at "
+            "random"
+        ) from error
