@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-BACKENDS = ("reference", "split", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "split", "xformers", "cpu", "triton", "cuda")
 
 
 class Choice(NamedTuple):

@@ -1,7 +1,9 @@
 """``bridged_attention``: attention of CLIP-RC's tower under its region mask, which never becomes a matrix."""
 
+import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -12,8 +14,13 @@ from .compiled import why_not_cpu
 from .layout import TokenLayout
 from .reference import bridged_attention_reference
 from .split import bridged_attention_split
+from .xformers import why_not_xformers
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+CPU_ORDER = ("cpu", "split", "reference", "triton", "xformers")
+PORTABLE_ORDER = ("split", "cpu", "reference", "triton", "xformers")
+CUDA_ORDER = ("triton", "split", "reference", "cpu", "xformers")
 
 
 def bridged_attention(
@@ -35,8 +42,9 @@ def bridged_attention(
             no queries: deep prompts, whose outputs the next layer would overwrite. Prefix and patches see them.
         scale: factor on the scores, by default d^-1/2.
         impl: ``"auto"``, ``"reference"`` (dense mask), ``"split"`` (unmasked attention of the shared rows, bridge
-            keys merged exactly), ``"cpu"`` (the compiled library, heads of a multiple of 8 up to 128) or ``"triton"``
-            (a GPU, heads up to 128), see :mod:`fastzs.kernels.dispatch`. All are differentiable once.
+            keys merged exactly), ``"cpu"`` (the compiled library, heads of a multiple of 8 up to 128), ``"triton"``
+            (a GPU, heads up to 128) or ``"xformers"`` (the split on xformers' attention; where that cannot run, as
+            ``"auto"``, with one notice), see :mod:`fastzs.kernels.dispatch`. All are differentiable once.
 
     Raises:
         TypeError: dtypes differ or are not floating.
@@ -73,7 +81,11 @@ def bridged_attention(
     split = None
     if layout.bridge is not None and q.device.type != "cpu":
         split = f"the merge needs an attention that returns its log-sum-exp, taken here only on the CPU, not {q.device}"
-    reasons = {"cpu": why_not_cpu(q), "split": split, "triton": _why_not_triton(q), "reference": None}
+    found = {"cpu": why_not_cpu(q), "split": split, "triton": _why_not_triton(q), "xformers": why_not_xformers(q)}
+    reasons = {name: found.get(name) for name in _order(q)}
+    if impl == "xformers" and reasons[impl] is not None:
+        _notice(f"bridged_attention: impl='xformers' cannot run, so impl='auto' does: {reasons[impl]}")
+        impl = "auto"
     chosen = choose("bridged_attention", impl, reasons)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen in ("cpu", "triton"):
@@ -82,8 +94,21 @@ def bridged_attention(
         ops = torch.ops.fastzs
         op = ops.bridged_attention if chosen == "cpu" else ops.bridged_attention_triton
         return op(q, k, v, pk, pv, *sizes, factor)[0]
-    run = bridged_attention_split if chosen == "split" else bridged_attention_reference
-    return run(q, k, v, layout, prompt_kv, factor)
+    if chosen == "reference":
+        return bridged_attention_reference(q, k, v, layout, prompt_kv, factor)
+    return bridged_attention_split(q, k, v, layout, prompt_kv, factor, chosen == "xformers")
+
+
+def _order(q: Tensor) -> tuple[str, ...]:
+    """All backends, as auto prefers them for such queries."""
+    if q.device.type == "cuda":
+        return CUDA_ORDER
+    return CPU_ORDER if WIDE_VECTORS else PORTABLE_ORDER
+
+
+@functools.cache
+def _notice(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
 
 
 def _why_not_triton(q: Tensor) -> str | None:

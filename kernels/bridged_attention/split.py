@@ -1,4 +1,4 @@
-"""``bridged_attention`` by groups of rows, on the attention that PyTorch has for the processor.
+"""``bridged_attention`` by groups of rows, on the attention that PyTorch has for the processor, or xformers'.
 
 Prefix and patch rows share their keys, so they are one unmasked attention; the one further key of a patch, its
 region's bridge token, is merged in through the logarithm of the softmax's denominator. The bridge rows are a small
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import xformers
 from .layout import TokenLayout
 from .reference import with_prompts
 
@@ -37,9 +38,12 @@ class _SharedRows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, bridge_k, bridge_v, prefix, grid, bridge, scale):
+    def forward(ctx, q, k, v, bridge_k, bridge_v, prefix, grid, bridge, scale, by_xformers):
         layout = TokenLayout(prefix, grid, bridge)
-        out, lse = flash(q, k, v, 0.0, False, attn_mask=None, scale=scale)  # [B, H, S, d], [B, H, S]
+        if by_xformers:
+            out, lse = xformers.attention(q, k, v, scale)
+        else:
+            out, lse = flash(q, k, v, 0.0, False, attn_mask=None, scale=scale)  # [B, H, S, d], [B, H, S]
         score = _bridge_scores(q, bridge_k, layout, scale)
         cells = layout.cells(lse[:, :, prefix:])
         weight = torch.sigmoid(score - cells).unsqueeze(-1)
@@ -47,7 +51,7 @@ class _SharedRows(torch.autograd.Function):
         rows.copy_(torch.lerp(rows.to(lse.dtype), _spread(bridge_v, layout).to(lse.dtype), weight))
         cells.copy_(torch.logaddexp(cells, score))
         ctx.save_for_backward(q, k, v, bridge_k, bridge_v, out, lse)
-        ctx.layout, ctx.scale = layout, scale
+        ctx.layout, ctx.scale, ctx.by_xformers = layout, scale, by_xformers
         return out
 
     @staticmethod
@@ -55,7 +59,10 @@ class _SharedRows(torch.autograd.Function):
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, bridge_k, bridge_v, out, lse = ctx.saved_tensors
         layout, scale = ctx.layout, ctx.scale
-        dq, dk, dv = flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=None, scale=scale)
+        if ctx.by_xformers:
+            dq, dk, dv = xformers.attention_backward(grad, q, k, v, out, lse, scale)
+        else:
+            dq, dk, dv = flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=None, scale=scale)
         patches = slice(layout.prefix, None)
         g = layout.cells(grad[:, :, patches]).to(lse.dtype)
         o = layout.cells(out[:, :, patches]).to(lse.dtype)
@@ -67,7 +74,7 @@ class _SharedRows(torch.autograd.Function):
         d_bridge_k = _sum_cells(d_score * layout.cells(q[:, :, patches])).to(k.dtype)
         rows = layout.cells(dq[:, :, patches])
         rows += (d_score * _spread(bridge_k, layout)).to(dq.dtype)
-        return dq, dk, dv, d_bridge_k, d_bridge_v, None, None, None, None
+        return dq, dk, dv, d_bridge_k, d_bridge_v, *(None,) * 5
 
 
 def _bridge_scores(q: Tensor, bridge_k: Tensor, layout: TokenLayout, scale: float) -> Tensor:
@@ -97,15 +104,16 @@ def bridged_attention_split(
     layout: TokenLayout,
     prompt_kv: tuple[Tensor, Tensor] | None,  # [1 or B, H, P, d] each
     scale: float,
+    by_xformers: bool = False,
 ) -> Tensor:  # [B, H, L, d]
-    """See :func:`fastzs.ops.bridged_attention`."""
+    """See :func:`fastzs.ops.bridged_attention`; without a bridge nothing is merged, and PyTorch's attention serves."""
     shared, own = slice(None, layout.shared), slice(layout.shared, None)
     keys, values = with_prompts(prompt_kv, k[:, :, shared], v[:, :, shared])
     if layout.bridge is None:
         return F.scaled_dot_product_attention(q, keys, values, scale=scale)
-    rows = _SharedRows.apply(
-        q[:, :, shared], keys, values, k[:, :, own], v[:, :, own], layout.prefix, layout.grid, layout.bridge, scale
-    )
+    bridge_k, bridge_v = k[:, :, own], v[:, :, own]
+    order = (layout.prefix, layout.grid, layout.bridge)
+    rows = _SharedRows.apply(q[:, :, shared], keys, values, bridge_k, bridge_v, *order, scale, by_xformers)
     both = (rows, _bridge_rows(q, k, v, layout, scale))
     # In memory [B, L, H, d], so that joining the heads afterwards is a view.
     return torch.cat([part.transpose(1, 2) for part in both], dim=1).transpose(1, 2)

@@ -1,10 +1,14 @@
 """bridged_attention: every backend against the dense mask, forward and every gradient, and the layout itself."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastzs.kernels.bridged_attention import api
 from fastzs.kernels.bridged_attention import split as split_module
 from fastzs.ops import TokenLayout, bridged_attention
 
@@ -231,3 +235,38 @@ def test_bad_inputs():
         bridged_attention(x, x, x, layout, impl="cuda")
     with pytest.raises(RuntimeError, match=r"split.*log-sum-exp"):
         bridged_attention(x.to("meta"), x.to("meta"), x.to("meta"), layout, impl="split")
+
+
+def test_xformers_falls_back_with_one_notice(monkeypatch):
+    layout, _ = LAYOUTS["left-over"]
+    q, k, v = inputs(layout, 0, f32)
+    api._notice.cache_clear()
+    with pytest.warns(UserWarning, match=r"impl='xformers' cannot run, so impl='auto' does: .* for cpu"):
+        first = bridged_attention(q, k, v, layout, impl="xformers")
+    again = bridged_attention(q, k, v, layout, impl="xformers")  # another notice would be an error
+    assert torch.equal(first, again)
+    assert torch.equal(first, bridged_attention(q, k, v, layout))
+
+
+def test_split_takes_any_attention_that_gives_its_log_sum_exp(monkeypatch):
+    """xformers' place in the split, taken by PyTorch's attention: xformers has none for CPUs."""
+    calls = []
+
+    def attention(q, k, v, scale):
+        calls.append("forward")
+        return split_module.flash(q, k, v, 0.0, False, attn_mask=None, scale=scale)
+
+    def attention_backward(grad, q, k, v, out, lse, scale):
+        calls.append("backward")
+        return split_module.flash_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=None, scale=scale)
+
+    monkeypatch.setattr(split_module.xformers, "attention", attention)
+    monkeypatch.setattr(split_module.xformers, "attention_backward", attention_backward)
+    monkeypatch.setattr(api, "why_not_xformers", lambda q: None)
+    assert_no_worse_than_eager(*LAYOUTS["left-over"], f32, impl="xformers")
+    assert calls == ["forward", "backward"]
+
+
+def test_no_import_of_xformers_before_it_is_asked_for():
+    code = "import sys, fastzs.ops; assert not any(name.split('.')[0] == 'xformers' for name in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
