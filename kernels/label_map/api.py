@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
-from .compiled import why_not_cpu
+from .compiled import why_not_cpu, why_not_cuda
 from .operator import score_dtype
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -112,7 +112,12 @@ def label_map(
         )
     count = classes + (background is not None and background >= classes)
     penalty = None if seen is None else calibration * _seen_mask(seen, classes, logits)
-    reasons = {"cpu": why_not_cpu(logits), "triton": _why_not_triton(logits, top_k), "reference": None}
+    reasons = {
+        "cpu": why_not_cpu(logits),
+        "cuda": why_not_cuda(logits, top_k),
+        "triton": _why_not_triton(logits, top_k),
+        "reference": None,
+    }
     labels, scores = torch.ops.fastzs.label_map(
         logits.detach(),
         _windows(windows, logits.shape[0]),

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from .compiled import label_map_cpu
+from .compiled import label_map_cpu, label_map_cuda
 from .reference import label_map_reference
 
 torch.library.define(
@@ -47,7 +47,7 @@ def label_map(
     if backend == "triton":
         from .triton import label_map_triton as run
     else:
-        run = label_map_cpu if backend == "cpu" else label_map_reference
+        run = {"cpu": label_map_cpu, "cuda": label_map_cuda, "reference": label_map_reference}[backend]
     labels, scores = run(
         logits,
         places,

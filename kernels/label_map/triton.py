@@ -9,14 +9,12 @@ exponentials at every pixel of every window.
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 # (it does not know what a grid and a static_range are in a kernel)
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .reference import resize_taps, taps_at, window_spans
+from .tables import build_tables
 
 PIXELS, CLASSES = 32, 16  # a program's tile; see tests/kernels/test_label_map_triton.py for what it takes of an SM
 WARPS = 4
@@ -180,28 +178,6 @@ def label_map_fwd_kernel(
         tl.store(scores_ptr + r * out_w + x, best, mask=mask)
 
 
-class Places(NamedTuple):
-    """Where an axis of each window lies on the grid, and its grid rows between its nodes."""
-
-    first: Tensor  # [W] int32
-    count: Tensor  # [W] int32
-    lo: Tensor  # [W, span] int32
-    weight: Tensor  # [W, span] fp32
-
-
-def axis_places(starts, length: int, nodes: int, picture: int, grid: int) -> Places:
-    """Of windows ``length`` long that start at the given pixels."""
-    spans = [window_spans(start, length, picture, grid) for start in starts]
-    span = max(1, *(last - first for first, last, _ in spans))
-    lo, weight = torch.zeros(len(spans), span, dtype=torch.int32), torch.zeros(len(spans), span)
-    for n, (first, last, position) in enumerate(spans):
-        taps = taps_at(position * nodes / length - 0.5, nodes)
-        lo[n, : last - first], weight[n, : last - first] = taps.low.int(), taps.weight.float()
-    first = torch.tensor([first for first, _, _ in spans], dtype=torch.int32)
-    last = torch.tensor([last for _, last, _ in spans], dtype=torch.int32)
-    return Places(first, last - first, lo, weight)
-
-
 def label_map_triton(
     logits: Tensor,  # [W, C, h, w]
     windows,  # W x (top, left, height, width)
@@ -222,35 +198,22 @@ def label_map_triton(
     count, classes, h, w = logits.shape
     grid = picture_size if resize == "two-stage" else output_size
     resized = tuple(grid) != tuple(output_size)
-    rows = axis_places([p[0] for p in windows], windows[0][2], h, picture_size[0], grid[0])
-    cols = axis_places([p[1] for p in windows], windows[0][3], w, picture_size[1], grid[1])
-    taps_y, taps_x = (torch.stack([t.double() for t in resize_taps(grid[i], output_size[i])]) for i in (0, 1))
-    if not resized:
-        taps_y[1], taps_x[1] = taps_y[0], taps_x[0]
-    # The windows over each output row's grid rows, packed to the left.
-    over = (rows.first < taps_y[1][:, None] + 1) & (taps_y[0][:, None] < rows.first + rows.count)  # [H', W]
-    row_counts = over.sum(1).int()
-    most = int(row_counts.max())
-    row_windows = (~over).int().argsort(dim=1, stable=True)[:, :most].int().contiguous()
-    box = torch.stack([rows.first, cols.first, rows.count, cols.count], 1).contiguous()
-    tables = [t.to(device) for t in (box, row_windows, row_counts, rows.lo, rows.weight, cols.lo, cols.weight)]
-    taps_y, taps_x = taps_y.to(device), taps_x.to(device)
+    tables = build_tables(logits, windows, picture_size, grid, output_size)
+    most = tables.row_windows.shape[1]
     labels = torch.empty((1, *output_size), dtype=label_dtype, device=device)
     scores = torch.empty((1, *output_size), device=device) if return_scores else None
-    span_y, span_x = rows.lo.shape[1], cols.lo.shape[1]
+    span_y, span_x = tables.rows_lo.shape[1], tables.cols_lo.shape[1]
     norm = logits
     if activation == "softmax":
         norm = torch.empty((count, span_y, span_x), device=device)
         label_map_norm_kernel[(count * span_y, triton.cdiv(span_x, PIXELS))](
-            logits, *tables[3:], norm, classes, h, w, span_y, span_x, CLASSES, PIXELS, num_warps=WARPS
+            logits, *tables[3:7], norm, classes, h, w, span_y, span_x, CLASSES, PIXELS, num_warps=WARPS
         )
     label_map_fwd_kernel[(output_size[0], triton.cdiv(output_size[1], PIXELS))](
         logits,
         logits if penalty is None else penalty,
         norm,
         *tables,
-        taps_y,
-        taps_x,
         labels,
         labels if scores is None else scores,
         classes,

@@ -1,0 +1,274 @@
+// label_map on CUDA: a thread for every output pixel, its best classes kept in registers.
+//
+// Where pixels and windows lie comes as tables from kernels/label_map/tables.py, the same that the Triton kernel reads.
+// A thread takes the classes in groups; per group it adds up the scores of the windows over each grid pixel it mixes,
+// so that places are worked out once for a group, and puts the mixed scores among its best. Softmax takes a
+// second kernel first: the logarithm of the sum of exponentials at every pixel of every window.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <optional>
+
+// A torch without CUDA has no such function; weakly declared, the library loads there all the same.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+
+namespace fastzs {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int SIGMOID = 0, SOFTMAX = 1, NONE = 2;
+constexpr int THREADS = 128;
+constexpr int MOST_K = 8;
+constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+
+struct Problem {
+  const void* logits;      // [windows, C, h, w]
+  const float* penalty;    // [C] or null
+  const int* box;          // [windows, 4]: first grid row and column, how many
+  const int* row_windows;  // [out_h, most]: windows over the grid rows of each output row
+  const int* row_counts;   // [out_h]: how many
+  const int* rows_lo;      // [windows, span_y]: the lower node of each of a window's grid rows
+  const float* rows_weight;
+  const int* cols_lo;      // [windows, span_x]
+  const float* cols_weight;
+  const double* taps_y;    // [3, out_h]: the two grid rows of each output row, weight of the second
+  const double* taps_x;    // [3, out_w]
+  float* norm;             // [windows, span_y, span_x], for softmax
+  void* labels;            // [top_k, out_h, out_w], int16 if wide, else uint8
+  float* scores;           // [top_k, out_h, out_w] or null
+  int windows, C, h, w, span_y, span_x, out_h, out_w, most, taps, top_k, background;
+  float threshold;
+  bool wide;
+};
+
+__device__ float read(const float* data, int64_t at) { return data[at]; }
+__device__ float read(const __nv_bfloat16* data, int64_t at) { return __bfloat162float(data[at]); }
+__device__ float read(const __half* data, int64_t at) { return __half2float(data[at]); }
+
+__device__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A place between four nodes of a window's maps.
+struct Place {
+  int n00, n01, n10, n11;  // from the start of a class's map
+  float wy, wx;
+};
+
+__device__ Place place_of(const Problem& a, int64_t row, int64_t col) {
+  const int y0 = a.rows_lo[row], x0 = a.cols_lo[col];
+  const int top = y0 * a.w, bottom = min(y0 + 1, a.h - 1) * a.w, x1 = min(x0 + 1, a.w - 1);
+  return {top + x0, top + x1, bottom + x0, bottom + x1, a.rows_weight[row], a.cols_weight[col]};
+}
+
+template <class T>
+__device__ float logit_at(const T* map, const Place& at) {
+  float a = read(map, at.n00), b = read(map, at.n01), c = read(map, at.n10), d = read(map, at.n11);
+  // x - x is NaN where x is not finite
+  a += a - a, b += b - b, c += c - c, d += d - d;
+  const float left = a * (1 - at.wy) + c * at.wy, right = b * (1 - at.wy) + d * at.wy;
+  return left * (1 - at.wx) + right * at.wx;
+}
+
+// Natural logarithm of the sum over the classes of e^logit; NaN if one of them is.
+template <class T>
+__global__ void __launch_bounds__(THREADS) label_map_norm_kernel(Problem a) {
+  const int64_t n = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x;
+  const int64_t row = n / a.span_x, window = row / a.span_y;  // row of all windows' grid rows
+  if (window >= a.windows) return;
+  const int y = static_cast<int>(row % a.span_y), x = static_cast<int>(n % a.span_x);
+  if (y >= a.box[4 * window + 2] || x >= a.box[4 * window + 3]) return;
+  const Place place = place_of(a, row, window * a.span_x + x);
+  const int64_t plane = static_cast<int64_t>(a.h) * a.w;
+  const T* map = static_cast<const T*>(a.logits) + window * a.C * plane;
+  float most = -INFINITY, total = 0;
+  bool bad = false;
+  for (int c = 0; c < a.C; ++c, map += plane) {
+    const float z = logit_at(map, place);
+    bad = bad || z != z;
+    const float next = fmaxf(most, z);
+    total = total * exp2_fast((most - next) * LOG2E) + exp2_fast((z - next) * LOG2E);
+    most = next;
+  }
+  a.norm[n] = bad ? NAN : fmaf(log2f(total), LN2, most);
+}
+
+template <class T, int ACTIVATION, int K>
+__global__ void __launch_bounds__(THREADS) label_map_fwd_kernel(Problem a) {
+  constexpr int GROUP = K == 1 ? 8 : 4;  // classes at a time, as many as fit the registers beside the best
+  const int64_t n = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x;
+  const int64_t pixels = static_cast<int64_t>(a.out_h) * a.out_w;
+  if (n >= pixels) return;
+  const int r = static_cast<int>(n / a.out_w), x = static_cast<int>(n % a.out_w);
+  const int64_t plane = static_cast<int64_t>(a.h) * a.w;
+  const int count = a.row_counts[r];
+  const int* over = a.row_windows + static_cast<int64_t>(r) * a.most;
+  const float part_y = static_cast<float>(a.taps_y[2LL * a.out_h + r]);
+  const float part_x = static_cast<float>(a.taps_x[2LL * a.out_w + x]);
+  float best[K];
+  int label[K];
+  for (int j = 0; j < K; ++j) best[j] = -INFINITY, label[j] = K == 1 ? 0 : -1;  // below 0: still empty
+
+  for (int c0 = 0; c0 < a.C; c0 += GROUP) {
+    float mixed[GROUP] = {};
+    for (int tap = 0; tap < a.taps; ++tap) {
+      const int gy = static_cast<int>(a.taps_y[(tap / 2) * static_cast<int64_t>(a.out_h) + r]);
+      const int gx = static_cast<int>(a.taps_x[(tap % 2) * static_cast<int64_t>(a.out_w) + x]);
+      float total[GROUP] = {};
+      float visits = 0;
+      for (int i = 0; i < count; ++i) {
+        const int64_t window = over[i];
+        const int* box = a.box + 4 * window;
+        const int y = gy - box[0], u = gx - box[1];
+        if (y < 0 || u < 0 || y >= box[2] || u >= box[3]) continue;
+        visits += 1;
+        const int64_t row = window * a.span_y + y;
+        const Place place = place_of(a, row, window * a.span_x + u);
+        const float norm = ACTIVATION == SOFTMAX ? a.norm[row * a.span_x + u] : 0.0f;
+        const T* maps = static_cast<const T*>(a.logits) + (window * a.C + c0) * plane;
+#pragma unroll
+        for (int g = 0; g < GROUP; ++g) {
+          if (c0 + g >= a.C) continue;
+          float z = logit_at(maps + g * plane, place);
+          if (ACTIVATION == SIGMOID) z = reciprocal_fast(1 + exp2_fast(z * -LOG2E));
+          if (ACTIVATION == SOFTMAX) z = exp2_fast((z - norm) * LOG2E);
+          total[g] += z;
+        }
+      }
+      float share = 1 / visits;
+      if (a.taps == 4) share *= (tap / 2 ? part_y : 1 - part_y) * (tap % 2 ? part_x : 1 - part_x);
+#pragma unroll
+      for (int g = 0; g < GROUP; ++g) mixed[g] += total[g] * share;
+    }
+#pragma unroll
+    for (int g = 0; g < GROUP; ++g) {
+      const int c = c0 + g;
+      if (c >= a.C) continue;
+      float score = a.penalty == nullptr ? mixed[g] : mixed[g] - a.penalty[c];
+      score = score == score ? score : -INFINITY;  // NaN counts as -inf
+      if (K == 1) {
+        const bool better = score > best[0];  // of equal ones the lower class
+        best[0] = better ? score : best[0];
+        label[0] = better ? c : label[0];
+        continue;
+      }
+      int id = c;
+#pragma unroll
+      for (int j = 0; j < K; ++j) {
+        const bool better = score > best[j] || label[j] < 0;
+        const float other = best[j];
+        const int other_id = label[j];
+        if (better) best[j] = score, label[j] = id, score = other, id = other_id;
+      }
+    }
+  }
+
+#pragma unroll
+  for (int j = 0; j < K; ++j) {
+    if (j >= a.top_k) continue;
+    const int64_t at = j * pixels + n;
+    const int written = best[j] < a.threshold ? a.background : label[j];
+    if (a.wide) {
+      static_cast<int16_t*>(a.labels)[at] = static_cast<int16_t>(written);
+    } else {
+      static_cast<uint8_t*>(a.labels)[at] = static_cast<uint8_t>(written);
+    }
+    if (a.scores != nullptr) a.scores[at] = best[j];
+  }
+}
+
+unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + THREADS - 1) / THREADS); }
+
+template <class T, int ACTIVATION>
+void launch_forward(const Problem& a, cudaStream_t stream) {
+  const unsigned blocks = blocks_for(static_cast<int64_t>(a.out_h) * a.out_w);
+  if (a.top_k == 1) {
+    label_map_fwd_kernel<T, ACTIVATION, 1><<<blocks, THREADS, 0, stream>>>(a);
+  } else {
+    label_map_fwd_kernel<T, ACTIVATION, MOST_K><<<blocks, THREADS, 0, stream>>>(a);
+  }
+}
+
+template <class T>
+void launch(const Problem& a, int64_t activation, cudaStream_t stream) {
+  if (activation == SIGMOID) return launch_forward<T, SIGMOID>(a, stream);
+  if (activation == NONE) return launch_forward<T, NONE>(a, stream);
+  const int64_t places = static_cast<int64_t>(a.windows) * a.span_y * a.span_x;
+  label_map_norm_kernel<T><<<blocks_for(places), THREADS, 0, stream>>>(a);
+  launch_forward<T, SOFTMAX>(a, stream);
+}
+
+void label_map_cuda(
+    const Tensor& logits, const Tensor& box, const Tensor& row_windows, const Tensor& row_counts,
+    const Tensor& rows_lo, const Tensor& rows_weight, const Tensor& cols_lo, const Tensor& cols_weight,
+    const Tensor& taps_y, const Tensor& taps_x, bool resized, int64_t activation, const std::optional<Tensor>& penalty,
+    double threshold, int64_t background, Tensor labels, std::optional<Tensor> scores) {
+  STD_TORCH_CHECK(logits.dim() == 4 && logits.is_contiguous(), "label_map: logits must be contiguous [W, C, h, w]");
+  STD_TORCH_CHECK(labels.dim() == 3 && labels.is_contiguous(), "label_map: labels must be contiguous [k, H', W']");
+  STD_TORCH_CHECK(labels.size(0) <= MOST_K, "label_map: the CUDA backend takes top_k up to ", MOST_K);
+  STD_TORCH_CHECK(logits.size(2) * logits.size(3) < (int64_t{1} << 31), "label_map: a class map has 2^31 nodes or more");
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
+  void* raw_stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device(), &raw_stream));
+  const cudaStream_t stream = static_cast<cudaStream_t>(raw_stream);
+
+  Problem a{};
+  a.logits = logits.const_data_ptr();
+  a.windows = logits.size(0), a.C = logits.size(1), a.h = logits.size(2), a.w = logits.size(3);
+  a.penalty = penalty.has_value() ? penalty->const_data_ptr<float>() : nullptr;
+  a.box = box.const_data_ptr<int>();
+  a.row_windows = row_windows.const_data_ptr<int>(), a.row_counts = row_counts.const_data_ptr<int>();
+  a.most = row_windows.size(1);
+  a.rows_lo = rows_lo.const_data_ptr<int>(), a.rows_weight = rows_weight.const_data_ptr<float>();
+  a.cols_lo = cols_lo.const_data_ptr<int>(), a.cols_weight = cols_weight.const_data_ptr<float>();
+  a.span_y = rows_lo.size(1), a.span_x = cols_lo.size(1);
+  a.taps_y = taps_y.const_data_ptr<double>(), a.taps_x = taps_x.const_data_ptr<double>();
+  a.taps = resized ? 4 : 1;
+  a.labels = labels.mutable_data_ptr();
+  a.wide = labels.scalar_type() == ScalarType::Short;
+  a.top_k = labels.size(0), a.out_h = labels.size(1), a.out_w = labels.size(2);
+  a.scores = scores.has_value() ? scores->mutable_data_ptr<float>() : nullptr;
+  a.threshold = threshold, a.background = background;
+  const int64_t places = activation == SOFTMAX ? 1 : 0;
+  Tensor norm = torch::stable::new_empty(logits, {places * a.windows, a.span_y, a.span_x}, ScalarType::Float);
+  a.norm = static_cast<float*>(norm.mutable_data_ptr());
+  switch (logits.scalar_type()) {
+    case ScalarType::Float: launch<float>(a, activation, stream); break;
+    case ScalarType::BFloat16: launch<__nv_bfloat16>(a, activation, stream); break;
+    case ScalarType::Half: launch<__half>(a, activation, stream); break;
+    default: STD_TORCH_CHECK(false, "label_map: wanted float32, bfloat16 or float16 logits");
+  }
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess, "label_map: ", cudaGetErrorString(error));
+}
+
+}  // namespace
+}  // namespace fastzs
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
+  m.def(
+      "label_map_cuda(Tensor logits, Tensor box, Tensor row_windows, Tensor row_counts, Tensor rows_lo, "
+      "Tensor rows_weight, Tensor cols_lo, Tensor cols_weight, Tensor taps_y, Tensor taps_x, bool resized, "
+      "int activation, Tensor? penalty, float threshold, int background, Tensor(a!) labels, Tensor(b!)? scores) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastzs, CUDA, m) { m.impl("label_map_cuda", TORCH_BOX(&fastzs::label_map_cuda)); }
