@@ -116,7 +116,10 @@ def run(config: Namespace) -> int:
         _check_arguments(model.losses, config.losses, "losses")
         _check_arguments(training_transform, config.transform, "transform")
         transform = training_transform(
-            model.crop, model.mean, model.std, **{key: _tuple(value) for key, value in config.transform.items()}
+            model.crop or model.short_side,
+            model.mean,
+            model.std,
+            **{key: _tuple(value) for key, value in config.transform.items()},
         )
         if ranks.rank() == 0:
             _write_config(config, protocol, output)

@@ -11,7 +11,8 @@ b a learnt vector, v_q CLIP's of the cut-out::
     S(c) = sum over q of P_q(c) sigmoid(mask_q)
 
 A cut-out is the box of the mask m_q > 1/2, resized bicubically to CLIP's size, CLIP's mean colour outside the mask.
-Left out: the ResNet of DeepLab's (101c), training on pseudo labels, and the published checkpoints, which are
+Left out: the learnt prefix of the text (the vocabulary's templates are taken, as in the published variant with fixed
+ones), DeepLab's form of the ResNet (101c), training on pseudo labels, and the published checkpoints, which are
 detectron2's.
 """
 
