@@ -1,7 +1,7 @@
 """From a picture and names to labels: resize, windows, model, label map."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +36,7 @@ MODELS: dict[str, type[Model]] = {
     "zsseg": ZSSeg,
 }
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
+MAPS_BYTES = 128 << 20  # of class maps held at a time, where a picture keeps its size
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
 
 
@@ -233,21 +234,22 @@ class Segmenter:
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
         with span("preprocess"):
             original = read_picture(picture)
-        maps = self.maps(original, vocabulary)
-        with span("label_map"):
-            mapped = label_map(
-                maps.logits,
-                maps.windows,
-                maps.size,
-                output_size=maps.picture_size,
-                activation=self.model.activation,
-                seen=self.model.seen_indices(classes) if isinstance(self.model, TrainedModel) else None,
-                calibration=getattr(self.model, "calibration", 0.0),
-                threshold=threshold if background == "threshold" else None,
-                return_scores=scores,
-            )
-        won = None if mapped.scores is None else mapped.scores.cpu()
-        return Segmentation(labels=mapped.labels.cpu(), names=classes, scores=won, picture=original.cpu())
+        options = {
+            "activation": self.model.activation,
+            "seen": self.model.seen_indices(classes) if isinstance(self.model, TrainedModel) else None,
+            "calibration": getattr(self.model, "calibration", 0.0),
+            "threshold": threshold if background == "threshold" else None,
+            "return_scores": scores,
+        }
+        labels, won = [], []
+        for maps, rows in self._bands(original, vocabulary):
+            with span("label_map"):
+                mapped = label_map(maps.logits, maps.windows, maps.size, output_size=maps.picture_size, **options)
+            labels.append(mapped.labels[rows].cpu())
+            won += [] if mapped.scores is None else [mapped.scores[rows].cpu()]
+        return Segmentation(
+            labels=torch.cat(labels), names=classes, scores=torch.cat(won) if scores else None, picture=original.cpu()
+        )
 
     @torch.inference_mode()
     def maps(self, picture: Tensor, vocabulary: Vocabulary) -> Maps:
@@ -256,17 +258,49 @@ class Segmenter:
         Raises:
             ValueError: a crop asked for is larger than the resized picture, or a vocabulary that does not fit.
         """
+        resized, windows = self._windows(picture)
+        logits = self.logits(resized, windows, vocabulary)
+        return Maps(logits, windows, (resized.shape[1], resized.shape[2]), (picture.shape[1], picture.shape[2]))
+
+    def _windows(self, picture: Tensor) -> tuple[Tensor, Tensor]:
+        """The resized picture and the windows over it, row by row."""
         with span("preprocess"):
             resized = self._resize(picture)
         size = (resized.shape[1], resized.shape[2])
         if self.crop and self.stride:  # a crop always has a stride
             if self._crop_is_given:
                 _check_crop(self.crop, size)
-            windows = window_grid(size, self.crop, self.stride)
-        else:
-            windows = torch.tensor([[0, 0, *size]])
-        logits = self.logits(resized, windows, vocabulary)
-        return Maps(logits, windows, size, (picture.shape[1], picture.shape[2]))
+            return resized, window_grid(size, self.crop, self.stride)
+        return resized, torch.tensor([[0, 0, *size]])
+
+    def _bands(self, picture: Tensor, vocabulary: Vocabulary) -> Iterator[tuple[Maps, slice]]:
+        """Maps of bands of the picture from top to bottom, and which rows of each band are wanted.
+
+        A picture that keeps its size may have thousands of windows, whose maps would take gigabytes. What lies above
+        the next row of windows is final, so no more than about ``MAPS_BYTES`` of maps are held. Where the labels are
+        resized, rows mix, but the model's input is small: one band.
+        """
+        resized, windows = self._windows(picture)
+        height, width = resized.shape[1:]
+        if resized.shape != picture.shape:
+            yield self.maps(picture, vocabulary), slice(None)
+            return
+        held, kept, begin = [], 0, 0  # maps from window ``kept`` on; the rows above ``begin`` are done
+        for start in range(0, len(windows), self.batch):
+            stop = min(start + self.batch, len(windows))
+            held.append(self.logits(resized, windows[start:stop], vocabulary))
+            end = height if stop == len(windows) else int(windows[stop, 0])
+            if stop < len(windows) and (end == begin or sum(part.nbytes for part in held) < MAPS_BYTES):
+                continue
+            held = [torch.cat(held)]
+            places = windows[kept:stop]
+            places = places[places[:, 0] < end]
+            top, bottom = int(places[0, 0]), int(places[-1, 0] + places[-1, 2])
+            band = (bottom - top, width)
+            moved = places - torch.tensor([top, 0, 0, 0])
+            yield Maps(held[0][: len(places)], moved, band, band), slice(begin - top, end - top)
+            over = int((places[:, 0] + places[:, 2] <= end).sum())
+            held, kept, begin = [held[0][over:].clone()], kept + over, end
 
     def logits(self, picture: Tensor, windows: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Low-resolution class maps of the windows, fp32 [W, C, h, w], ``batch`` windows at a time."""

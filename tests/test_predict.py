@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 import fastzs
 from fastzs.models import MaskCLIP
+from fastzs.ops import label_map
 from fastzs.predict import Segmenter, choose_device, choose_precision, native_bf16
 from fastzs.windows import window_grid
 from tests.tiny import tiny_clip
@@ -61,6 +62,19 @@ def test_any_size(size, windows):
 def test_any_windows(windows):
     picture = torch.randint(256, (3, 45, 64), dtype=torch.uint8)
     assert segmenter(**windows)(picture, NAMES).labels.shape == (45, 64)
+
+
+@pytest.mark.parametrize(("crop", "stride"), [(24, 17), (16, 16), ((20, 70), (9, 70)), ((50, 20), (50, 13)), (30, 5)])
+def test_bands_change_nothing(picture, crop, stride, monkeypatch):
+    seg = segmenter(short_side=0, crop=crop, stride=stride, batch=3)
+    want = seg(picture, NAMES, scores=True)
+    calls = []
+    monkeypatch.setattr("fastzs.predict.MAPS_BYTES", 1)
+    monkeypatch.setattr("fastzs.predict.label_map", lambda *a, **o: calls.append(a) or label_map(*a, **o))
+    got = seg(picture, NAMES, scores=True)
+    assert (len(calls) > 1) == (crop[0] < 50 if isinstance(crop, tuple) else True)
+    assert torch.equal(got.labels, want.labels)
+    assert torch.equal(got.scores, want.scores)
 
 
 def test_a_crop_larger_than_the_picture_is_refused(picture):
