@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -211,3 +213,18 @@ def test_plots_need_matplotlib_or_are_drawn(tmp_path, capsys):
         with Image.open(tmp_path / "out" / name) as image:
             assert min(image.size) > 100
             assert np.array(image.convert("L")).std() > 5
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_same_figures(tmp_path):
+    # three pictures between two processes: none is counted twice to make the shares even
+    arguments = ["evaluate", *data(tmp_path), *MODEL, "--output"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastzs"]
+    command = [*torchrun, *arguments, str(tmp_path / "two")]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("protocol names") == 1
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["results"] == two["results"]

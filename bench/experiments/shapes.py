@@ -22,8 +22,7 @@ import torch
 
 from bench.experiments.variants import OneStage, WithoutAlignment, WithoutBridge
 from bench.machine import describe, peak_megabytes
-from fastzs import clip
-from fastzs.checkpoints import name_of
+from fastzs import checkpoints, clip
 from fastzs.data.datasets import ShapesDataset
 from fastzs.data.protocols import protocol
 from fastzs.data.transforms import training_transform
@@ -132,6 +131,7 @@ def run(name: str, seed: int, length: Length, work: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     row, folder = ROWS[name], work / name / f"seed{seed}"
     settings = {"row": name, "seed": seed} | dataclasses.asdict(length)
+    del settings["seeds"]
     kept = folder / "result.json"
     if kept.is_file():
         found = json.loads(kept.read_text())
@@ -145,7 +145,7 @@ def run(name: str, seed: int, length: Length, work: Path) -> dict[str, Any]:
         start = None
         if row.start is not None:
             run(row.start, seed, length, work)
-            start = work / row.start / f"seed{seed}" / "checkpoints" / name_of(length.iterations // 2)
+            start = work / row.start / f"seed{seed}" / "checkpoints" / checkpoints.name_of(length.iterations // 2)
         model = row.make(start, seen=None) if start is not None else row.make()
         iterations = length.iterations // (2 if start is not None else 1)
         result |= _train(model, row, seed, iterations, length, folder)
@@ -180,17 +180,21 @@ def _train(model: Any, row: Row, seed: int, iterations: int, length: Length, fol
     )
     transform = training_transform(SIZE, model.mean, model.std, scale=(1.0, 1.0), distortion=False)
     dataset = ShapesDataset("train", 100_000, SIZE, **SCENES)  # no scene comes twice
+    last = folder / "last"  # of a run that was stopped
+    steps = iterations - (checkpoints.read(last)["step"] if last.is_symlink() else 0)
     begun, used = time.perf_counter(), time.process_time()
     seen = None if row.setting == "supervised" else PROTOCOL.seen
     vocabulary = Vocabulary(PROTOCOL.classes, synonyms="mean")
 
     def go() -> None:
-        train(model, dataset, transform, vocabulary, recipe, folder, seen=seen, losses=row.losses)
+        outcome = train(model, dataset, transform, vocabulary, recipe, folder, seen=seen, losses=row.losses)
+        if outcome.stopped_by is not None:  # with a checkpoint; a half-trained model is not scored
+            sys.exit(128 + outcome.stopped_by)
 
     peak = peak_megabytes(go, "cpu")
     return {
-        "seconds_per_step": (time.perf_counter() - begun) / iterations,
-        "cpu_seconds_per_step": (time.process_time() - used) / iterations,
+        "seconds_per_step": (time.perf_counter() - begun) / max(1, steps),
+        "cpu_seconds_per_step": (time.process_time() - used) / max(1, steps),
         "peak_megabytes": peak,
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

@@ -47,7 +47,7 @@ class OneStage(ZegCLIP):
         logits = self.decode(batch.encoded, batch.text)
         size = [batch.target.shape[1], batch.target.shape[2]]
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-        return {"total": F.cross_entropy(logits, batch.target, ignore_index=255)}
+        return {"total": F.cross_entropy(logits, batch.target.long(), ignore_index=255)}
 
 
 class WithoutBridge(ClipRC):

@@ -1,0 +1,106 @@
+"""The experiments run from end to end at reduced length, and go on where they stopped."""
+
+import json
+
+import pytest
+import torch
+
+from bench.experiments import shapes
+from bench.experiments.variants import OneStage, WithoutAlignment, WithoutBridge
+from fastzs.data.datasets import ShapesDataset
+from fastzs.vocabulary import Vocabulary
+
+SMALL = shapes.MODEL | {"prompts": 2}
+CLASSES = shapes.PROTOCOL.classes
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("FASTZS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def batch(count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    samples = [ShapesDataset("train", count, shapes.SIZE, **shapes.SCENES)[i] for i in range(count)]
+    images = torch.stack([picture.as_subclass(torch.Tensor) / 127.5 - 1 for picture, _ in samples])
+    return images, torch.stack([labels.as_subclass(torch.Tensor) for _, labels in samples])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OneStage(exclusive=True, **SMALL),
+        lambda: OneStage(exclusive=False, **SMALL | {"prompts": 0}),
+        lambda: WithoutBridge(**SMALL, **shapes.BRIDGE),
+        lambda: WithoutAlignment(**SMALL, **shapes.BRIDGE),
+    ],
+)
+def test_variants_train_all_they_say_they_train(make):
+    torch.manual_seed(0)
+    model = make().train()
+    images, target = batch()
+    vocabulary = Vocabulary(CLASSES)
+    seen = list(shapes.PROTOCOL.seen)
+    losses = model.losses(images, target, vocabulary, seen=seen)
+    losses["total"].backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert moved == {name for name, p in model.named_parameters() if p.requires_grad}
+    first = losses["total"].item()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 5e-5)
+    for _ in range(6):
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = model.losses(images, target, vocabulary, seen=seen)["total"]
+        loss.backward()
+    assert loss.item() < first
+    assert model.eval()(images, vocabulary).shape == (2, len(CLASSES), 8, 8)
+
+
+def test_exclusive_classes_leave_ignored_pixels_out():
+    torch.manual_seed(0)
+    model = OneStage(exclusive=True, **SMALL).eval()
+    images, target = batch()
+    vocabulary = Vocabulary(CLASSES)
+    whole = model.losses(images, target, vocabulary)["total"]
+    target[:, ::2] = 255
+    half = model.losses(images, target, vocabulary)["total"]
+    assert whole.item() != half.item()
+    target[:] = 255
+    target[0, 0, 0] = 3
+    one = model.losses(images, target, vocabulary)["total"]
+    logits = torch.nn.functional.interpolate(model(images, vocabulary), (64, 64), mode="bilinear")
+    assert one.item() == pytest.approx(-logits[0, :, 0, 0].log_softmax(0)[3].item(), rel=1e-5)
+
+
+def test_regions_without_a_bridge_are_means_of_their_patches():
+    torch.manual_seed(0)
+    model = WithoutBridge(**SMALL, **shapes.BRIDGE).eval()
+    encoded = model.encode(batch()[0])
+    corner = encoded.patches.unflatten(1, (8, 8))[:, :4, :4].flatten(1, 2).mean(1)
+    torch.testing.assert_close(encoded.bridge[:, 0], torch.nn.functional.normalize(corner, dim=-1))
+    assert not any("region_level_bridge" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_row_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
+    arguments = ["--smoke", "--rows", "maskclip,clip_rc_transductive", "--work", str(tmp_path)]
+    assert shapes.main(arguments) == 0
+    page = capsys.readouterr().out
+    assert "| CLIP-RC, transductive |" in page
+    assert "protocol shapes (68 classes, 52 seen, 16 unseen" in page
+    kept = tmp_path / "smoke" / "clip_rc_transductive" / "seed0" / "result.json"
+    scores = json.loads(kept.read_text())["scores"]
+    assert set(scores) == {"0.0"}  # no constant is taken in the transductive setting
+    assert (tmp_path / "smoke" / "clip_rc" / "seed0" / "result.json").is_file()  # what it started from
+    before = kept.stat().st_mtime_ns
+    assert shapes.main(arguments) == 0
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        shapes.main(["--rows", "clip_rq"])
+
+
+def test_the_reading_survives_a_new_table(tmp_path):
+    path = tmp_path / "shapes.md"
+    shapes.write_page(path, "# Title\n\ntable 1\n")
+    path.write_text(path.read_text() + f"\n{shapes.READING}\n\nWhat holds.\n")
+    shapes.write_page(path, "# Title\n\ntable 2\n")
+    assert path.read_text() == f"# Title\n\ntable 2\n\n{shapes.READING}\n\nWhat holds.\n"
