@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip.memo import Memo
+from fastzs.decoders.dropout_attention import dropout_attention
 
 
 class CrossAttention(nn.Module):
@@ -29,7 +30,11 @@ class CrossAttention(nn.Module):
             for linear, y in ((self.q, x), (self.k, memory), (self.v, memory))
         )
         dropout = self.dropout if self.training else 0.0
-        return self.proj(F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(2))
+        if dropout and q.device.type == "cpu":
+            out = dropout_attention(q, k, v, dropout)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class DecoderLayer(nn.Module):
