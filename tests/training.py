@@ -7,11 +7,13 @@ import ast
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
+from fastzs import cli
 from fastzs.data import shapes
 from fastzs.models import ClipRC, ZegCLIP
 from fastzs.ranks import join, leave
@@ -51,6 +53,12 @@ def small(kind: type = ClipRC, **options) -> ClipRC | ZegCLIP:
     torch.manual_seed(5)
     bridge = {"bridge": (2, 2)} if kind is ClipRC else {}
     return kind(weights="random", sizes=SIZES, prompts=3, crop=32, **bridge, **options)
+
+
+def settings(*arguments: str) -> dict[str, Any]:
+    """What ``fastzs train`` makes of its arguments."""
+    given = cli._config_first(["train", "--output", "out", *arguments])
+    return cli._parser().parse_args(given)["train"].as_dict()
 
 
 def recipe(**changes) -> Recipe:

@@ -1,4 +1,5 @@
-"""CLIP-RC and ZegCLIP in the published order of work, eagerly: the bar for :mod:`bench.test_models`.
+"""CLIP-RC and ZegCLIP in the published order of work, eagerly: the bar for :mod:`bench.test_models` and, in training,
+for :mod:`bench.test_train_step`.
 
 Prompts are tokens with queries of their own, the region mask is a dense additive matrix, all regions' maps are made
 before their mean, every decoder layer's maps are made, windows run one after the other, and scores of all classes are
@@ -9,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .mask_loss import published as full_resolution_losses
+
 CALIBRATION = 0.1
+BACK = ("decouple_q", "decouple_v")  # the recovery decoder's layers
 
 
 class LayerNorm(nn.LayerNorm):
@@ -187,6 +191,12 @@ class Published(nn.Module):
         parts["q_proj"] = nn.Linear(2 * dim, dim)
         if kind == "clip_rc":
             parts["lateral_proj"] = nn.Linear(3 * dim, dim)
+        if "recovery_decoder.linear_q_in.weight" in head:
+            streams_back = {name: nn.ModuleList([DecoderLayer(dim, decoder_heads, hidden)]) for name in BACK}
+            linears = {"linear_q_in": dim, "linear_k_in": dim, "linear_q_out": 2 * dim, "linear_k_out": dim}
+            parts["recovery_decoder"] = nn.ModuleDict(
+                streams_back | {name: nn.Linear(dim, out) for name, out in linears.items()}
+            )
         self.decode_head = nn.ModuleDict(parts)
         wanted = self.decode_head.state_dict()
         # ZegCLIP's last layer has parts here that influence nothing; they may be missing
@@ -195,9 +205,26 @@ class Published(nn.Module):
     def low_resolution(self, images, text):
         """Logits [B, C, g, g]."""
         cls, patches, bridge = self.backbone(images)
-        return self.head(cls, patches, bridge, text)
+        return self.head(cls, patches, bridge, text)[0]
+
+    def losses(self, images, target, text, focal, dice, recovery):
+        """The training's loss of 512 x 512 crops; target [B, H, W] with 255 for ignored pixels."""
+        cls, patches, bridge = self.backbone(images)
+        logits, before, after = self.head(cls, patches, bridge, text)
+        logits = F.interpolate(logits, (self.crop, self.crop), mode="bilinear", align_corners=False)
+        mask, overlap = full_resolution_losses(logits, target)
+        total = focal * mask + dice * overlap
+        if "recovery_decoder" not in self.decode_head:
+            return total
+        back = self.decode_head["recovery_decoder"]
+        q, z = back["linear_q_in"](after[0]), back["linear_k_in"](after[1])
+        layers = [back[name][0] for name in BACK]
+        q, z = layers[0](q, z)[0], layers[1](z, q)[0]
+        q, z = back["linear_q_out"](q), back["linear_k_out"](z)
+        return total + recovery * (F.l1_loss(q, before[0].detach()) + F.l1_loss(z, before[1].detach()))
 
     def head(self, cls, patches, bridge, text):
+        """Logits [B, C, g, g]; of CLIP-RC also the queries and patches before the decoder, and both streams after."""
         batch, g = len(cls), patches.shape[-1]
         memory = patches.flatten(2).transpose(1, 2)
         head = self.decode_head
@@ -206,12 +233,13 @@ class Published(nn.Module):
             q = head["q_proj"](torch.cat([cls[:, None] * texts, texts], dim=-1))
             for layer in _layers(head["decoder_1"]):
                 q, scores = layer(q, memory)
-            return scores.reshape(batch, -1, g, g)
+            return scores.reshape(batch, -1, g, g), None, None
         regions = bridge.flatten(2).transpose(1, 2)  # [B, L, D]
         count = regions.shape[1]
         texts = text.expand(batch, count, -1, -1)
         relation = (regions + cls[:, None])[:, :, None] * texts
-        q = head["q_proj"](torch.cat([relation, texts], dim=-1).flatten(1, 2))
+        descriptor = torch.cat([relation, texts], dim=-1).flatten(1, 2)
+        q = head["q_proj"](descriptor)
         enlarged = F.interpolate(bridge, (g, g), mode="bilinear", align_corners=False)
         whole = cls[:, :, None, None].expand_as(patches)
         z = head["lateral_proj"](torch.cat([enlarged, whole, patches], dim=1).flatten(2).transpose(1, 2))
@@ -221,7 +249,7 @@ class Published(nn.Module):
         mean = maps[:, 0]
         for i in range(1, count):
             mean += maps[:, i]
-        return mean / count
+        return mean / count, (descriptor, memory), (q, z)
 
     def scores(self, window, text, seen):
         """Probabilities of one window at its own resolution, [1, C, crop, crop], the seen classes' lowered."""
