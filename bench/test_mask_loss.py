@@ -1,25 +1,38 @@
 """mask_loss, forward and backward, against what PyTorch can do.
 
-    pytest bench/test_mask_loss.py            # the CPU; the table shows every variant's ratio to the fastest
-    pytest bench/test_mask_loss.py -m gpu     # a GPU
+    pytest bench/test_mask_loss.py --benchmark-only            # the CPU
+    pytest bench/test_mask_loss.py --benchmark-only -m gpu     # a GPU
 
-``extra_info`` of the JSON (``--benchmark-json``) names device, versions, shape and dtype, and has the peak memory
-beyond the inputs.
+Rivals are judged, timed in turn and measured for memory as :mod:`bench.rivals` says; "faster" is relative to the first
+one. On the CPU the rivals whose full-resolution tensors would take more than 6 GB are left out, and the largest shapes
+have ours only.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from fastzs.ops import mask_loss
 
-from .baselines.mask_loss import chunked, one_graph, published
-from .machine import describe, peak_megabytes
+from .baselines.mask_loss import chunked, one_graph, published, some_classes
+from .rivals import Contest, Rival, Unavailable, compete
 
-CPU_SHAPES = [(2, 156, 32, 512), (2, 15, 32, 512)]
+# B, C, side of the logits, side of the target
+CPU_SHAPES = [(2, 15, 32, 512), (2, 156, 32, 512), (2, 847, 32, 512), (2, 156, 40, 640), (8, 156, 32, 512)]
+CPU_SHAPES += [(16, 15, 32, 512), (16, 847, 32, 512)]
 GPU_SHAPES = [(16, 150, 32, 512), (2, 156, 32, 512), (8, 156, 40, 640), (16, 15, 32, 512), (2, 847, 32, 512)]
+FULL_TENSORS = 9  # of fp32 that the published way holds at its peak
+MOST_BYTES = {"cpu": 6e9, "cuda": 1e11}
 
+# The least arithmetic of a pixel and class that is absent from the image, as csrc/mask_loss.cpp does it (a multiply-add
+# is two): interpolate 2, magnitude and sign 2, exponential 18, sigmoid of both signs 5, logarithm 15, softplus 2,
+# focal value 2, its slope 4, p (1 - p) 1, two sums 2, two gradients and their weighted sums 6.
+OPERATIONS = 59
+JUDGED = 2, 8  # images and classes whose gradient is compared with fp64
 
-VARIANTS = {
+FUNCTIONS: dict[str, Callable] = {
     "published": published,
     "torch.compile": torch.compile(published),
     "torch.compile, one graph": torch.compile(one_graph, fullgraph=True),
@@ -29,51 +42,77 @@ VARIANTS = {
 }
 
 
-def scene(shape, device, dtype):
+def scene(seed: int, shape: tuple, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits, and a target of rectangles (a few classes an image, as in real scenes) with an ignored border."""
     B, C, h, H = shape
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(seed)
     logits = torch.randn(B, C, h, h, generator=g) * 2 - 4
     target = torch.empty(B, H, H, dtype=torch.uint8 if C < 256 else torch.int16)
     for image in target:
-        image.fill_(torch.randint(0, C, (), generator=g).item())
+        image.fill_(int(torch.randint(0, C, (), generator=g)))
         for _ in range(8):
             y, x = torch.randint(0, H, (2,), generator=g).tolist()
-            image[y : y + H // 3, x : x + H // 3] = torch.randint(0, C, (), generator=g).item()
+            image[y : y + H // 3, x : x + H // 3] = torch.randint(0, C, (), generator=g)
         image[:, -H // 16 :] = 255
     return logits.to(device, dtype).requires_grad_(), target.to(device)
 
 
-def bench(benchmark, variant, shape, device):
-    dtype = torch.bfloat16 if "bf16" in variant else torch.float32
-    logits, target = scene(shape, device, dtype)
-    function = VARIANTS[variant]
+def gradient(function: Callable, most_bytes: float = float("inf")) -> Callable[[Tensor, Tensor], Tensor]:
+    """The whole step as a function: loss, backward, the gradient of the logits."""
 
-    def step():
+    def step(logits: Tensor, target: Tensor) -> Tensor:
+        needed = FULL_TENSORS * 4 * logits.shape[0] * logits.shape[1] * target[0].numel()
+        if needed > most_bytes:
+            raise Unavailable(f"would take about {needed / 1e9:.0f} GB")
         focal, dice = function(logits, target)
-        (100 * focal + dice).backward()
-        logits.grad = None
-        if device == "cuda":
-            torch.cuda.synchronize()
+        (grad,) = torch.autograd.grad(100 * focal + dice, logits)
+        return grad
 
-    step()  # compiles
-    benchmark.extra_info["peak MB"] = round(peak_megabytes(step, device), 1)
-    benchmark.extra_info.update(describe(device), shape=shape, dtype=str(dtype), variant=variant)
+    return step
+
+
+def judged(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda logits, target: step(logits, target)[: JUDGED[0], : JUDGED[1]]
+
+
+def right(logits: Tensor, target: Tensor) -> Tensor:
+    """The gradient of a few images and classes in fp64: a class depends on others through the number of masks only."""
+    images, classes = JUDGED
+    masks = sum(len(image[image != 255].unique()) for image in target)
+    part = logits[:images, :classes].detach().requires_grad_()
+    focal, dice, _ = some_classes(part, target[:images], 0)
+    (grad,) = torch.autograd.grad((100 * focal + dice) / masks, part)
+    return grad
+
+
+def contest(shape: tuple, device: str) -> Contest:
     B, C, h, H = shape
-    benchmark.group = f"mask_loss forward + backward, B {B}, C {C}, {h}x{h} -> {H}x{H}, {device}"
-    benchmark.pedantic(step, rounds=20 if "fastzs" in variant else 2)
-    print(f"\n{benchmark.group}, {variant}: peak {benchmark.extra_info['peak MB']} MB")
+    rivals = {}
+    for name, function in FUNCTIONS.items():
+        step = gradient(function, float("inf") if "fastzs" in name else MOST_BYTES[device])
+        rivals[name] = Rival(step, torch.bfloat16 if "bf16" in name else torch.float32, answer=judged(step))
+    nodes = B * C * h * h
+    return Contest(
+        f"mask_loss forward + backward, B {B}, C {C}, {h}x{h} -> {H}x{H}, {device}",
+        device,
+        lambda seed, dtype: scene(seed, shape, device, dtype),
+        rivals,
+        right,
+        nbytes=2 * 4 * nodes + B * H * H,
+        operations=OPERATIONS * B * C * H * H,
+        info={"shape": list(shape)},
+    )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rival", FUNCTIONS)
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
-def test_cpu(benchmark, variant, shape):
-    bench(benchmark, variant, shape, "cpu")
+def test_cpu(benchmark, shape, rival):
+    compete(benchmark, rival, contest, shape, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rival", FUNCTIONS)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_gpu(benchmark, variant, shape):
-    bench(benchmark, variant, shape, "cuda")
+def test_gpu(benchmark, shape, rival):
+    compete(benchmark, rival, contest, shape, "cuda")

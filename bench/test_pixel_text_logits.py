@@ -1,72 +1,101 @@
 """pixel_text_logits, forward and backward, against normalising a copy of the features first.
 
-    pytest bench/test_pixel_text_logits.py            # the CPU
-    pytest bench/test_pixel_text_logits.py -m gpu     # a GPU
+    pytest bench/test_pixel_text_logits.py --benchmark-only            # the CPU
+    pytest bench/test_pixel_text_logits.py --benchmark-only -m gpu     # a GPU
 
-``extra_info`` of the JSON (``--benchmark-json``) names device, versions, shape and dtype, and has the peak memory
-beyond the inputs.
+Rivals are judged, timed in turn and measured for memory as :mod:`bench.rivals` says. "tokens" are features that lie
+channel by channel, as a vision transformer gives them; "map" pixel by pixel.
 """
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastzs.ops import pixel_text_logits
 
-from .machine import describe, peak_megabytes
+from .rivals import Contest, Rival, compete
 
-CPU_SHAPES = [(2, 512, 156, 32), (1, 512, 20, 64)]  # B, D, C, side
-GPU_SHAPES = [(16, 512, 150, 32), (2, 512, 847, 32), (8, 768, 156, 40)]
-
-
-def published(features, text, scale):
-    return scale * torch.einsum("bdhw,cd->bchw", F.normalize(features, dim=1), text)
-
-
-def triton(features, text, scale):
-    return pixel_text_logits(features, text, scale, impl="triton")
+# B, D, C, side, layout
+CPU_SHAPES = [(1, 512, C, side, "map") for C in (15, 156, 847) for side in (32, 64)]
+CPU_SHAPES += [(1, 512, 20, 64, "map"), (1, 512, 20, 64, "tokens"), (1, 512, 156, 32, "tokens")]
+GPU_SHAPES = [(16, 512, 150, 32, "map"), (2, 512, 847, 32, "tokens"), (8, 768, 156, 40, "map")]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SCALE = 100.0
 
 
-def reference(features, text, scale):
-    return pixel_text_logits(features, text, scale, impl="reference")
+def published(features: Tensor, text: Tensor) -> Tensor:
+    return SCALE * torch.einsum("bdhw,cd->bchw", F.normalize(features, dim=1), text)
 
 
-CPU_VARIANTS = {"published": published, "torch.compile": torch.compile(published), "fastzs": pixel_text_logits}
-GPU_VARIANTS = {"published": published, "torch.compile": torch.compile(published)}
-GPU_VARIANTS |= {"fastzs Triton": triton, "fastzs reference": reference}
+def ours(impl: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda features, text: pixel_text_logits(features, text, SCALE, impl)
 
 
-def bench(benchmark, variant, function, shape, device, dtype):
-    B, D, C, side = shape
-    g = torch.Generator().manual_seed(0)
-    features = torch.randn(B, D, side, side, generator=g).to(device, dtype).requires_grad_()
-    text = F.normalize(torch.randn(C, D, generator=g), dim=1).to(device, dtype)
-    weight = torch.randn(B, C, side, side, generator=g).to(device, dtype)
-
-    def step():
-        function(features, text, 100.0).backward(weight)
-        features.grad = None
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    step()  # compiles
-    benchmark.extra_info["peak MB"] = round(peak_megabytes(step, device), 1)
-    benchmark.extra_info.update(describe(device), shape=shape, dtype=str(dtype), variant=variant)
-    benchmark.group = f"pixel_text_logits forward + backward, B {B}, D {D}, C {C}, {side}x{side}, {dtype}, {device}"
-    benchmark.pedantic(step, rounds=20, warmup_rounds=2)
-    print(f"\n{benchmark.group}, {variant}: peak {benchmark.extra_info['peak MB']} MB")
+FUNCTIONS = {
+    "cpu": {
+        "published": published,
+        "torch.compile": torch.compile(published),
+        "fastzs reference": ours("reference"),
+        "fastzs": ours("auto"),
+    },
+    "cuda": {
+        "published": published,
+        "torch.compile": torch.compile(published),
+        "fastzs reference": ours("reference"),
+        "fastzs Triton": ours("triton"),
+        "fastzs CUDA": ours("cuda"),
+    },
+}
 
 
-@pytest.mark.parametrize("variant", CPU_VARIANTS)
+def step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    def run(features: Tensor, text: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        out = function(features, text.detach())
+        return out.detach(), *torch.autograd.grad(out, features, weight.detach())
+
+    return run
+
+
+def contest(shape: tuple, dtype: str, device: str) -> Contest:
+    B, D, C, side, layout = shape
+
+    def inputs(seed: int, of: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        features = torch.randn(B, D, side, side, generator=g)
+        if layout == "tokens":
+            features = features.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+        text = F.normalize(torch.randn(C, D, generator=g), dim=1)
+        weight = torch.randn(B, C, side, side, generator=g)
+        return features.to(device, of).requires_grad_(), text.to(device, of), weight.to(device, of)
+
+    size = DTYPES[dtype].itemsize
+    return Contest(
+        f"pixel_text_logits forward + backward, B {B}, D {D}, C {C}, {side}x{side}, {layout}, {dtype}, {device}",
+        device,
+        inputs,
+        {name: Rival(step(function), DTYPES[dtype]) for name, function in FUNCTIONS[device].items()},
+        step(published),
+        nbytes=size * (3 * B * D + 2 * B * C) * side * side,
+        operations=4 * B * C * D * side * side,
+        info={"shape": list(shape)},
+        seconds=2.0,
+    )
+
+
+@pytest.mark.parametrize("rival", FUNCTIONS["cpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
-def test_cpu(benchmark, variant, shape):
-    bench(benchmark, variant, CPU_VARIANTS[variant], shape, "cpu", torch.float32)
+def test_cpu(benchmark, shape, dtype, rival):
+    compete(benchmark, rival, contest, shape, dtype, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("variant", GPU_VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rival", FUNCTIONS["cuda"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_gpu(benchmark, variant, shape, dtype):
-    bench(benchmark, variant, GPU_VARIANTS[variant], shape, "cuda", dtype)
+def test_gpu(benchmark, shape, dtype, rival):
+    compete(benchmark, rival, contest, shape, dtype, "cuda")

@@ -38,7 +38,7 @@ def published(logits, target):
     return focal, dice
 
 
-def _some_classes(logits, target, first):
+def some_classes(logits, target, first):
     """Focal sum, dice sum and number of masks of some classes, the first of which is ``first``."""
     z = F.interpolate(logits, target.shape[1:], mode="bilinear", align_corners=False).flatten(2)
     classes = torch.arange(first, first + logits.shape[1], device=target.device).view(1, -1, 1)
@@ -50,7 +50,7 @@ def _some_classes(logits, target, first):
 
 def one_graph(logits, target):
     """All classes at once without a data-dependent shape, so that torch.compile gets a single graph."""
-    focal, dice, masks = _some_classes(logits, target, 0)
+    focal, dice, masks = some_classes(logits, target, 0)
     masks = masks.clamp(min=1)
     return focal / masks, dice / masks
 
@@ -60,7 +60,7 @@ def chunked(logits, target, classes=8):
     focal = dice = masks = torch.zeros((), device=logits.device)
     for first in range(0, logits.shape[1], classes):
         part = logits[:, first : first + classes]
-        f, d, m = checkpoint(_some_classes, part, target, first, use_reentrant=False)
+        f, d, m = checkpoint(some_classes, part, target, first, use_reentrant=False)
         focal, dice, masks = focal + f, dice + d, masks + m
     masks = masks.clamp(min=1)
     return focal / masks, dice / masks

@@ -23,12 +23,12 @@ def lay_out(features, layout):
     """The same values; all that lies between them is NaN."""
     if layout == "tokens":  # patch tokens [B, h * w, D] behind a class token, seen as a map
         B, D, h, w = features.shape
-        tokens = torch.full((B, 1 + h * w, D), torch.nan, dtype=features.dtype)
+        tokens = torch.full((B, 1 + h * w, D), torch.nan, dtype=features.dtype, device=features.device)
         tokens[:, 1:] = features.flatten(2).transpose(1, 2)
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w))
     if layout == "framed":
         B, D, h, w = features.shape
-        wide = torch.full((B + 2, D + 2, h + 2, w + 2), torch.nan, dtype=features.dtype)
+        wide = torch.full((B + 2, D + 2, h + 2, w + 2), torch.nan, dtype=features.dtype, device=features.device)
         inside = wide[1:-1, 1:-1, 1:-1, 1:-1]
         inside.copy_(features)
         return inside
