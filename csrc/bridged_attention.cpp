@@ -494,7 +494,7 @@ FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<Half>)
 
 // ---- with the instruction that multiplies pairs of bf16 numbers ---------------------------------------------------
 
-#if defined(__x86_64__)
+#if FASTZS_X86_ASM
 #define FASTZS_BF16_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 FASTZS_BF16_PAIRS void run_forward_pairs(const Forward<BFloat16>& a) { forward_units<16, true>(a); }
 FASTZS_BF16_PAIRS void run_backward_pairs(const Backward<BFloat16>& a) { backward_heads<16, true>(a); }

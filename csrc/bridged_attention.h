@@ -64,7 +64,7 @@ struct Dot {
   using F = typename Simd<LANES>::F;
   static FASTZS_INLINE F load(const float* p) { return Simd<LANES>::load(p); }
   static FASTZS_INLINE F splat(const float* p) {
-#if defined(__x86_64__)
+#if FASTZS_X86_ASM
     if constexpr (LANES > 4) {  // else GCC 12 broadcasts from a register, on a port that the products need
       F v;
       asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
@@ -75,7 +75,7 @@ struct Dot {
   }
   static FASTZS_INLINE void add(F& sum, F a, F b) { sum += a * b; }
 };
-#if defined(__x86_64__)
+#if FASTZS_X86_ASM
 template <>
 struct Dot<16, true> {
   using F = Simd<16>::F;

@@ -19,6 +19,14 @@
 
 #define FASTZS_INLINE inline __attribute__((always_inline))
 
+// Whether an inline function may name an instruction: GCC wants the instruction set where the function ends up, clang
+// already where it is written.
+#if defined(__x86_64__) && !defined(__clang__)
+#define FASTZS_X86_ASM 1
+#else
+#define FASTZS_X86_ASM 0
+#endif
+
 namespace fastzs {
 
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
