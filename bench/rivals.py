@@ -69,6 +69,7 @@ class Contest:
         error: of an answer against the judge's.
         nbytes: read and written at the least, by any way of computing it (inputs once, outputs once).
         operations: additions and multiplications at the least.
+        pictures: a call's, for models.
         info: what else a row should have (sizes, numbers of classes ...).
         seconds: for all the rounds.
     """
@@ -81,6 +82,7 @@ class Contest:
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = field(default_factory=lambda: largest_error)
     nbytes: int = 0
     operations: int = 0
+    pictures: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     seconds: float = SECONDS
 
@@ -211,6 +213,8 @@ def _compare(it: Contest, rows: dict[str, dict[str, Any]]) -> None:
     first = rows.get(next(iter(it.rivals)))
     for row in rows.values():
         row["median seconds"] = statistics.median(row["seconds"])
+        if it.pictures:
+            row["pictures per second"] = it.pictures / row["median seconds"]
         if row["floor seconds"]:
             row["times the floor"] = row["median seconds"] / row["floor seconds"]
         if "graph seconds" in row:
