@@ -41,6 +41,7 @@ def save_bars(path: Path, matrix: ConfusionMatrix, protocol: Protocol) -> None:
     colours = [COLOURS[i in protocol.unseen] for i in order]
     axes.barh(range(len(order)), [100 * iou[i].item() for i in order], color=colours)
     axes.set_yticks(range(len(order)), [protocol.classes[i] for i in order], fontsize=7)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
     axes.set_xlabel("IoU, %")

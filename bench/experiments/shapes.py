@@ -3,13 +3,15 @@
 Trains every row of the table below on scenes that the package draws, from the small CLIP that is built in, three times
 each, and tests them on other scenes. 16 of the 64 colour-shape pairs are unseen: the scenes hold them, the labels of
 the training do not (protocol ``shapes``). The runs lie in ``runs/shapes``; the same command goes on where it stopped.
-``--rows zegclip,clip_rc`` runs some rows only, ``--smoke`` all of them for a few steps, to see that they run.
+``--rows zegclip,clip_rc`` runs some rows only, ``--processes 2`` two at a time, ``--smoke`` all of them for a few
+steps, to see that they run.
 """
 
 import argparse
 import dataclasses
 import json
 import multiprocessing
+import multiprocessing.connection
 import statistics
 import sys
 import time
@@ -122,6 +124,12 @@ class Length:
     scenes: int = 256  # tested
     seeds: int = 3
 
+    def command(self) -> str:
+        """The command line that asks for it."""
+        changed = [item for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
+        flags = "".join(f" --{item.name} {getattr(self, item.name)}" for item in changed)
+        return f"python -m bench.experiments.shapes{flags}"
+
 
 SMOKE = Length(iterations=4, batch=2, scenes=12, seeds=1)
 
@@ -206,6 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "shapes.md")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, written nowhere else")
+    parser.add_argument("--processes", type=int, default=1, help="rows that are run at a time, of one thread each")
     for item in dataclasses.fields(Length):
         parser.add_argument(f"--{item.name}", type=int, default=item.default)
     args = parser.parse_args(arguments)
@@ -214,15 +223,10 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}")
     length = SMOKE if args.smoke else Length(args.iterations, args.batch, args.scenes, args.seeds)
     work = args.work / "smoke" if args.smoke else args.work
-    found: dict[str, list[dict[str, Any]]] = {}
-    for seed in range(length.seeds):
-        for name in rows:
-            result = _in_own_process(name, seed, length, work)
-            if result is None:
-                print(f"{name}, seed {seed}: failed", file=sys.stderr)
-                return 1
-            found.setdefault(name, []).append(result)
-            print(f"{name}, seed {seed}: {_told(result)}", flush=True)
+    jobs = [(name, seed) for seed in range(length.seeds) for name in rows]
+    if not _run_all(jobs, length, work, args.processes):
+        return 1
+    found = {name: [run(name, seed, length, work) for seed in range(length.seeds)] for name in rows}
     page = table(found, length)
     print(page)
     if not args.smoke:
@@ -230,15 +234,34 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _in_own_process(name: str, seed: int, length: Length, work: Path) -> dict[str, Any] | None:
-    """:func:`run` in a process that has computed nothing before, for its memory to be its own."""
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+def _run_all(jobs: list[tuple[str, int]], length: Length, work: Path, processes: int) -> bool:
+    """:func:`run` of each job in a process that has computed nothing before, for its memory to be its own.
+
+    A row that goes on from another one's weights waits until that is done. Whether all came out.
+    """
+    context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         context.set_forkserver_preload(["bench.experiments.variants", "fastzs.evaluate", "fastzs.train"])
-    process = context.Process(target=run, args=(name, seed, length, work))
-    process.start()
-    process.join()
-    return run(name, seed, length, work) if process.exitcode == 0 else None
+    waiting, running = list(jobs), {}
+    while waiting or running:
+        for job in list(waiting):
+            start = (ROWS[job[0]].start, job[1])
+            if len(running) < processes and start not in waiting and start not in running:
+                waiting.remove(job)
+                running[job] = context.Process(target=run, args=(*job, length, work))
+                running[job].start()
+        multiprocessing.connection.wait([process.sentinel for process in running.values()])
+        for job, process in list(running.items()):
+            if process.exitcode is None:
+                continue
+            del running[job]
+            if process.exitcode:
+                print(f"{job[0]}, seed {job[1]}: failed", file=sys.stderr)
+                for other in running.values():
+                    other.terminate()  # it writes a checkpoint first
+                return False
+            print(f"{job[0]}, seed {job[1]}: {_told(run(*job, length, work))}", flush=True)
+    return True
 
 
 def _constant(result: dict[str, Any]) -> str:
@@ -260,9 +283,8 @@ def table(found: dict[str, list[dict[str, Any]]], length: Length) -> str:
     lines = [
         "# The papers' claims on drawn shapes",
         "",
-        f"`python -m bench.experiments.shapes`: protocol {PROTOCOL}; {SIZE} x {SIZE} pixels, 1 or 2 objects; "
-        f"{length.iterations} steps of {length.batch} scenes, tested on {length.scenes} others; mean and standard "
-        f"deviation over {length.seeds} seeds (of weights, scenes and their order; MaskCLIP has no training). "
+        f"`{length.command()}`: protocol {PROTOCOL}; {SIZE} x {SIZE} pixels, 1 or 2 objects; "
+        f"{length.iterations} steps of {length.batch} scenes, tested on {length.scenes} others; {_over(length.seeds)}. "
         f"Transductive rows go on from the inductive ones' half-way weights for half the steps. mIoU in %, inductive "
         f"rows with {CALIBRATION} taken from the seen classes' scores as published; the last column without it. "
         "Seconds are one thread's processor time, drawing included; memory is what training held beyond the start.",
@@ -282,6 +304,12 @@ def table(found: dict[str, list[dict[str, Any]]], length: Length) -> str:
         cells += [_spread([r["scores"]["0.0"].get("hIoU") for r in results])]
         lines.append(f"| {row.title} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _over(seeds: int) -> str:
+    if seeds == 1:
+        return "one seed, so differences of a few points mean nothing"
+    return f"mean and standard deviation over {seeds} seeds (of weights and order; MaskCLIP has no training)"
 
 
 SCORES = ("pAcc", "seen", "unseen", "hIoU")
