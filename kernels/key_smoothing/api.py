@@ -103,10 +103,9 @@ def key_smoothing(
 def fewer_products_over_pairs(keys: Tensor, probs: Tensor) -> bool:
     """Whether the form over pairs, ``2 N^2 (D + C)`` operations, is cheaper than ``4 N D C`` of the linear one.
 
-    It is where there are few positions for many classes and channels. Measured on 2 cores with AVX-512 in fp32,
-    linear against pairs: N 196, D 2048, C 847 (rule: pairs below N 1198) 6.6 and 2.2 ms; D 768, C 847 (806):
-    10.2 and 8.6 ms at N 700, 13.5 and 17.0 ms at 1024; D 768, C 171 (280): 0.65 and 0.61 ms at N 196,
-    0.91 and 0.98 ms at 256, 1.5 and 2.1 ms at 400. The norms cost the same in both.
+    It is where there are few positions for many classes and channels: below N 1198 for D 2048 and C 847, below N 280
+    for D 768 and C 171, below N 39 for D 768 and C 20. Operations are counted, not timed; the norms cost the same in
+    both forms.
     """
     (_, N, D), C = keys.shape, probs.shape[1]
     return N * (D + C) < 2 * D * C
@@ -115,9 +114,9 @@ def fewer_products_over_pairs(keys: Tensor, probs: Tensor) -> bool:
 def _reasons(keys: Tensor, probs: Tensor, pairs: bool) -> dict[str, str | None]:
     """Of each backend, best first, why it cannot run.
 
-    ``cuda`` and ``cpu`` are matrix products of PyTorch in fp32 or fp64. That a compiled kernel of ours would gain
-    nothing on a CPU is measured in bench/results/key_smoothing.md. On a GPU Triton multiplies bf16 and fp16 on tensor
-    cores without an fp32 copy of the keys; exact fp32 products are cuBLAS's.
+    ``cuda`` and ``cpu`` are matrix products of PyTorch in fp32 or fp64. A compiled kernel of ours could save only one
+    read of the keys, for their norms. On a GPU Triton multiplies bf16 and fp16 on tensor cores without an fp32 copy of
+    the keys; exact fp32 products are cuBLAS's.
     """
     triton, cuda = _why_not_triton(keys, probs, pairs), None if keys.is_cuda else f"the keys are on {keys.device}"
     narrow = torch.float32 not in (keys.dtype, probs.dtype)
