@@ -1,0 +1,41 @@
+"""Tables from what the bench measured.
+
+pytest bench --benchmark-only --benchmark-json run.json
+python -m bench report run.json            # bench/results/MACHINE.md with plots, and the README's table
+python -m bench compare old.json new.json  # what changed beyond noise
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .compare import compare
+from .report import README, RESULTS, report
+from .rows import read
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0] if __doc__ else None)
+    commands = parser.add_subparsers(dest="what", required=True)
+    tables = commands.add_parser("report", help="tables and plots of a run")
+    tables.add_argument("files", nargs="+", type=Path, help="of --benchmark-json, or .jsonl of FASTZS_BENCH_ROWS")
+    tables.add_argument("--folder", type=Path, default=RESULTS, help="where MACHINE.md goes")
+    tables.add_argument("--command", default="pytest bench --benchmark-only", help="what measured it, for the page")
+    tables.add_argument("--no-readme", action="store_true", help="leave the README's table as it is")
+    both = commands.add_parser("compare", help="what changed between two runs")
+    both.add_argument("old", type=Path)
+    both.add_argument("new", type=Path)
+    given = parser.parse_args(arguments)
+    try:
+        if given.what == "report":
+            print(report(given.files, given.command, given.folder, None if given.no_readme else README))
+        else:
+            print(compare(read([given.old]), read([given.new])))
+    except ValueError as error:
+        print(f"python -m bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Tables and comparisons of bench runs, from rows made up here."""
+
+import json
+
+import pytest
+
+from bench import report as pages
+from bench.__main__ import main
+from bench.compare import compare
+from bench.rows import faster, read
+
+
+def row(group="op, 20 classes", rival="fastzs", seconds=(0.1, 0.1, 0.1), device="some processor", **more):
+    median = sorted(seconds)[len(seconds) // 2]
+    base = {"group": group, "rival": rival, "dtype": "float32", "device": device, "threads": 2, "torch": "2.15"}
+    base |= {"seconds": list(seconds), "median seconds": median, "error": 1e-7, "peak MB": 3.0, "bytes": 10**6}
+    base |= {"operations": 10**6, "copy bytes/s": 1e10, "matrix operations/s": 1e11, "times the floor": 9.0}
+    return base | more
+
+
+def write(path, rows):
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    else:
+        commit = {"id": "abcdef0123456789", "dirty": False}
+        path.write_text(json.dumps({"benchmarks": [{"extra_info": one} for one in rows], "commit_info": commit}))
+    return path
+
+
+ROWS = [
+    row(rival="published", seconds=(1.0, 1.1, 1.2), faster=1.0, **{"peak MB": 100.0}),
+    row(rival="torch.compile", seconds=(0.05, 0.05, 0.05), faster=20.0),
+    row(seconds=(0.1, 0.1, 0.1), faster=11.0),
+]
+
+
+def test_the_page_shows_wins_and_losses(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
+    path = pages.report([write(tmp_path / "a.json", ROWS)], "the command", tmp_path / "results", readme)
+    assert path.name == "some-2-threads.md"
+    line = "| op, 20 classes | 1.1 s | torch.compile, 50 ms | 100 ms | 11 | **0.5** | 100 to 3 |"
+    assert line in path.read_text()
+    assert "| published | float32 | 1.1 s | 9 % | 1 | 1e-07 | 100 | 9 |" in path.read_text()
+    assert "`the command` on some processor, 2 threads" in path.read_text()
+    assert "commit abcdef012345" in path.read_text()
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{pages.END}\nafter\n")
+    assert line in text
+    assert "old" not in text
+
+
+def test_plots_are_written_where_matplotlib_is(tmp_path):
+    pytest.importorskip("matplotlib")
+    many = [row(group=f"op, {n} classes", classes=n, op="op", varies="classes", faster=2.0) for n in (1, 10, 100)]
+    drawn = pages.plots([*ROWS, *many], tmp_path / "plots")
+    assert [path.name for path in drawn] == ["ratios.png", "memory.png", "roofline.png", "classes.png"]
+    assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_lines_cut_short_are_left_out_and_a_later_row_counts(tmp_path):
+    path = write(tmp_path / "a.jsonl", [row(seconds=(1.0,)), row(seconds=(2.0,))])
+    path.write_text(path.read_text() + '{"group": "op')
+    assert [one["seconds"] for one in read([path])] == [[2.0]]
+
+
+def test_ratios_are_of_the_rounds():
+    assert faster(row(seconds=(1.0, 2.0, 4.0)), row(seconds=(3.0, 4.0, 4.0))) == 2.0
+
+
+def test_comparing_tells_changes_from_noise(tmp_path, capsys):
+    old = [row(), row(rival="shaky", seconds=(0.1, 0.2, 0.3)), row(rival="gone")]
+    new = [row(seconds=(0.2, 0.2, 0.2)), row(rival="shaky", seconds=(0.1, 0.25, 0.3)), row(rival="came")]
+    files = [str(write(tmp_path / name, rows)) for name, rows in (("a.json", old), ("b.jsonl", new))]
+    assert main(["compare", *files]) == 0
+    text = capsys.readouterr().out
+    assert "| op, 20 classes | fastzs | float32 | 100 ms | 200 ms | 2.00 times as long |" in text
+    assert "| shaky |" not in text
+    assert "only before: op, 20 classes, gone" in text
+    assert "only after: op, 20 classes, came" in text
+    assert "nothing beyond noise" in compare(old, old)
+
+
+def test_machines_are_not_mixed(tmp_path, capsys):
+    one, other = write(tmp_path / "a.json", [row()]), write(tmp_path / "b.json", [row(device="another")])
+    assert main(["compare", str(one), str(other)]) == 2
+    assert main(["report", str(one), str(other), "--no-readme", "--folder", str(tmp_path)]) == 2
+    assert "another, some processor" in capsys.readouterr().err
+
+
+def test_files_that_are_no_bench_run_are_named(tmp_path, capsys):
+    path = tmp_path / "a.json"
+    path.write_text("[]")
+    assert main(["report", str(path), "--no-readme"]) == 2
+    assert f"{path} is not the JSON of a bench run" in capsys.readouterr().err
