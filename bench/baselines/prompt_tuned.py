@@ -13,7 +13,6 @@ from torch import nn
 from .mask_loss import published as full_resolution_losses
 
 CALIBRATION = 0.1
-BACK = ("decouple_q", "decouple_v")  # the recovery decoder's layers
 
 
 class LayerNorm(nn.LayerNorm):
@@ -164,6 +163,19 @@ class DecoderLayer(nn.Module):
         return x, scores
 
 
+class Recovery(nn.Module):
+    def __init__(self, dim, heads, hidden):
+        super().__init__()
+        self.decouple_q, self.decouple_v = (nn.ModuleList([DecoderLayer(dim, heads, hidden)]) for _ in range(2))
+        self.linear_q_in, self.linear_k_in, self.linear_k_out = (nn.Linear(dim, dim) for _ in range(3))
+        self.linear_q_out = nn.Linear(dim, 2 * dim)
+
+    def forward(self, q, z):
+        q, z = self.linear_q_in(q), self.linear_k_in(z)
+        q, z = self.decouple_q[0](q, z)[0], self.decouple_v[0](z, q)[0]
+        return self.linear_q_out(q), self.linear_k_out(z)
+
+
 def decoder(dim, heads, hidden, layers):
     return nn.ModuleDict({"layers": nn.ModuleList(DecoderLayer(dim, heads, hidden) for _ in range(layers))})
 
@@ -192,11 +204,7 @@ class Published(nn.Module):
         if kind == "clip_rc":
             parts["lateral_proj"] = nn.Linear(3 * dim, dim)
         if "recovery_decoder.linear_q_in.weight" in head:
-            streams_back = {name: nn.ModuleList([DecoderLayer(dim, decoder_heads, hidden)]) for name in BACK}
-            linears = {"linear_q_in": dim, "linear_k_in": dim, "linear_q_out": 2 * dim, "linear_k_out": dim}
-            parts["recovery_decoder"] = nn.ModuleDict(
-                streams_back | {name: nn.Linear(dim, out) for name, out in linears.items()}
-            )
+            parts["recovery_decoder"] = Recovery(dim, decoder_heads, hidden)
         self.decode_head = nn.ModuleDict(parts)
         wanted = self.decode_head.state_dict()
         # ZegCLIP's last layer has parts here that influence nothing; they may be missing
@@ -216,11 +224,9 @@ class Published(nn.Module):
         total = focal * mask + dice * overlap
         if "recovery_decoder" not in self.decode_head:
             return total
-        back = self.decode_head["recovery_decoder"]
-        q, z = back["linear_q_in"](after[0]), back["linear_k_in"](after[1])
-        layers = [back[name][0] for name in BACK]
-        q, z = layers[0](q, z)[0], layers[1](z, q)[0]
-        q, z = back["linear_q_out"](q), back["linear_k_out"](z)
+        assert before is not None
+        assert after is not None
+        q, z = self.decode_head["recovery_decoder"](*after)
         return total + recovery * (F.l1_loss(q, before[0].detach()) + F.l1_loss(z, before[1].detach()))
 
     def head(self, cls, patches, bridge, text):
