@@ -17,6 +17,17 @@ from .split import bridged_attention_split
 from .xformers import why_not_xformers
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# The order in which auto tries the backends, best first, by `pytest bench/test_attention.py -s`: times faster than
+# scaled_dot_product_attention with the dense mask, forward / forward + backward. On 2 cores of an Intel Xeon with
+# AVX-512 but without AVX512-BF16, busy with other work (bench/results/attention.md):
+#
+#               fp32          bf16          fp16
+#   cpu         1.45 / 1.29   1.20 / 3.04   1.31 / 14.1
+#   split       1.24 / 0.90   0.76 / 1.00   1.00 / 0.80
+#   reference   0.29 / 0.44   0.30 / 0.75   0.04 / 0.31
+#
+# So one order serves all three; fp64, which only the last two take, gets the split. Unmeasured: a processor without
+# AVX2, where auto stays with PyTorch's attention; any GPU, where Triton needs one launch and the others many.
 WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 CPU_ORDER = ("cpu", "split", "reference", "triton", "xformers")
 PORTABLE_ORDER = ("split", "cpu", "reference", "triton", "xformers")

@@ -5,6 +5,7 @@ import platform
 import pytest
 import torch
 
+from fastzs.kernels.bridged_attention import api
 from fastzs.kernels.bridged_attention.compiled import MISSING
 from fastzs.kernels.dispatch import watch
 from fastzs.ops import TokenLayout, bridged_attention
@@ -192,3 +193,16 @@ def test_what_it_cannot_take_goes_elsewhere(dtype, dim, reason):
         out = bridged_attention(q, k, v, layout)
     assert choices[0].backend == "split"
     assert (out - bridged_attention(q, k, v, layout, impl="reference")).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("wide", "taken"), [(True, "cpu"), (False, "split")])
+def test_auto_takes_what_was_measured_best(wide, taken, monkeypatch):
+    monkeypatch.setattr(api, "WIDE_VECTORS", wide)
+    monkeypatch.delenv("FASTZS_IMPL", raising=False)
+    layout, _ = LAYOUTS["divides"]
+    with watch() as choices:
+        bridged_attention(*inputs(layout, 0, f32), layout)
+    (choice,) = choices
+    assert choice.backend == taken
+    assert set(choice.reasons) == {"cpu", "split", "reference", "triton", "xformers"}
+    assert choice.reasons["xformers"] == "xformers has no attention for cpu; wanted cuda"
