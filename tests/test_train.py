@@ -187,6 +187,7 @@ def test_checkpoint_segments(tmp_path):
 
 
 class TestGoingOn:
+    @pytest.mark.slow
     def test_killed_at_any_moment(self, tmp_path):
         """A process is killed without warning; what it left goes on to exactly the weights of one that was not."""
         plan = {"iterations": 14, "save_every": 3, "evaluate_every": 5, "ema": 0.9}
@@ -267,6 +268,7 @@ class TestGoingOn:
 class TestProcesses:
     PLAN: ClassVar = {"iterations": 3, "keep": [1], "evaluate_every": 1}
 
+    @pytest.mark.slow
     def test_two_processes_are_one(self, tmp_path):
         """Same gradients, losses and scores as one process with the same batches."""
         command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.training"]
