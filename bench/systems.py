@@ -41,6 +41,8 @@ FULL: dict[str, Callable[[], Any]] = {
     "zegclip": lambda: models.ZegCLIP(sizes=SIZES, prompts=10),
     "clip_rc": lambda: models.ClipRC(sizes=SIZES, prompts=10),
     "lseg": lambda: models.LSeg(weights="random"),
+    "szn": lambda: models.SZN(weights="random", text_dim=20),
+    "maskclip_plus": lambda: models.MaskCLIPPlus(weights="random"),
     "zegformer": lambda: models.ZegFormer(sizes=CUT_OUT, pretrained=None),
     "zsseg": lambda: models.ZSSeg(sizes=CUT_OUT, pretrained=None),
 }

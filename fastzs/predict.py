@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastzs import clip as clip_module
 from fastzs.clip.packed import pack
-from fastzs.models import SZN, ClipRC, LSeg, MaskCLIP, ZegCLIP, ZegFormer, ZSSeg
+from fastzs.models import SZN, ClipRC, LSeg, MaskCLIP, MaskCLIPPlus, ZegCLIP, ZegFormer, ZSSeg
 from fastzs.models.trained import TrainedModel
 from fastzs.ops import label_map
 from fastzs.pictures import read_picture
@@ -32,6 +32,7 @@ MODELS: dict[str, type[Model]] = {
     "zegclip": ZegCLIP,
     "lseg": LSeg,
     "szn": SZN,
+    "maskclip_plus": MaskCLIPPlus,
     "zegformer": ZegFormer,
     "zsseg": ZSSeg,
 }
@@ -58,7 +59,7 @@ def load(
 
     Args:
         model: "maskclip", which needs no training, or a trained system with a ``checkpoint``: "clip_rc", "zegclip",
-            "lseg", "szn", "zegformer", "zsseg".
+            "lseg", "szn", "maskclip_plus", "zegformer", "zsseg".
         backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download. Of a
             checkpoint without a text tower they name the CLIP that the text tower is taken from.
         checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or

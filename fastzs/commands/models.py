@@ -57,6 +57,20 @@ SYSTEMS = (
         f"published .ckpt (Lightning), {OWN}",
     ),
     System(
+        "szn",
+        "SZN (Doshi, Princeton 2018)",
+        "an FCN-32s (VGG-16), then its seenmask head",
+        "masks of the seen classes; word vectors, or CLIP's text tower",
+        f"published .pth.tar, {OWN}",
+    ),
+    System(
+        "maskclip_plus",
+        "MaskCLIP+ (Zhou et al., ECCV 2022)",
+        "a DeepLabV2 or V3+ (ResNet), or any network",
+        "masks of the seen classes and where the unseen are, or no masks; MaskCLIP as its teacher",
+        OWN,
+    ),
+    System(
         "zegformer",
         "ZegFormer (Ding et al., CVPR 2022)",
         "a MaskFormer (ResNet, pyramid, query decoder); CLIP is frozen",

@@ -156,7 +156,7 @@ class LSeg(TrainedModel):
             backbone=backbone, weights=weights, clip=clip, text_dim=text_dim, seen=seen, calibration=calibration
         )
         if image == "clip":
-            tower, sizes = _clip_tower(clip, sizes)
+            tower, sizes = _clip_tower(clip, sizes, pretrained)
             self.patch_size, width, depth = sizes["patch_size"], sizes["width"], sizes["layers"]
         else:
             tower, sizes = _timm_tower(image, sizes, pretrained)
@@ -347,7 +347,9 @@ class LSeg(TrainedModel):
         )
 
 
-def _clip_tower(clip: Clip | None, sizes: Mapping[str, Any] | None) -> tuple[VisionTransformer, Mapping[str, Any]]:
+def _clip_tower(
+    clip: Clip | None, sizes: Mapping[str, Any] | None, pretrained: bool
+) -> tuple[VisionTransformer, Mapping[str, Any]]:
     """A CLIP ViT without what follows its last block, and its sizes."""
     if sizes is None:
         assert clip is not None
@@ -355,6 +357,8 @@ def _clip_tower(clip: Clip | None, sizes: Mapping[str, Any] | None) -> tuple[Vis
         if not isinstance(tower, VisionTransformer):
             raise WeightsError(f"LSeg: {clip.backbone} is not a vision transformer, which the DPT decoder reads")
         sizes = vit_sizes(tower)
+        if not pretrained:
+            tower = VisionTransformer(**sizes)
     else:
         tower = VisionTransformer(**sizes)
     tower.ln_post = nn.Identity()  # pyright: ignore[reportAttributeAccessIssue]

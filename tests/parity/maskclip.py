@@ -1,6 +1,7 @@
 """``C_maskclip_vit`` and ``C_maskclip_resnet``: dense CLIP features, logits and their refinement."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,8 @@ def _state(golden: Golden) -> dict[str, Tensor]:
     return {k.removeprefix("visual."): v for k, v in state.items()}
 
 
-def vit(golden: Golden) -> Iterator[Check]:
+def vit_model(golden: Golden, dtype: torch.dtype, **settings) -> MaskCLIP:
+    """The model of a ``C_maskclip_vit`` file."""
     config, state = golden.config, _state(golden)
     side = round((state["positional_embedding"].shape[0] - 1) ** 0.5)
     shape = {
@@ -36,11 +38,13 @@ def vit(golden: Golden) -> Iterator[Check]:
     shape["mlp_ratio"] = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / config["width"]
     clip = _clip(shape, config["text_channels"])
 
-    def model(dtype: torch.dtype, **settings) -> MaskCLIP:
-        built = MaskCLIP(clip, exact_gelu=True, norm_eps=config["ln_eps"], **settings)
-        built.visual.load_state_dict(state)
-        return built.to(dtype)
+    built = MaskCLIP(clip, exact_gelu=True, norm_eps=config["ln_eps"], **settings)
+    built.visual.load_state_dict(state)
+    return built.to(dtype)
 
+
+def vit(golden: Golden) -> Iterator[Check]:
+    config, model = golden.config, partial(vit_model, golden)
     for dtype in DTYPES:
         text = golden["w.head.text_embeddings"].to(dtype)
         for i in range(len(config["sizes"])):
