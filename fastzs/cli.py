@@ -11,7 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fastzs import __version__
-from fastzs.commands import doctor, evaluate, models, segment, train
+from fastzs.commands import doctor, evaluate, models, profile, segment, train
 from fastzs.recipe import check_keys
 
 COMMANDS: dict[str, Any] = {
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "train": train,
     "evaluate": evaluate,
     "models": models,
+    "profile": profile,
     "doctor": doctor,
 }
 

@@ -1,0 +1,81 @@
+"""``fastzs profile``: run a model over and over for a profiler to look at."""
+
+from typing import Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+HELP = "run a model for a profiler: a capture range around warmed-up calls, or a trace of its own"
+
+
+def parser() -> ArgumentParser:
+    options = ArgumentParser(
+        description="Segment a drawn picture over and over. After the warm-up, the measured calls stand between "
+        "cudaProfilerStart and cudaProfilerStop, for nsys --capture-range=cudaProfilerApi; FASTZS_NVTX=1 names what "
+        "they do. See docs/profiling.md."
+    )
+    add = options.add_argument
+    add("model", type=str, help="maskclip, clip_rc, ...")
+    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
+    add("--weights", type=str, default="random", help="the work is the same with random weights")
+    add("--checkpoint", type=str | None, help="of models that are trained")
+    add("--size", type=int, default=512, help="side of the picture in pixels")
+    add("--classes", type=int, default=20, help="number of classes, with drawn text vectors")
+    add("--warmup", type=int, default=3, help="calls before the measured ones")
+    add("--iterations", type=int, default=10, help="measured calls")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
+    add("--torch-profiler", type=str | None, help="file for a trace that ui.perfetto.dev shows; also prints a table")
+    return options
+
+
+def run(config: Namespace) -> int:
+    """Warm up, run the measured calls, print how long they took."""
+    for name in ("size", "classes", "iterations"):
+        if config[name] < 1:
+            raise ValueError(f"--{name} must be at least 1, got {config[name]}")
+    import time
+    from contextlib import nullcontext
+    from pathlib import Path
+
+    import torch
+
+    import fastzs
+    from fastzs.trace import span
+
+    if config.torch_profiler and not Path(config.torch_profiler).absolute().parent.is_dir():
+        raise ValueError(f"--torch-profiler {config.torch_profiler}: there is no such folder")
+    segmenter = fastzs.load(
+        config.model,
+        backbone=config.backbone,
+        weights=config.weights,
+        checkpoint=config.checkpoint,
+        device=config.device,
+        precision=config.precision,
+    )
+    generator = torch.Generator().manual_seed(0)
+    wide = segmenter.model.clip.embed_dim
+    vectors = torch.nn.functional.normalize(torch.randn(config.classes, wide, generator=generator), dim=1)
+    vocabulary = fastzs.Vocabulary([f"class {i}" for i in range(config.classes)], embeddings=vectors)
+    picture = torch.randint(256, (3, config.size, config.size), dtype=torch.uint8, generator=generator)
+    for _ in range(config.warmup):
+        segmenter(picture, vocabulary)
+    on_gpu = segmenter.device.type == "cuda"
+    recording = torch.profiler.profile(record_shapes=True) if config.torch_profiler else nullcontext()
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    begun = time.perf_counter()
+    with recording:
+        for _ in range(config.iterations):
+            with span("picture"):
+                segmenter(picture, vocabulary)  # labels are copied to the host: nothing is left running
+    taken = (time.perf_counter() - begun) / config.iterations
+    if on_gpu:
+        torch.cuda.profiler.stop()
+    if isinstance(recording, torch.profiler.profile):
+        recording.export_chrome_trace(config.torch_profiler)
+        key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        print(recording.key_averages().table(sort_by=key, row_limit=20))
+        print(f"trace in {config.torch_profiler}; open it at https://ui.perfetto.dev")
+    print(f"{1000 * taken:.1f} ms a picture over {config.iterations} calls on {segmenter.device}, {segmenter.dtype}")
+    return 0

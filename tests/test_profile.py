@@ -1,0 +1,40 @@
+"""``fastzs profile``: warm-up and measured calls, and a trace."""
+
+import json
+
+import pytest
+
+from fastzs.cli import main
+from fastzs.predict import Segmenter
+
+SMALL = ["--weights", "shapes", "--size", "64", "--classes", "3", "--device", "cpu", "--precision", "fp32"]
+
+
+def test_calls_are_warmed_up_and_counted(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(Segmenter, "__call__", lambda self, picture, vocabulary: calls.append(picture.shape))
+    assert main(["profile", "maskclip", *SMALL, "--warmup", "2", "--iterations", "3"]) == 0
+    assert calls == [(3, 64, 64)] * 5
+    assert "ms a picture over 3 calls on cpu, torch.float32" in capsys.readouterr().out
+
+
+def test_the_trace_and_the_table(tmp_path, capsys):
+    trace = tmp_path / "trace.json"
+    assert main(["profile", "maskclip", *SMALL, "--iterations", "1", "--torch-profiler", str(trace)]) == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::conv2d" for event in events)
+    out = capsys.readouterr().out
+    assert "Self CPU" in out
+    assert f"trace in {trace}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["--torch-profiler", "no/such/folder/trace.json"], "there is no such folder"),
+    ],
+)
+def test_what_cannot_be_done_is_said(arguments, message, capsys):
+    assert main(["profile", "maskclip", *SMALL, *arguments]) == 2
+    assert message in capsys.readouterr().err
