@@ -39,12 +39,13 @@ def run(config: Namespace) -> int:
 
     import torch
 
-    import fastzs
+    from fastzs.predict import load
     from fastzs.trace import span
+    from fastzs.vocabulary import Vocabulary
 
     if config.torch_profiler and not Path(config.torch_profiler).absolute().parent.is_dir():
         raise ValueError(f"--torch-profiler {config.torch_profiler}: there is no such folder")
-    segmenter = fastzs.load(
+    segmenter = load(
         config.model,
         backbone=config.backbone,
         weights=config.weights,
@@ -55,7 +56,7 @@ def run(config: Namespace) -> int:
     generator = torch.Generator().manual_seed(0)
     wide = segmenter.model.clip.embed_dim
     vectors = torch.nn.functional.normalize(torch.randn(config.classes, wide, generator=generator), dim=1)
-    vocabulary = fastzs.Vocabulary([f"class {i}" for i in range(config.classes)], embeddings=vectors)
+    vocabulary = Vocabulary([f"class {i}" for i in range(config.classes)], embeddings=vectors)
     picture = torch.randint(256, (3, config.size, config.size), dtype=torch.uint8, generator=generator)
     for _ in range(config.warmup):
         segmenter(picture, vocabulary)
