@@ -1,6 +1,6 @@
 """Train every system on the drawn shapes and score it, all under one protocol.
 
-    python -m bench.systems_shapes --output runs [SYSTEM ...]     # goes on where it was stopped
+    python -m bench.systems_shapes --output runs [SYSTEM ...]   # goes on where it stopped; Ctrl-C scores it as it is
 
 Protocol ``shapes``: 64 colour-shape pairs and 4 grounds, the labels of 16 pairs hidden in training (inductive). Scenes
 of 128 x 128 with 2 to 4 objects; 2,000 for training, 200 others for the scores, one seed. CLIP is the small one that
@@ -83,14 +83,15 @@ def run(name: str, folder: Path, pictures: int, iterations: int | None = None) -
     torch.manual_seed(0)
     preset, begun = settings(name), time.monotonic()
     model = make(name, preset)
-    row: dict[str, Any] = {"system": name, "steps": 0}
+    row: dict[str, Any] = {"system": name, "steps": 0, "pictures": pictures}
     if preset:
         numbers: dict[str, Any] = {key: preset[key] for key in preset.keys() & {item.name for item in fields(Recipe)}}
         numbers |= {"workers": 0, "precision": "fp32"} | ({"iterations": iterations} if iterations else {})
         recipe = Recipe(**numbers)
         vocabulary, dataset = Vocabulary(SHAPES.classes), ShapesDataset("train", 2000, SIDE)
-        train(model, dataset, Cropped(model), vocabulary, recipe, folder / name, seen=SEEN, losses=preset["losses"])
-        row |= {"steps": recipe.iterations, "batch": recipe.batch, "lr": recipe.lr}
+        losses = preset.get("losses", {})
+        done = train(model, dataset, Cropped(model), vocabulary, recipe, folder / name, seen=SEEN, losses=losses).step
+        row |= {"steps": done, "of": recipe.iterations, "batch": recipe.batch, "lr": recipe.lr}
         row["minutes of this call"] = round((time.monotonic() - begun) / 60, 1)
     row |= score(model, pictures)
     (folder / name).mkdir(parents=True, exist_ok=True)
