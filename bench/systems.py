@@ -2,7 +2,7 @@
 
     pytest bench/test_systems.py --benchmark-only --benchmark-json speed.json
     python -m bench.systems_shapes --output runs
-    python -m bench.systems --speed speed.json --shapes runs
+    python -m bench.systems --speed speed.json --runs runs
 
 It also writes ``bench/results/systems.md``: the published order of work, and the ratios of one stage to two.
 
@@ -84,14 +84,23 @@ def figures(name: str) -> dict[str, float]:
     }
 
 
-def table(speed: dict[str, Any], shapes: Path) -> str:
+def counts(name: str, runs: Path) -> dict[str, float]:
+    """The figures of a system, counted once and kept in ``RUNS/SYSTEM/figures.json``."""
+    path = runs / name / "figures.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures(name), indent=2) + "\n")
+    return json.loads(path.read_text())
+
+
+def table(speed: dict[str, Any], runs: Path) -> str:
     """The table in Markdown; "unmeasured" where a figure is not there."""
     head = ["system", "parameters, M", "trained, M", "multiply-adds, G", "pictures/s", "peak MB", "pAcc", "mIoU(S)"]
     lines = [[*head, "mIoU(U)", "hIoU", "steps"]]
     for system in KNOWN:
-        counted = figures(system.name)
+        counted = counts(system.name, runs)
         timed = speed.get(system.name, {})
-        path = shapes / system.name / "scores.json"
+        path = runs / system.name / "scores.json"
         scored = json.loads(path.read_text()) if path.is_file() else {}
         numbers = [f"{value:.1f}" for value in counted.values()]
         numbers += [f"{timed['pictures/s']:.3g}", f"{timed['peak MB']:.0f}"] if timed else ["unmeasured"] * 2
@@ -129,7 +138,12 @@ def report(info: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", type=Path, help="JSON of bench/test_systems.py")
-    parser.add_argument("--shapes", type=Path, default=Path("runs"), help="output folder of bench.systems_shapes")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs"),
+        help="output folder of bench.systems_shapes; also keeps what is counted",
+    )
     args = parser.parse_args()
     speed: dict[str, Any] = {}
     about = "Speed and memory are unmeasured."
@@ -140,7 +154,7 @@ def main() -> None:
     text = DOCS.read_text(encoding="utf-8")
     before, _, rest = text.partition(TABLE[0])
     _, _, after = rest.partition(TABLE[1])
-    made = f"{TABLE[0]}\n{table(speed, args.shapes)}\n\n{about}\n{TABLE[1]}"
+    made = f"{TABLE[0]}\n{table(speed, args.runs)}\n\n{about}\n{TABLE[1]}"
     DOCS.write_text(before + made + after, encoding="utf-8")
 
 
