@@ -17,10 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fastzs
+from fastzs import clip
 from fastzs.clip.packed import pack
-from fastzs.models import ClipRC, ZegCLIP
+from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
 from fastzs.predict import Segmenter, native_bf16
+from fastzs.vocabulary import Vocabulary
 
 from .baselines import maskclip, prompt_tuned
 from .rivals import Contest, Rival, Unavailable, compete
@@ -50,7 +51,7 @@ def build(name, classes):
     """Our model with the random weights that all rivals have, fp32 on the CPU."""
     torch.manual_seed(0)
     if name == "maskclip":
-        return fastzs.models.MaskCLIP(fastzs.clip.load("ViT-B-16", "random")).eval()
+        return MaskCLIP(clip.load("ViT-B-16", "random")).eval()
     recovery = {"recovery": False} if name == "clip_rc" else {}
     return KINDS[name](sizes=SIZES, prompts=PROMPTS[classes], **recovery).eval().requires_grad_(False)
 
@@ -90,7 +91,7 @@ class Baseline:
 
 
 def contest(name, classes, device):
-    vocabulary = fastzs.Vocabulary([f"class {i}" for i in range(classes)], embeddings=embeddings(classes))
+    vocabulary = Vocabulary([f"class {i}" for i in range(classes)], embeddings=embeddings(classes))
 
     @functools.cache
     def baseline(compiled):
