@@ -138,13 +138,9 @@ def run(name: str, seed: int, length: Length, work: Path) -> dict[str, Any]:
     """Train (or go on with training) and test one row with one seed; what was found, which ``result.json`` keeps."""
     torch.set_num_threads(1)
     row, folder = ROWS[name], work / name / f"seed{seed}"
-    settings = {"row": name, "seed": seed} | dataclasses.asdict(length)
-    del settings["seeds"]
-    kept = folder / "result.json"
-    if kept.is_file():
-        found = json.loads(kept.read_text())
-        if found["settings"] == settings:
-            return found
+    if (before := _kept(name, seed, length, work)) is not None:
+        return before
+    settings = _settings(name, seed, length)
     torch.manual_seed(seed)
     result: dict[str, Any] = {"settings": settings, "machine": describe("cpu")}
     if row.setting is None:
@@ -163,8 +159,21 @@ def run(name: str, seed: int, length: Length, work: Path) -> dict[str, Any]:
         matrices = evaluate(Segmenter(model), dataset, PROTOCOL, Vocabulary(PROTOCOL.classes), calibrations=constants)
     result["scores"] = {str(constant): summary(matrix.scores_of(PROTOCOL)) for constant, matrix in matrices.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, (json.dumps(result, indent=1) + "\n").encode())
+    write_atomically(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def _settings(name: str, seed: int, length: Length) -> dict[str, Any]:
+    settings = {"row": name, "seed": seed} | dataclasses.asdict(length)
+    del settings["seeds"]
+    return settings
+
+
+def _kept(name: str, seed: int, length: Length, work: Path) -> dict[str, Any] | None:
+    """What an earlier run of the same length found."""
+    path = work / name / f"seed{seed}" / "result.json"
+    found = json.loads(path.read_text()) if path.is_file() else None
+    return found if found and found["settings"] == _settings(name, seed, length) else None
 
 
 def _train(model: Any, row: Row, seed: int, iterations: int, length: Length, folder: Path) -> dict[str, float]:
@@ -231,6 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     print(page)
     if not args.smoke:
         write_page(args.output, page)
+        everything = json.dumps([result for results in found.values() for result in results], indent=1)
+        write_atomically(args.output.with_suffix(".json"), (everything + "\n").encode())
     return 0
 
 
@@ -242,7 +253,8 @@ def _run_all(jobs: list[tuple[str, int]], length: Length, work: Path, processes:
     context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         context.set_forkserver_preload(["bench.experiments.variants", "fastzs.evaluate", "fastzs.train"])
-    waiting, running = list(jobs), {}
+    waiting = [job for job in jobs if _kept(*job, length, work) is None]
+    running: dict[tuple[str, int], Any] = {}
     while waiting or running:
         for job in list(waiting):
             start = (ROWS[job[0]].start, job[1])
