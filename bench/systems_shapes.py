@@ -36,7 +36,7 @@ SHAPES = protocol("shapes")
 SEEN = [i for i in range(len(SHAPES.classes)) if i not in SHAPES.unseen]
 SEEN_NAMES = [SHAPES.classes[i] for i in SEEN]
 SIDE = 128
-SYSTEMS = ("maskclip", "zegclip", "clip_rc", "zegformer", "zsseg")
+SYSTEMS = ("maskclip", "zegclip", "clip_rc", "lseg", "szn", "zegformer", "zsseg")
 
 
 def settings(name: str) -> dict[str, Any] | None:
