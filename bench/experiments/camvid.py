@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.experiments.page import write_page
 from bench.machine import describe
 from fastzs.data.classes import CAMVID, COCO_STUFF
 from fastzs.data.datasets import CamVid
@@ -57,6 +58,7 @@ MODELS = {
 # ZegCLIP divides its scores by 16 here, CLIP-RC by nothing: in a short training the former needs larger steps
 RATES = {"ZegCLIP": 4e-3, "CLIP-RC": 1e-3}
 TOWER_RATE = 4e-4
+ITERATIONS = 2000
 
 
 def text_vectors(path: Path) -> Tensor:
@@ -97,7 +99,7 @@ def trivial(trained: CamVid, tested: CamVid) -> dict[str, ConfusionMatrix]:
 
 def run(name: str, trained: CamVid, tested: CamVid, vocabulary: Vocabulary, iterations: int, work: Path) -> dict:
     """Train (or go on with training) and test one model."""
-    folder = work / name
+    folder = work / f"{name}-{iterations}"
     torch.manual_seed(0)
     model: Any = MODELS[name]()
     recipe = Recipe(
@@ -133,14 +135,18 @@ def run(name: str, trained: CamVid, tested: CamVid, vocabulary: Vocabulary, iter
     }
 
 
-def page(matrices: dict[str, ConfusionMatrix], losses: dict[str, Sequence[float]], iterations: int, counts: str) -> str:
+def table(
+    matrices: dict[str, ConfusionMatrix], losses: dict[str, Sequence[float]], iterations: int, counts: str
+) -> str:
     machine = describe("cpu")
+    flags = "" if iterations == ITERATIONS else f" --iterations {iterations}"
     lines = [
         "# CamVid: real photographs",
         "",
-        f"`python -m bench.experiments.camvid CAMVID TEXT`: protocol {PROTOCOL}; {counts}; short side {SHORT_SIDE} px; "
-        f"{iterations} steps of 4 crops of {CROP} px, one seed; text vectors of CLIP ViT-B/16 as published for "
-        "COCO-Stuff (pole: the row of metal). Consecutive pictures of CamVid are near duplicates within a split.",
+        f"`python -m bench.experiments.camvid CAMVID TEXT{flags}`: protocol {PROTOCOL}; {counts}; "
+        f"short side {SHORT_SIDE} px; {iterations} steps of 4 crops of {CROP} px, one seed; "
+        "text vectors of CLIP ViT-B/16 as published for COCO-Stuff (pole: the row of metal). "
+        "Consecutive pictures of CamVid are near duplicates within a split.",
         "",
         f"Machine: {machine['device']}, torch {machine['torch']}, fp32.",
         "",
@@ -165,7 +171,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="CamVid's folder")
     parser.add_argument("text", type=Path, help="coco_multi.npy")
-    parser.add_argument("--iterations", type=int, default=400)
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--work", type=Path, default=Path("runs/camvid"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "camvid.md")
@@ -185,9 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
         found[name].counts += torch.tensor(result["counts"])
         losses[name] = result["loss"]
     counts = f"{len(trained)} pictures to train, {len(tested)} to test"
-    text = page(trivial(trained, tested) | found, losses, args.iterations, counts)
+    text = table(trivial(trained, tested) | found, losses, args.iterations, counts)
     print(text)
-    write_atomically(args.output, text.encode())
+    write_page(args.output, text)
     return 0
 
 

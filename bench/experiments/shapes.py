@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bench.experiments.page import write_page
 from bench.experiments.variants import OneStage, WithoutAlignment, WithoutBridge
 from bench.machine import describe, peak_megabytes
 from fastzs import checkpoints, clip
@@ -50,7 +51,6 @@ MODEL: dict[str, Any] = {
 }
 BRIDGE: dict[str, Any] = {"bridge": (2, 2)}  # regions of 4 x 4 patches
 CALIBRATION = 0.1  # published, for inductive models
-READING = "## Reading"
 
 
 @dataclass(frozen=True)
@@ -339,14 +339,6 @@ def _spread(values: list[float | None]) -> str:
 def _mean(values: list[float | None], digits: int) -> str:
     known = [value for value in values if value is not None]
     return f"{statistics.mean(known):.{digits}f}" if known else "-"
-
-
-def write_page(path: Path, page: str) -> None:
-    """Write the page; the reading that somebody wrote below the table stays."""
-    before = path.read_text(encoding="utf-8") if path.is_file() else ""
-    reading = before[before.index(READING) :] if READING in before else ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (page + (f"\n{reading}" if reading else "")).encode())
 
 
 if __name__ == "__main__":

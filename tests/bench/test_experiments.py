@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench.experiments import shapes
+from bench.experiments import page, shapes
 from bench.experiments.variants import OneStage, WithoutAlignment, WithoutBridge
 from fastzs.data.datasets import ShapesDataset
 from fastzs.vocabulary import Vocabulary
@@ -84,9 +84,9 @@ def test_regions_without_a_bridge_are_means_of_their_patches():
 def test_a_row_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     arguments = ["--smoke", "--rows", "maskclip,clip_rc_transductive", "--work", str(tmp_path)]
     assert shapes.main(arguments) == 0
-    page = capsys.readouterr().out
-    assert "| CLIP-RC, transductive |" in page
-    assert "protocol shapes (68 classes, 52 seen, 16 unseen" in page
+    shown = capsys.readouterr().out
+    assert "| CLIP-RC, transductive |" in shown
+    assert "protocol shapes (68 classes, 52 seen, 16 unseen" in shown
     kept = tmp_path / "smoke" / "clip_rc_transductive" / "seed0" / "result.json"
     scores = json.loads(kept.read_text())["scores"]
     assert set(scores) == {"0.0"}  # no constant is taken in the transductive setting
@@ -100,7 +100,7 @@ def test_a_row_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
 
 def test_the_reading_survives_a_new_table(tmp_path):
     path = tmp_path / "shapes.md"
-    shapes.write_page(path, "# Title\n\ntable 1\n")
-    path.write_text(path.read_text() + f"\n{shapes.READING}\n\nWhat holds.\n")
-    shapes.write_page(path, "# Title\n\ntable 2\n")
-    assert path.read_text() == f"# Title\n\ntable 2\n\n{shapes.READING}\n\nWhat holds.\n"
+    page.write_page(path, "# Title\n\ntable 1\n")
+    path.write_text(path.read_text() + f"\n{page.READING}\n\nWhat holds.\n")
+    page.write_page(path, "# Title\n\ntable 2\n")
+    assert path.read_text() == f"# Title\n\ntable 2\n\n{page.READING}\n\nWhat holds.\n"
