@@ -51,8 +51,8 @@ FUNCTIONS = {
 }
 
 
-def step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    def run(features: Tensor, text: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    def run(features: Tensor, text: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
         out = function(features, text.detach())
         return out.detach(), *torch.autograd.grad(out, features, weight.detach())
 
