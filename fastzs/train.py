@@ -14,6 +14,7 @@ depends on seed, number and process only. What else it has to remember from step
 """
 
 import contextlib
+import inspect
 import math
 import signal
 import threading
@@ -132,6 +133,10 @@ class _Run:
                 raise ValueError(f"setting {recipe.setting!r} wants to know which classes are seen: seen=[...]")
             self.arguments["seen"] = list(seen)
         if recipe.setting.startswith("transductive"):
+            if "transductive" not in inspect.signature(model.losses).parameters:
+                raise ValueError(
+                    f"{type(model).__name__} has no transductive training; use setting 'inductive' or 'supervised'"
+                )
             self.arguments["transductive"] = "honest" if recipe.setting == "transductive-honest" else True
         choose_trained(model, recipe.train)
         if recipe.checkpointing:

@@ -413,3 +413,11 @@ class TestFaults:
     def test_seen_classes_not_told(self, tmp_path):
         with pytest.raises(ValueError, match="'inductive' wants to know which classes are seen"):
             train(small(), Scenes(), flipped, TEXT, recipe(), tmp_path)
+
+    def test_a_setting_that_the_model_does_not_have(self, tmp_path):
+        class OnlyInductive(ZegCLIP):
+            def losses(self, images, target, vocabulary, *, seen=None):  # pyright: ignore
+                raise NotImplementedError
+
+        with pytest.raises(ValueError, match="OnlyInductive has no transductive training"):
+            train(small(OnlyInductive), Scenes(), flipped, TEXT, recipe(setting="transductive"), tmp_path, seen=SEEN)
