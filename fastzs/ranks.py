@@ -17,6 +17,18 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def started() -> tuple[int, int]:
+    """This process's number and how many ``torchrun`` started, for work that needs no process group."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_device(name: str) -> str:
+    """``cuda:N`` for the N-th process of ``torchrun`` on a machine, where ``name`` leaves the GPU open."""
+    if started()[1] > 1 and (name == "cuda" or (name == "auto" and torch.cuda.is_available())):
+        return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    return name
+
+
 def join(device: torch.device) -> torch.device:
     """Join the process group of ``torchrun``, if it started this process: nccl on GPUs, gloo on CPUs.
 

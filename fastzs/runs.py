@@ -13,8 +13,8 @@ from fastzs.files import write_atomically
 from fastzs.pictures import PictureError
 from fastzs.result import Segmentation
 
-MANIFEST = "manifest.jsonl"
-RECORD = "run.json"
+MANIFEST = "manifest{}.jsonl"
+RECORD = "run{}.json"
 
 
 class OutputError(Exception):
@@ -26,7 +26,7 @@ class Outcome:
     """How a run went.
 
     Attributes:
-        found: pictures asked for.
+        found: pictures asked for; of several processes, those of this one.
         skipped: of these, done by an earlier run with the same settings.
         done: segmented and written.
         failed: path of each picture that did not come out, and why.
@@ -47,19 +47,20 @@ class Manifest:
     """What is done in an output folder: one JSON line for each picture, the last one of a picture counts.
 
     A line says which file it was (path, size, time of change), under which settings it was segmented, and what
-    was written. A line cut short by a crash is ignored, so that its picture is done again.
+    was written. A line cut short by a crash is ignored, so that its picture is done again. Of several processes each
+    writes a file of its own, since not every file system lets them add to one, and reads all.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, rank: int = 0):
+        self.folder, self.rank = folder, rank
         self.lines: dict[str, dict[str, Any]] = {}
-        path = folder / MANIFEST
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
-            try:
-                entry = json.loads(line)
-                self.lines[entry["picture"]] = {key: entry[key] for key in ("state", "settings", "name", "files")}
-            except (ValueError, KeyError, TypeError):
-                continue
+        for path in sorted(folder.glob(MANIFEST.format("*"))):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self.lines[entry["picture"]] = {key: entry[key] for key in ("state", "settings", "name", "files")}
+                except (ValueError, KeyError, TypeError):
+                    continue
 
     def has(self, picture: Path, settings: str, endings: Iterable[str]) -> bool:
         """Whether the files with these endings were written for this picture, unchanged since, and are there."""
@@ -77,7 +78,7 @@ class Manifest:
         """
         entry = {"state": state, "settings": settings, "name": name, "files": files}
         key = os.path.abspath(picture)
-        path = self.folder / MANIFEST
+        path = self.folder / of_rank(MANIFEST, self.rank)
         try:
             with open(path, "a+b") as stream:
                 # A crash may have left half a line.
@@ -114,6 +115,11 @@ class Manifest:
         return names
 
 
+def of_rank(name: str, rank: int) -> str:
+    """The file of one process: ``run.json`` of the first, then ``run-1.json``, ``run-2.json`` ..."""
+    return name.format(f"-{rank}" if rank else "")
+
+
 def prepare_folder(folder: Path) -> None:
     """Make the output folder and see that files can be made in it.
 
@@ -133,13 +139,13 @@ def settings_hash(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write ``run.json``.
+def write_record(folder: Path, record: dict[str, Any], rank: int = 0) -> None:
+    """Write ``run.json``, or that of another process.
 
     Raises:
         OutputError: it cannot be written.
     """
-    path = folder / RECORD
+    path = folder / of_rank(RECORD, rank)
     try:
         write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
@@ -157,11 +163,12 @@ def segment_pictures(
     start: Callable[[Outcome], None] = lambda outcome: None,
     step: Callable[[Path, str | None], None] = lambda picture, problem: None,
     outcome: Outcome | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Outcome:
     """Segment what is not done yet, and write ``NAME.png`` and on request ``NAME_overlay.jpg``, ``NAME_coco.json``.
 
     Args:
-        pictures: files.
+        pictures: files, the same for all processes.
         segment: gives the result for one of them.
         folder: an existing output folder.
         settings: hash of everything that decides the results, see :func:`settings_hash`.
@@ -169,18 +176,23 @@ def segment_pictures(
         start: called once, when it is known what is done already.
         step: called after each picture, with what went wrong or None.
         outcome: kept up to date on the way, so that an interrupted caller has it.
+        share: this process's number and how many there are; each takes every so many-th picture.
 
     Raises:
         OutputError: a file cannot be written; what is done so far is in the manifest.
         ValueError: from ``segment``, before any picture came out: the settings do not fit. Any other problem of
             a picture is counted, and the rest is done.
     """
-    outcome = Outcome(len(pictures)) if outcome is None else outcome
+    rank, world = share
+    mine = pictures[rank::world]
+    outcome = Outcome(0) if outcome is None else outcome
+    outcome.found = len(mine)
     endings = [".png", *["_overlay.jpg"] * overlay, *["_coco.json"] * coco]
-    manifest = Manifest(folder)
-    todo = [picture for picture in pictures if not manifest.has(picture, settings, endings)]
-    outcome.skipped = len(pictures) - len(todo)
-    names = manifest.names(todo) if todo else {}
+    manifest = Manifest(folder, rank)
+    todo = [picture for picture in mine if not manifest.has(picture, settings, endings)]
+    outcome.skipped = len(mine) - len(todo)
+    # of all pictures, so that no two processes take one name
+    names = manifest.names(pictures) if todo else {}
     start(outcome)
     for picture in todo:
         problem = None

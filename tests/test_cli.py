@@ -14,6 +14,7 @@ from PIL import Image
 import fastzs
 from fastzs.cli import main
 from fastzs.commands.segment import read_classes
+from fastzs.data.shapes import draw
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
 
@@ -440,3 +441,22 @@ def test_help_does_not_wait_for_torch():
 def test_version():
     done = subprocess.run([sys.executable, "-m", "fastzs", "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == f"fastzs {fastzs.__version__}"
+
+
+@pytest.mark.slow
+def test_torchrun_gives_what_one_process_gives(tmp_path):
+    pictures = tmp_path / "in"
+    pictures.mkdir()
+    scenes = draw(3, (48, 48))
+    for i, image in enumerate(scenes.images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(pictures / f"{i}.png")
+    segment = ["fastzs", "segment", str(pictures), "--weights", "shapes", "--classes", "disc,star", "--device", "cpu"]
+    for launcher, out in ((["-m"], "one"), (["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"], "two")):
+        command = [sys.executable, *launcher, *segment, "--output", str(tmp_path / out)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+        assert done.returncode == 0, done.stderr
+    for i in range(3):
+        assert (tmp_path / "two" / f"{i}.png").read_bytes() == (tmp_path / "one" / f"{i}.png").read_bytes()
+    records = [json.loads((tmp_path / "two" / name).read_text()) for name in ("run.json", "run-1.json")]
+    assert [record["pictures"]["done"] for record in records] == [2, 1]

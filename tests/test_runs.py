@@ -224,7 +224,7 @@ def test_full_disk_for_the_manifest(pictures):
 
 def _manifest_at(folder):
     manifest = Manifest.__new__(Manifest)  # reading /dev/full would not end
-    manifest.folder, manifest.lines = folder, {}
+    manifest.folder, manifest.rank, manifest.lines = folder, 0, {}
     return manifest
 
 
@@ -273,3 +273,25 @@ def test_outcome_is_live(pictures):
 
 def test_picture_error_is_a_value_error():
     assert issubclass(PictureError, ValueError)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_processes_share_the_pictures_and_give_the_same_files(pictures, order):
+    for name in ("a.jpg", "a.gif", "b.png"):  # each wants the name of another
+        Image.new("RGB", (4, 3), "white").save(pictures / "in" / name)
+    run(pictures)
+    alone = pictures / "alone"
+    (pictures / "out").rename(alone)
+    (pictures / "out").mkdir()
+    outcomes = [run(pictures, share=(rank, 3)) for rank in order]
+    assert [outcome.done for outcome in outcomes] == [3 if rank == 0 else 2 for rank in order]
+    files = tree(pictures / "out")
+    assert {name for name in files if name.endswith("jsonl")} == {
+        "manifest.jsonl", "manifest-1.jsonl", "manifest-2.jsonl"
+    }  # fmt: skip
+    labels = [name for name in tree(alone) if name.endswith(".png")]
+    assert [name for name in files if name.endswith(".png")] == labels
+    for name in labels:
+        assert (pictures / "out" / name).read_bytes() == (alone / name).read_bytes()
+    assert run(pictures) == Outcome(found=7, skipped=7)
+    assert run(pictures, share=(1, 2)) == Outcome(found=3, skipped=3)

@@ -16,7 +16,8 @@ HELP = "label every pixel of pictures"
 def parser() -> ArgumentParser:
     options = ArgumentParser(
         description="Label every pixel of pictures with one of the classes. Writes an indexed PNG for each picture, "
-        "a manifest by which the same command goes on where it stopped, and run.json with all that was used."
+        "a manifest by which the same command goes on where it stopped, and run.json with all that was used. "
+        "Started by torchrun, each process takes a share of the pictures."
     )
     add = options.add_argument
     add("paths", nargs="*", type=str, help="pictures, folders, globs")
@@ -68,7 +69,10 @@ def run(config: Namespace) -> int:
     prepare_folder(folder)
 
     import fastzs
+    from fastzs import ranks
     from fastzs.doctor import describe_device, versions
+
+    share = ranks.started()
 
     options = dict(config.options)
     if config.seen is not None:
@@ -79,7 +83,7 @@ def run(config: Namespace) -> int:
             backbone=config.backbone,
             weights=config.weights,
             checkpoint=config.checkpoint,
-            device=config.device,
+            device=ranks.own_device(config.device),
             precision=config.precision,
             short_side=config.short_side,
             crop=config.crop,
@@ -123,7 +127,7 @@ def run(config: Namespace) -> int:
         "precision": str(segmenter.dtype).removeprefix("torch."),
         "versions": versions(),
     }
-    write_record(folder, record)
+    write_record(folder, record, share[0])
 
     def segment(path: Path):
         return segmenter(path, vocabulary, background=config.background, threshold=config.threshold)
@@ -134,11 +138,11 @@ def run(config: Namespace) -> int:
         record["failed"] = outcome.failed
         record["ended"] = how
         record["finished"], record["seconds"] = _now(), round(time.monotonic() - begun, 3)
-        write_record(folder, record)
+        write_record(folder, record, share[0])
 
-    outcome = Outcome(len(pictures))
+    outcome = Outcome(0)
     try:
-        with _Progress() as progress:
+        with _Progress(shown=share[0] == 0) as progress:
             segment_pictures(
                 pictures,
                 segment,
@@ -149,6 +153,7 @@ def run(config: Namespace) -> int:
                 start=progress.start_with,
                 step=progress.step,
                 outcome=outcome,
+                share=share,
             )
     except BaseException as error:
         # On a full disk not even this can be written, and the first problem is the one to tell.
@@ -257,6 +262,9 @@ def _now() -> str:
 class _Progress:
     """Bar with counts, rate and time left on stderr; problems are printed above it."""
 
+    def __init__(self, shown: bool):
+        self.shown = shown
+
     def __enter__(self) -> "_Progress":
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -269,6 +277,7 @@ class _Progress:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=Console(stderr=True),
+            disable=not self.shown,
         )
         self.bar.start()
         return self
