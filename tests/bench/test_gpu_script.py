@@ -20,7 +20,8 @@ def test_dry_run(tmp_path):
         f'#!/bin/sh\n[ "$2" = pip ] && exit 0\n[ "$1" = setup.py ] && exit 0\nexec {sys.executable} "$@"\n'
     )
     stand_in.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(stand_in)}
+    # options for this run of pytest are not for the one inside
+    environment = {**os.environ, "PYTHON": str(stand_in), "PYTEST_ADDOPTS": ""}
     command = ["bash", str(ROOT / "bench/gpu.sh"), str(tmp_path / "out")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
