@@ -44,7 +44,7 @@ def test_preset_is_a_recipe(name):
     assert ("--start" in text) == (config["setting"] == "transductive")
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.split("/")[1] in ("clip_rc", "zegclip")])
 def test_published_recipes_train_everything_alike(name):
     """Learning rate 2e-4 and decay 0.01 on all that is trained, norms included: what the published settings come to."""
     config = settings("--preset", name)

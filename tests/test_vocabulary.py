@@ -52,7 +52,7 @@ def test_bad_templates_are_refused(templates, message):
 
 def test_template_sets_have_the_published_sizes():
     sizes = {name: len(templates) for name, templates in clip.TEMPLATES.items()}
-    assert sizes == {"single": 1, "coco15": 15, "openai80": 80, "maskclip85": 85, "shapes": 2}
+    assert sizes == {"raw": 1, "single": 1, "coco15": 15, "openai80": 80, "maskclip85": 85, "shapes": 2}
     assert all(len(set(t)) == len(t) and all(s.count("{}") == 1 for s in t) for t in clip.TEMPLATES.values())
 
 
