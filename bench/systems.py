@@ -73,7 +73,7 @@ def figures(name: str) -> dict[str, float]:
     torch.manual_seed(0)
     model = FULL[name]()
     counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    segmenter, names = Segmenter(model), vocabulary(text_width(model))
+    segmenter, names = Segmenter(model.requires_grad_(False)), vocabulary(text_width(model))
     os.environ["FASTZS_IMPL"] = "reference"
     with FlopCounterMode(display=False) as counter:
         segmenter(picture(), names)
