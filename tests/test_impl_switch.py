@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Left out: long, and no different with another backend.
-SLOW = "not (any_shape or little_memory or no_matrix or exports or ranks or compiles or starts_from)"
+SLOW = "not (any_shape or little_memory or exports or ranks or compiles or starts_from)"
 TESTS = Path(__file__).parent
 # Every op that has several backends, and the models and predictors built on them; only what is quick.
 PART = (

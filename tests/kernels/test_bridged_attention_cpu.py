@@ -184,7 +184,8 @@ def test_second_derivative_raises():
     ("dtype", "dim", "reason"),
     [(torch.float64, 32, r"q is torch\.float64"), (f32, 36, "size 36"), (f32, 136, "size 136; wanted a multiple of 8")],
 )
-def test_what_it_cannot_take_goes_elsewhere(dtype, dim, reason):
+def test_what_it_cannot_take_goes_elsewhere(dtype, dim, reason, monkeypatch):
+    monkeypatch.delenv("FASTZS_IMPL", raising=False)
     layout, _ = LAYOUTS["divides"]
     q, k, v = inputs(layout, 0, dtype, dim=dim)
     with pytest.raises(RuntimeError, match=f"impl='cpu' cannot run: .*{reason}"):
