@@ -1,14 +1,13 @@
 """``bridged_attention``: attention of CLIP-RC's tower under its region mask, which never becomes a matrix."""
 
 import functools
-import importlib.util
-import os
 import warnings
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
 from .compiled import why_not_cpu
 from .layout import TokenLayout
@@ -16,7 +15,6 @@ from .reference import bridged_attention_reference
 from .split import bridged_attention_split
 from .xformers import why_not_xformers
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 # The order in which auto tries the backends, best first, by `pytest bench/test_attention.py -s`: times faster than
 # scaled_dot_product_attention with the dense mask, forward / forward + backward. On 2 cores of an Intel Xeon with
 # AVX-512 but without AVX512-BF16, busy with other work (bench/results/attention.md):
@@ -124,10 +122,8 @@ def _notice(text: str) -> None:
 
 def _why_not_triton(q: Tensor) -> str | None:
     """Why Triton cannot take these queries ``[B, H, L, d]``, or None."""
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"q is on {q.device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if reason := why_not_triton("q is", q.device):
+        return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
     return None if q.shape[3] <= 128 else f"heads have size {q.shape[3]}; wanted at most 128"

@@ -10,12 +10,12 @@ fp32; the softmax's denominators are kept as logarithms to base 2.
 # pyright: reportOperatorIssue=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # (it does not know what a jitted function is)
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
 
+from ..triton_runtime import interpreted
 from .layout import TokenLayout
 
 # By the bytes of a number and the widest head: rows, keys, warps. Larger tiles spill registers on one of sm_80, sm_90
@@ -432,16 +432,11 @@ def _launch(kernel, tiles: dict, of: int, q: torch.Tensor, layout: TokenLayout, 
             KEYS=keys,
             CELLS=CELLS,
             BRIDGE=layout.bridge is not None,
-            UPCAST=_interpreted(),
+            UPCAST=interpreted(),
             num_warps=warps,
             num_stages=2,
             enable_fp_fusion=True,
         )
-
-
-def _interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, where what is rounded to bf16 would be cut: it gets fp32."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -459,9 +454,9 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
 
 
 def _like(q: torch.Tensor) -> torch.Tensor:
-    """[B, H, L, d] in memory [B, L, H, d]."""
+    """[B, H, L, d] in memory [B, L, H, d]; fp32 in the interpreter, which cuts what it rounds to bf16."""
     B, H, L, d = q.shape
-    return q.new_empty((B, L, H, d), dtype=torch.float32 if _interpreted() else q.dtype).transpose(1, 2)
+    return q.new_empty((B, L, H, d), dtype=torch.float32 if interpreted() else q.dtype).transpose(1, 2)
 
 
 def forward(

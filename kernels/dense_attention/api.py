@@ -1,20 +1,18 @@
 """Attention operators that turn CLIP's last block into a dense encoder without training."""
 
-import importlib.util
-import os
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
 from . import reference
 from .compiled import why_not_cpu
 
 Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
 KINDS: tuple[str, ...] = get_args(Kind)
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def dense_attention(
@@ -91,10 +89,8 @@ def dense_attention(
 def _why_not_triton(*tensors: Tensor) -> str | None:
     """Why Triton cannot take these queries, keys and values, or None."""
     q = tensors[0]
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if q.device.type != "cuda" and not (q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"q is on {q.device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if reason := why_not_triton("q is", q.device):
+        return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
     if q.shape[3] > 128:

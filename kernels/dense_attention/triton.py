@@ -7,11 +7,12 @@ fp32.
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
 # (it does not know that a grid launches a kernel)
 import math
-import os
 
 import torch
 import triton
 import triton.language as tl
+
+from ..triton_runtime import interpreted
 
 # By the bytes of a number and the widest head: rows, keys, warps. Larger tiles spill registers on one of sm_80, sm_90
 # and sm_100, for which tests/kernels/test_dense_attention_triton.py compiles these.
@@ -92,8 +93,8 @@ def attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     B, H, L, D = q.shape
     patches = grid[0] * grid[1]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # it cuts what it rounds to bf16, so it gets fp32
-    out = q.new_empty((B, patches, H, D), dtype=torch.float32 if interpreted else q.dtype).transpose(1, 2)
+    upcast = interpreted()  # it cuts what it rounds to bf16, so it gets fp32
+    out = q.new_empty((B, patches, H, D), dtype=torch.float32 if upcast else q.dtype).transpose(1, 2)
     if out.numel() > 0:
         rows, keys, warps = TILES[q.element_size(), 64 if D <= 64 else 128]
         with torch.cuda.device(q.device.index if q.is_cuda else -1):
@@ -115,7 +116,7 @@ def attention(
                 ROWS=rows,
                 KEYS=keys,
                 GAUSSIAN=std is not None,
-                UPCAST=interpreted,
+                UPCAST=upcast,
                 num_warps=warps,
                 num_stages=2,
                 enable_fp_fusion=True,

@@ -1,18 +1,16 @@
 """``key_smoothing`` and ``prompt_denoising``: the two refinements of MaskCLIP (ECCV 2022, section 3.2)."""
 
-import importlib.util
 import math
-import os
 
 import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..triton_runtime import why_not_triton
 from . import operator, pairwise  # noqa: F401  declare the operators
 from .linear import key_smoothing_linear
 from .reference import key_smoothing_reference, prompt_denoising_reference
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 WIDEST_TRITON = 1024  # channels that a program of its first kernel can hold
 MODES = ("paper", "official")
 WEIGHTS = ("cosine", "relu", "softmax")
@@ -128,11 +126,8 @@ def _reasons(keys: Tensor, probs: Tensor, pairs: bool) -> dict[str, str | None]:
 
 
 def _why_not_triton(keys: Tensor, probs: Tensor, pairs: bool) -> str | None:
-    device = keys.device.type
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the keys are on {keys.device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if reason := why_not_triton("the keys are", keys.device):
+        return reason
     for name, tensor in (("keys", keys), ("probs", probs)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} is {tensor.dtype}; wanted float32, bfloat16 or float16"

@@ -14,13 +14,13 @@ Products of fp32 are exact; bf16 and fp16 are multiplied as tf32, which holds th
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
 # pyright: reportGeneralTypeIssues=false
 # (it does not know that a grid launches a kernel)
-import os
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..triton_runtime import interpreted
 from .linear import EPS
 
 # tests/kernels/test_key_smoothing_triton.py compiles these for sm_80, sm_90 and sm_100.
@@ -302,17 +302,13 @@ def key_smoothing_pairs(keys: Tensor, probs: Tensor, weights: str, temperature: 
             POSITIONS=positions,
             CHANNELS=PAIR_CHANNELS,
             PRECISION=precision(keys, probs),
-            UPCAST=_interpreted(),
+            UPCAST=interpreted(),
             num_warps=warps,
             enable_fp_fusion=True,
         )
     return out.to(probs.dtype)
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _empty(probs: Tensor) -> Tensor:
     # The interpreter cuts what it rounds to bf16: it gets fp32 instead.
-    return torch.empty_like(probs, dtype=torch.float32 if _interpreted() else probs.dtype)
+    return torch.empty_like(probs, dtype=torch.float32 if interpreted() else probs.dtype)

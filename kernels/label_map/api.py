@@ -1,8 +1,6 @@
 """``label_map``: from the windows' low-resolution class maps to the labels of a picture, in one pass."""
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..dispatch import choose
+from ..triton_runtime import why_not_triton
 from .compiled import why_not_cpu, why_not_cuda
 from .operator import score_dtype
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 ACTIVATIONS = ("sigmoid", "softmax", "none")
 RESIZES = ("two-stage", "single")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -139,11 +137,8 @@ def label_map(
 
 
 def _why_not_triton(logits: Tensor, top_k: int) -> str | None:
-    device = logits.device.type
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return f"the logits are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    if reason := why_not_triton("the logits are", logits.device):
+        return reason
     if logits.dtype == torch.float64:
         return "the logits are float64"
     return f"top_k is {top_k}; wanted 1" if top_k > 1 else None

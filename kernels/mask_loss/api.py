@@ -1,8 +1,6 @@
 """``mask_loss``: focal and dice loss of class masks, from low-resolution logits."""
 
-import importlib.util
 import math
-import os
 from typing import NamedTuple
 
 import torch
@@ -10,11 +8,11 @@ import torch
 from ..dispatch import choose
 from ..pixel_text_logits.api import pixel_text_logits, product_dtype, validate
 from ..pixel_text_logits.api import reasons as logits_reasons
+from ..triton_runtime import why_not_triton
 from . import pixel_text as pixel_text  # registers the operator
 from .compiled import MISSING
 from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
 
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 TARGET_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 
@@ -148,7 +146,7 @@ def _pixels(target: torch.Tensor, ignore_index: int, skip: bool) -> int | torch.
 def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None]:
     """For each backend, best first, why it cannot run on these tensors."""
     device = logits.device.type
-    cpu, cuda, triton = MISSING["cpu"], MISSING["cuda"], None
+    cpu, cuda = MISSING["cpu"], MISSING["cuda"]
     if device != "cpu":
         cpu = f"the logits are on {device}"
     elif logits.shape[1] >= 32767:
@@ -157,11 +155,8 @@ def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None
         cuda = f"the logits are on {device}"
     elif max(*logits.shape[2:], *target.shape[1:]) >= 65535:
         cuda = f"{list(logits.shape[2:])} or {list(target.shape[1:])} is too large; wanted less than 65535"
-    if not HAS_TRITON:
-        triton = "Triton is not installed"
-    elif device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        triton = f"the logits are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
-    elif target.shape[2] > 128 * logits.shape[3]:
+    triton = why_not_triton("the logits are", logits.device)
+    if triton is None and target.shape[2] > 128 * logits.shape[3]:
         triton = f"{logits.shape[3]} columns become {target.shape[2]}; wanted at most 128 times as many"
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         cpu = cuda = triton = f"the logits are {logits.dtype}; wanted float32, bfloat16 or float16"

@@ -1,17 +1,14 @@
 """``pixel_text_logits``: cosine scores of every pixel feature against every class embedding."""
 
-import importlib.util
 import math
-import os
 from collections.abc import Callable
 
 import torch
 
 from ..dispatch import choose
+from ..triton_runtime import why_not_triton
 from .operator import MISSING
 from .reference import pixel_text_logits_reference
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def pixel_text_logits(
@@ -62,15 +59,12 @@ def logits_by(backend: str) -> Callable[[torch.Tensor, torch.Tensor, float], tor
 def reasons(features: torch.Tensor, dtype: torch.dtype) -> dict[str, str | None]:
     """For each backend, best first, why it cannot multiply these features in ``dtype``, or None."""
     device = features.device.type
-    cpu, cuda, triton = MISSING["cpu"], MISSING["cuda"], None
+    cpu, cuda = MISSING["cpu"], MISSING["cuda"]
     if device != "cpu":
         cpu = f"the features are on {device}"
     if device != "cuda":
         cuda = f"the features are on {device}"
-    if not HAS_TRITON:
-        triton = "Triton is not installed"
-    elif device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        triton = f"the features are on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+    triton = why_not_triton("the features are", features.device)
     for seen in (features.dtype, dtype):
         if seen not in (torch.float32, torch.bfloat16, torch.float16):
             cpu = cuda = triton = f"the features are {seen}; wanted float32, bfloat16 or float16"

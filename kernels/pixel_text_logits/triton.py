@@ -6,12 +6,12 @@ squared, into the pixels' norms, which divide the product at the end. All sums a
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
 # (it does not know that a grid launches a kernel)
-import os
 
 import torch
 import triton
 import triton.language as tl
 
+from ..triton_runtime import interpreted
 from .reference import SMALLEST_NORM
 
 PIXELS = 64
@@ -82,7 +82,7 @@ def pixel_text_logits(features: torch.Tensor, text: torch.Tensor, scale: float) 
     B, D, h, w = features.shape
     C = text.shape[0]
     # The interpreter multiplies the bits of bf16 as integers and cuts what it rounds to bf16: it gets fp32 instead.
-    upcast = os.environ.get("TRITON_INTERPRET") == "1"
+    upcast = interpreted()
     out = features.new_empty((B, C, h, w), dtype=torch.float32 if upcast else text.dtype)
     if out.numel() > 0:
         most_classes, channels, warps = TILES[text.element_size()]

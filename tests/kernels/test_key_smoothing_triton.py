@@ -228,7 +228,7 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     assert source.count(right) == 1
     path = tmp_path / "broken.py"
     path.write_text(source.replace(right, wrong).replace("from .linear", "from fastzs.kernels.key_smoothing.linear"))
-    spec = importlib.util.spec_from_file_location("broken_key_smoothing", path)
+    spec = importlib.util.spec_from_file_location("fastzs.kernels.key_smoothing.mutant", path)
     assert spec is not None
     assert spec.loader is not None
     broken = importlib.util.module_from_spec(spec)
