@@ -5,9 +5,9 @@
 Protocol ``shapes``: 64 colour-shape pairs and 4 grounds, the labels of 16 pairs hidden in training (inductive). Scenes
 of 128 x 128 with 2 to 4 objects; 2,000 for training, 200 others for the scores, one seed. CLIP is the small one that
 the package carries, so that all systems read the same text vectors; what else a system needs starts from random
-weights. Recipes are the presets ``shapes/SYSTEM/inductive``; two-stage systems are trained on parts of 96 x 96, which
-takes half the time. Steps, learning rates and batches stand in a system's row, as do the minutes it took.
-Scores go to ``RUNS/SYSTEM/scores.json``.
+weights. Recipes are the presets ``shapes/SYSTEM/inductive``, but for MaskCLIP+, which labels the hidden pairs itself
+(``transductive``). Two-stage systems are trained on parts of 96 x 96, which takes half the time. Steps, learning rates
+and batches stand in a system's row, as do the minutes it took. Scores go to ``RUNS/SYSTEM/scores.json``.
 """
 
 import argparse
@@ -36,12 +36,13 @@ SHAPES = protocol("shapes")
 SEEN = [i for i in range(len(SHAPES.classes)) if i not in SHAPES.unseen]
 SEEN_NAMES = [SHAPES.classes[i] for i in SEEN]
 SIDE = 128
-SYSTEMS = ("maskclip", "zegclip", "clip_rc", "lseg", "szn", "zegformer", "zsseg")
+SYSTEMS = ("maskclip", "zegclip", "clip_rc", "lseg", "szn", "maskclip_plus", "zegformer", "zsseg")
 
 
 def settings(name: str) -> dict[str, Any] | None:
     """The preset of a system, None if it is not trained."""
-    path = PRESETS / "shapes" / name / "inductive.yaml"
+    setting = "transductive" if name == "maskclip_plus" else "inductive"
+    path = PRESETS / "shapes" / name / f"{setting}.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
@@ -49,7 +50,7 @@ def make(name: str, preset: dict[str, Any] | None) -> Any:
     if preset is None:
         return models.MaskCLIP(clip.load(weights="shapes"))
     kind: Any = MODELS[name]
-    return kind(weights="shapes", seen=SEEN_NAMES, **preset["options"])
+    return kind(weights="shapes", seen=SEEN_NAMES if preset["setting"] == "inductive" else None, **preset["options"])
 
 
 class Cropped:
