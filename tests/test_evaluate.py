@@ -187,6 +187,23 @@ def test_command_on_a_benchmark_layout(tmp_path, capsys):
     assert results["results"][0]["scores"]["hIoU"] is None
 
 
+def test_command_one_class_at_a_time(tmp_path, capsys):
+    (tmp_path / "pair.yaml").write_text("classes: [red thing, blue thing]\nunseen: [blue thing]\n")
+    arguments = ["evaluate", *data(tmp_path)[:4], "--protocol", str(tmp_path / "pair.yaml"), *MODEL]
+    arguments += ["--against", "a thing"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    assert "blue thing" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["model"] == "maskclip"
+    (scores,) = results["results"]
+    assert list(scores["iou"]) == ["blue thing"]
+    assert scores["mIoU"] == scores["iou"]["blue thing"]
+    assert main([*arguments, "--calibration", "0.1"]) == 2
+    assert "leave out --calibration" in capsys.readouterr().err
+    assert main(["evaluate", *data(tmp_path), *MODEL, "--against", "a thing"]) == 2
+    assert "protocol names has none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from fastzs.data.protocols import Protocol
     from fastzs.evaluate import AnyDataset
+    from fastzs.folds import FoldScores
     from fastzs.metrics import ConfusionMatrix
     from fastzs.predict import Segmenter
     from fastzs.vocabulary import Vocabulary
@@ -54,6 +56,11 @@ def parser() -> ArgumentParser:
         help="constant taken from the seen classes' scores (published: 0.1); a list, [0, 0.05, 0.1], tries each; if "
         "omitted, the model's own where it was trained on this protocol's seen classes, else 0",
     )
+    add(
+        "--against",
+        type=str | None,
+        help="name of all else (for PASCAL-5i: others): ask for each unseen class alone in the pictures that hold it",
+    )
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
@@ -68,6 +75,10 @@ def run(config: Namespace) -> int:
     """Evaluate; 0 when it is done."""
     if (config.overlays and config.output is None) or (config.plots and config.output is None):
         raise ValueError("--overlays and --plots write files; name a folder for them with --output")
+    if config.against is not None:
+        for name in ("predictions", "calibration", "words", "embeddings", "overlays", "plots"):
+            if config[name] not in (None, False):
+                raise ValueError(f"--against asks a model for two names at a time; leave out --{name}")
     if config.plots:
         from fastzs import plots
 
@@ -81,6 +92,7 @@ def run(config: Namespace) -> int:
     from rich.console import Console
 
     from fastzs import ranks
+    from fastzs.evaluate import report
     from fastzs.predict import choose_device
 
     device = ranks.join(choose_device(config.device))
@@ -90,6 +102,15 @@ def run(config: Namespace) -> int:
         begun = time.monotonic()
         about: dict[str, Any] = {"pictures": len(dataset), "processes": ranks.world()}
         overlays = folder / "overlays" if folder is not None and config.overlays else None
+        if config.against is not None:
+            segmenter = _segmenter(config, str(device))
+            found = _score_fold(segmenter, config, dataset, protocol, console)
+            if ranks.rank() == 0:
+                _show_fold(found, protocol, dataset, config.model)
+                if folder is not None:
+                    about |= _about(segmenter, config) | {"seconds": round(time.monotonic() - begun, 3)}
+                    _write(folder, protocol, dataset, about, [asdict(found)])
+            return 0
         if config.predictions is not None:
             matrices = {0.0: _score_folder(config.predictions, dataset, protocol, overlays, console)}
             about |= {"predictions": config.predictions}
@@ -97,12 +118,19 @@ def run(config: Namespace) -> int:
             segmenter = _segmenter(config, str(device))
             vocabulary = _vocabulary(config, protocol)
             matrices = _score_model(segmenter, vocabulary, config, dataset, protocol, overlays, console)
-            about |= _about(segmenter, vocabulary, config)
+            about |= _about(segmenter, config)
+            about |= {"vocabulary": {"hash": vocabulary.hash, "phrases": list(vocabulary.phrases)}}
         about |= {"seconds": round(time.monotonic() - begun, 3)}
         if ranks.rank() == 0:
             _show(matrices, protocol, dataset, about)
             if folder is not None:
-                _write(folder, matrices, protocol, dataset, about, config.plots)
+                results = [
+                    ({} if "predictions" in about else {"calibration": constant}) | report(matrix, protocol)
+                    for constant, matrix in matrices.items()
+                ]
+                _write(folder, protocol, dataset, about, results)
+                if config.plots:
+                    _plot(folder, next(iter(matrices.values())), protocol)
     finally:
         ranks.leave()
     return 0
@@ -200,6 +228,21 @@ def _score_model(
         )
 
 
+def _score_fold(
+    segmenter: "Segmenter", config: Namespace, dataset: "AnyDataset", protocol: "Protocol", console: "Console"
+) -> "FoldScores":
+    from fastzs.folds import evaluate_fold
+
+    if not protocol.unseen:
+        raise ValueError(f"--against scores unseen classes, but protocol {protocol.name} has none")
+    classes = [protocol.classes[i] for i in protocol.unseen]
+    progress = _progress(console, dataset, protocol, None)
+    with progress:
+        return evaluate_fold(
+            segmenter, dataset, classes, others=config.against, templates=config.templates, step=progress.advance
+        )
+
+
 class _progress:
     """Bar with counts, rate and time left on stderr; gives the step that moves it and writes overlays."""
 
@@ -233,11 +276,14 @@ class _progress:
 
         if self.overlays is not None:
             save_overlay(self.overlays, name, picture, labels, self.protocol)
+        self.advance()
+
+    def advance(self) -> None:
         speed = self.bar.tasks[0].speed
         self.bar.update(self.task, advance=1, rate=f"{speed:.1f} pictures/s" if speed else "")
 
 
-def _about(segmenter: "Segmenter", vocabulary: "Vocabulary", config: Namespace) -> dict[str, Any]:
+def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
     from fastzs.doctor import describe_device, versions
 
     device = describe_device(segmenter.device)
@@ -247,7 +293,6 @@ def _about(segmenter: "Segmenter", vocabulary: "Vocabulary", config: Namespace) 
         "checkpoint": config.checkpoint,
         "fingerprint": getattr(segmenter.model, "fingerprint", "") or None,
         "weights": config.weights,
-        "vocabulary": {"hash": vocabulary.hash, "phrases": list(vocabulary.phrases)},
         "precision": str(segmenter.dtype).removeprefix("torch."),
         "short_side": segmenter.short_side,
         "crop": segmenter.crop,
@@ -297,23 +342,31 @@ def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", datase
         )
 
 
+def _show_fold(found: "FoldScores", protocol: "Protocol", dataset: "AnyDataset", model: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    console.print(f"{model} on {dataset.what}, one unseen class at a time", markup=False, highlight=False)
+    console.print(f"protocol {protocol}", markup=False, highlight=False)
+    table = Table("class")
+    table.add_column("IoU", justify="right")
+    for name, value in (*found.iou.items(), ("mIoU", found.mIoU), ("FBIoU", found.FBIoU)):
+        table.add_row(name, _percent(value))
+    console.print(table)
+
+
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def _write(
-    folder: Path,
-    matrices: "dict[float, ConfusionMatrix]",
-    protocol: "Protocol",
-    dataset: "AnyDataset",
-    about: dict[str, Any],
-    plots: bool,
+    folder: Path, protocol: "Protocol", dataset: "AnyDataset", about: dict[str, Any], results: list[dict[str, Any]]
 ) -> None:
-    from fastzs.evaluate import report
     from fastzs.files import write_atomically
     from fastzs.runs import OutputError
 
-    results = {
+    content = {
         "fastzs": __version__,
         "protocol": {
             "name": protocol.name,
@@ -324,22 +377,22 @@ def _write(
         },
         "dataset": dataset.what,
         **about,
-        "results": [
-            ({} if "predictions" in about else {"calibration": constant}) | report(matrix, protocol)
-            for constant, matrix in matrices.items()
-        ],
+        "results": results,
     }
     path = folder / "results.json"
     try:
-        write_atomically(path, (json.dumps(results, indent=1) + "\n").encode())
-        if plots:
-            from fastzs.plots import save_bars, save_confusion
-
-            first = next(iter(matrices.values()))
-            path = folder / "iou.png"
-            save_bars(path, first, protocol)
-            path = folder / "confusion.png"
-            save_confusion(path, first, protocol)
+        write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
     print(f"results in {folder}")
+
+
+def _plot(folder: Path, matrix: "ConfusionMatrix", protocol: "Protocol") -> None:
+    from fastzs.plots import save_bars, save_confusion
+    from fastzs.runs import OutputError
+
+    for name, save in (("iou.png", save_bars), ("confusion.png", save_confusion)):
+        try:
+            save(folder / name, matrix, protocol)
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / name}: {error.strerror}") from error

@@ -223,16 +223,17 @@ class PairsFile(PairsDataset):
 
 
 class VOC2012(PairsDataset):
-    """PASCAL VOC 2012: 20 classes, the background ignored.
+    """PASCAL VOC 2012: 20 classes with the background ignored, or 21 with the background as class 0.
 
     Args:
         root: ``VOCdevkit/VOC2012`` or a folder that holds it; with ``JPEGImages``, ``SegmentationClass`` and
             ``ImageSets/Segmentation``. Masks of the augmented list (SBD) lie in ``SegmentationClassAug``.
         split: "train" (1,464), "val" (1,449), "trainval", or "trainaug" (10,582): the list ``trainaug.txt``, or
             ``train.txt`` and ``aug.txt``. A picture's own VOC mask is preferred to the one from SBD.
+        background: make the background a class.
     """
 
-    def __init__(self, root: str | Path, split: str = "val"):
+    def __init__(self, root: str | Path, split: str = "val", *, background: bool = False):
         root = _home(root, "JPEGImages", "VOCdevkit/VOC2012", "VOC2012")
         lists = root / "ImageSets" / "Segmentation"
         files = [lists / f"{split}.txt"]
@@ -245,7 +246,8 @@ class VOC2012(PairsDataset):
         pairs = [
             Pair(name, root / "JPEGImages" / f"{name}.jpg", folders[name in only_sbd] / f"{name}.png") for name in ids
         ]
-        super().__init__(pairs, VOC, reduce_zero_label=True, what=f"VOC 2012 {split}")
+        classes = ("background", *VOC) if background else VOC
+        super().__init__(pairs, classes, reduce_zero_label=not background, what=f"VOC 2012 {split}")
 
 
 class CocoStuff164k(PairsDataset):
@@ -379,10 +381,11 @@ def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> Pai
     if protocol.dataset == "shapes":
         sizes = {"train": 2000, "val": 200}
         return ShapesDataset(split, sizes.get(split, 200))
+    background = protocol.background == "class"
     kinds: dict[str, Callable[..., PairsDataset]] = {
-        "voc2012": VOC2012,
+        "voc2012": partial(VOC2012, background=background),
         "coco_stuff164k": CocoStuff164k,
-        "pascal_context": partial(PascalContext, background=protocol.background == "class"),
+        "pascal_context": partial(PascalContext, background=background),
         "ade20k": ADE20K150,
         "camvid": CamVid,
     }

@@ -4,6 +4,10 @@ A number without its protocol means little: PASCAL-Context alone is used in thre
 ``context50-10-bg`` (MaskCLIP+, and with ZegCLIP's class list) has 60 classes with the background among them;
 ``context49-10`` (OTSeg) takes the same ten names as unseen among the 59 classes without it; ``context49-10-cascade``
 (Cascade-CLIP's configuration) takes ten others.
+
+``pascal5i-0`` to ``-3`` are PASCAL-5i's folds (Shaban et al., "One-Shot Learning for Semantic Segmentation", BMVC
+2017): VOC with its background as a class, five classes unseen in each. They are scored one class at a time, see
+:mod:`fastzs.folds`.
 """
 
 import difflib
@@ -98,6 +102,7 @@ _CONTEXT_UNSEEN = (
 _CASCADE_UNSEEN = (
     "aeroplane", "bed", "bedclothes", "boat", "bottle", "car", "cloth", "cow", "keyboard", "plate"
 )  # fmt: skip
+_VOC_21 = ("background", *VOC)
 _CONTEXT_60 = ("background", *CONTEXT)
 _SHAPES = (*PAIRS, *GROUNDS)
 
@@ -105,6 +110,10 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol("voc15-5", VOC, tuple(range(15, 20)), "voc2012", reduce_zero_label=True),
+        *(
+            Protocol(f"pascal5i-{i}", _VOC_21, tuple(range(5 * i + 1, 5 * i + 6)), "voc2012", background="class")
+            for i in range(4)
+        ),
         Protocol(
             "coco156-15",
             COCO_STUFF,

@@ -5,6 +5,8 @@ from fastzs.data.protocols import PROTOCOLS, Protocol, protocol
 # indices as the published configurations have them
 PUBLISHED = {
     "voc15-5": (20, [15, 16, 17, 18, 19]),
+    "pascal5i-0": (21, [1, 2, 3, 4, 5]),
+    "pascal5i-3": (21, [16, 17, 18, 19, 20]),
     "coco156-15": (171, [19, 23, 28, 29, 36, 51, 76, 88, 94, 112, 133, 136, 137, 157, 160]),
     "context50-10-bg": (60, [20, 34, 49, 15, 8, 25, 7, 55, 32, 1]),
     "context49-10": (59, [19, 33, 48, 14, 7, 24, 6, 54, 31, 0]),
@@ -14,6 +16,8 @@ PUBLISHED = {
 }
 NAMES = {
     "voc15-5": "pottedplant sheep sofa train tvmonitor",
+    "pascal5i-0": "aeroplane bicycle bird boat bottle",
+    "pascal5i-3": "pottedplant sheep sofa train tvmonitor",
     "coco156-15": "cow giraffe suitcase frisbee skateboard carrot scissors cardboard clouds grass playingfield river "
     "road tree wall-concrete",
     "context50-10-bg": "aeroplane bird boat cat cow fence keyboard motorbike sofa tvmonitor",
