@@ -6,8 +6,8 @@ Protocol ``shapes``: 64 colour-shape pairs and 4 grounds, the labels of 16 pairs
 of 128 x 128 with 2 to 4 objects; 2,000 for training, 200 others for the scores, one seed. CLIP is the small one that
 the package carries, so that all systems read the same text vectors; what else a system needs starts from random
 weights. Recipes are the presets ``shapes/SYSTEM/inductive``, but for MaskCLIP+, which labels the hidden pairs itself
-(``transductive``). Two-stage systems are trained on parts of 96 x 96, which takes half the time. Steps, learning rates
-and batches stand in a system's row, as do the minutes it took. Scores go to ``RUNS/SYSTEM/scores.json``.
+(``transductive``). Two-stage systems, which have no crop of their own, are trained on parts of 96 x 96. Steps,
+learning rates and batches stand in a system's row, as do the minutes it took. Scores go to ``RUNS/SYSTEM/scores.json``.
 """
 
 import argparse
@@ -57,7 +57,7 @@ class Cropped:
     """Training pictures: parts of scenes in their own size, flipped, colours as they are (they are part of names)."""
 
     def __init__(self, model: Any):
-        side = SIDE * 3 // 4 if isinstance(model, models.ZegFormer | models.ZSSeg) else SIDE
+        side = model.crop or SIDE * 3 // 4
         self.transform = training_transform(
             side, model.mean, model.std, short_side=SIDE, scale=(1.0, 1.0), most=1.0, distortion=False
         )
