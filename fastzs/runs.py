@@ -6,8 +6,9 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastzs.files import write_atomically
 from fastzs.pictures import PictureError
@@ -41,6 +42,22 @@ class Outcome:
     def complete(self) -> bool:
         """Whether every picture came out, now or before."""
         return self.skipped + self.done == self.found
+
+
+class Attempt(NamedTuple):
+    """How one picture went, as plain values, since it may come from another process.
+
+    Attributes:
+        picture: its path.
+        state: its size and time of change, from before it was read; None if it was not there.
+        problem: why it did not come out, or None.
+        ends: what ends the run: an OutputError at once, a ValueError (settings that do not fit) if no picture came out.
+    """
+
+    picture: Path
+    state: list[int] | None
+    problem: str | None = None
+    ends: OutputError | ValueError | None = None
 
 
 class Manifest:
@@ -164,6 +181,7 @@ def segment_pictures(
     step: Callable[[Path, str | None], None] = lambda picture, problem: None,
     outcome: Outcome | None = None,
     share: tuple[int, int] = (0, 1),
+    through: Callable[[Callable[[tuple[Path, Path]], Attempt], list[tuple[Path, Path]]], Iterable[Attempt]] = map,
 ) -> Outcome:
     """Segment what is not done yet, and write ``NAME.png`` and on request ``NAME_overlay.jpg``, ``NAME_coco.json``.
 
@@ -177,6 +195,8 @@ def segment_pictures(
         step: called after each picture, with what went wrong or None.
         outcome: kept up to date on the way, so that an interrupted caller has it.
         share: this process's number and how many there are; each takes every so many-th picture.
+        through: what calls a function for each item and gives the results in any order, such as ``map`` or
+            :meth:`fastzs.ray_engine.Actors.map`; ``segment`` is part of that function.
 
     Raises:
         OutputError: a file cannot be written; what is done so far is in the manifest.
@@ -194,24 +214,35 @@ def segment_pictures(
     # of all pictures, so that no two processes take one name
     names = manifest.names(pictures) if todo else {}
     start(outcome)
-    for picture in todo:
-        problem = None
-        state = _state(picture)
-        try:
-            _write_result(segment(picture), picture, folder / names[picture], overlay, coco)
-        except OutputError:
-            raise
-        except Exception as error:
-            if isinstance(error, ValueError) and not isinstance(error, PictureError) and not outcome.done:
-                raise
-            problem = str(error) if isinstance(error, PictureError) else f"{picture}: {_sentence(error)}"
-            outcome.failed[str(picture)] = problem
-        else:
-            files = [names[picture] + ending for ending in endings]
-            manifest.add(picture, state, settings, names[picture], files)
+    work = partial(_attempt, segment, overlay, coco)
+    for picture, state, problem, ends in through(work, [(picture, folder / names[picture]) for picture in todo]):
+        if isinstance(ends, OutputError) or (ends is not None and not outcome.done):
+            raise ends
+        if problem is None:
+            manifest.add(picture, state, settings, names[picture], [names[picture] + ending for ending in endings])
             outcome.done += 1
+        else:
+            outcome.failed[str(picture)] = problem
         step(picture, problem)
     return outcome
+
+
+def _attempt(
+    segment: Callable[[Path], Segmentation], overlay: bool, coco: bool, picture_and_target: tuple[Path, Path]
+) -> Attempt:
+    """Segment a picture and write its files, named by a path without ending."""
+    picture, target = picture_and_target
+    state = _state(picture)
+    try:
+        _write_result(segment(picture), picture, target, overlay, coco)
+    except OutputError as error:
+        return Attempt(picture, state, str(error), OutputError(str(error)))
+    except PictureError as error:
+        return Attempt(picture, state, str(error))
+    except Exception as error:  # its traceback would hold on to the model's tensors
+        ends = ValueError(str(error)) if isinstance(error, ValueError) else None
+        return Attempt(picture, state, f"{picture}: {_sentence(error)}", ends)
+    return Attempt(picture, state)
 
 
 def _write_result(result: Segmentation, picture: Path, target: Path, overlay: bool, coco: bool) -> None:

@@ -117,6 +117,23 @@ def test_what_changed_is_done_again(pictures, change):
     assert torch.equal(labels, fake(pictures / "in" / "a.png").labels)
 
 
+def test_results_may_come_in_any_order(pictures):
+    run(pictures)
+    (pictures / "out").rename(pictures / "in order")
+    (pictures / "out").mkdir()
+    (pictures / "in" / "words.png").write_text("no picture")
+    told = []
+
+    def backwards(work, items):
+        return map(work, reversed(items))
+
+    outcome = run(pictures, through=backwards, step=lambda picture, problem: told.append(picture.name))
+    assert (outcome.done, told[0]) == (4, "words.png")
+    for name in tree(pictures / "in order"):
+        ours, theirs = ((pictures / folder / name).read_bytes() for folder in ("out", "in order"))
+        assert sorted(ours.splitlines()) == sorted(theirs.splitlines())
+
+
 def test_going_on_after_an_interrupt(pictures):
     def interrupted(path):
         if path.name == "b.jpg":

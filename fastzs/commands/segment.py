@@ -1,14 +1,22 @@
 """``fastzs segment``: label every pixel of pictures."""
 
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
 from fastzs import __version__
+
+if TYPE_CHECKING:
+    from fastzs.predict import Segmenter
+    from fastzs.ray_engine import Actors
+    from fastzs.result import Segmentation
+    from fastzs.vocabulary import Vocabulary
 
 HELP = "label every pixel of pictures"
 
@@ -17,7 +25,7 @@ def parser() -> ArgumentParser:
     options = ArgumentParser(
         description="Label every pixel of pictures with one of the classes. Writes an indexed PNG for each picture, "
         "a manifest by which the same command goes on where it stopped, and run.json with all that was used. "
-        "Started by torchrun, each process takes a share of the pictures."
+        "Started by torchrun, each process takes a share of the pictures; --engine ray shares them out among actors."
     )
     add = options.add_argument
     add("paths", nargs="*", type=str, help="pictures, folders, globs")
@@ -51,7 +59,51 @@ def parser() -> ArgumentParser:
     add("--batch", type=int, default=8, help="windows at a time")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
+    add("--engine", type=Literal["plain", "ray"], default="plain", help="this process, or actors of Ray Data")
+    add("--workers", type=int | None, help="Ray's actors, each with its own model; else one for each GPU or CPU core")
     return options
+
+
+@dataclass
+class Job:
+    """What is done with every picture; plain values until it is first called, so that other processes can have it."""
+
+    load: dict[str, Any]  # arguments of fastzs.load
+    vocabulary: "Vocabulary"
+    background: Literal["none", "threshold", "prompt"]
+    threshold: float
+
+    def __call__(self, picture: Path) -> "Segmentation":
+        return self.segmenter(picture, self.vocabulary, background=self.background, threshold=self.threshold)
+
+    @cached_property
+    def segmenter(self) -> "Segmenter":
+        """Loaded when it is first asked for."""
+        import fastzs
+
+        try:
+            return fastzs.load(**self.load)
+        except TypeError as error:  # of a name among the options that the model does not have
+            raise ValueError(f"--options: {error}") from error
+
+    def facts(self) -> dict[str, Any]:
+        """What came of the settings in the process that was asked: the loaded model, its device, versions."""
+        from fastzs.doctor import describe_device, versions
+
+        model: Any = self.segmenter.model
+        about = describe_device(self.segmenter.device)
+        return {
+            "checkpoint": self.load["checkpoint"] and getattr(model, "fingerprint", self.load["checkpoint"]),
+            "weights": model.clip.fingerprint,
+            "backbone": model.clip.backbone,
+            "precision": str(self.segmenter.dtype),
+            **{name: getattr(self.segmenter, name) for name in ("short_side", "crop", "stride")},
+            "device": {key: about[key] for key in ("device", "name", "details")},
+            "versions": versions(),
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
 def run(config: Namespace) -> int:
@@ -60,56 +112,49 @@ def run(config: Namespace) -> int:
     _check_coco(config.coco)
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.pictures import find_pictures
-    from fastzs.runs import Outcome, prepare_folder, segment_pictures, settings_hash, write_record
+    from fastzs.runs import prepare_folder
     from fastzs.vocabulary import Vocabulary
 
     pictures = find_pictures(config.paths or _paths_in(config.config), skip=config.output)
     vocabulary = Vocabulary(entries, templates=_templates(config.templates))
-    folder = Path(config.output)
-    prepare_folder(folder)
+    actors = _actors(config)
+    prepare_folder(Path(config.output))
 
-    import fastzs
     from fastzs import ranks
-    from fastzs.doctor import describe_device, versions
-
-    share = ranks.started()
 
     options = dict(config.options)
     if config.seen is not None:
         options["seen"] = [name.strip() for name in config.seen.split(",")]
-    try:
-        segmenter = fastzs.load(
-            config.model,
-            backbone=config.backbone,
-            weights=config.weights,
-            checkpoint=config.checkpoint,
-            device=ranks.own_device(config.device),
-            precision=config.precision,
-            short_side=config.short_side,
-            crop=config.crop,
-            stride=config.stride,
-            batch=config.batch,
-            **options,
-        )
-    except TypeError as error:  # of a name among the options that the model does not have
-        raise ValueError(f"--options {config.options}: {error}") from error
-    clip: Any = segmenter.model.clip
+    names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
+    load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
+    job = Job(load, vocabulary, config.background, config.threshold)
+    with nullcontext() if actors is None else actors:
+        return _segment(config, pictures, job, options, actors, ranks.started())
+
+
+def _segment(
+    config: Namespace,
+    pictures: list[Path],
+    job: Job,
+    options: dict[str, Any],
+    actors: "Actors | None",
+    share: tuple[int, int],
+) -> int:
+    """Segment the pictures and keep the record."""
+    from fastzs.runs import Outcome, segment_pictures, settings_hash, write_record
+
+    folder, vocabulary = Path(config.output), job.vocabulary
+    facts = job.facts() if actors is None else actors.run(job.facts)
     decisive = {
         "fastzs": __version__,
         "model": config.model,
         "options": options,
-        "checkpoint": config.checkpoint and getattr(segmenter.model, "fingerprint", config.checkpoint),
-        "weights": clip.fingerprint,
-        "precision": str(segmenter.dtype),
         "vocabulary": vocabulary.hash,
         "background": config.background,
         "threshold": config.threshold if config.background == "threshold" else None,
-        "short_side": segmenter.short_side,
-        "crop": segmenter.crop,
-        "stride": segmenter.stride,
+        **{name: facts[name] for name in ("checkpoint", "weights", "precision", "short_side", "crop", "stride")},
     }
     settings = settings_hash(decisive)
-    about = describe_device(segmenter.device)
     begun = time.monotonic()
     record: dict[str, Any] = {
         "started": _now(),
@@ -121,16 +166,13 @@ def run(config: Namespace) -> int:
         "settings": {key: value for key, value in config.as_dict().items() if key != "config"},
         "settings_hash": settings,
         "decisive_settings": decisive,
-        "weights": {"name": config.weights, "backbone": clip.backbone, "fingerprint": clip.fingerprint},
+        "weights": {"name": config.weights, "backbone": facts["backbone"], "fingerprint": facts["weights"]},
         "vocabulary": {"hash": vocabulary.hash, "names": list(vocabulary.names)},
-        "device": {key: about[key] for key in ("device", "name", "details")},
-        "precision": str(segmenter.dtype).removeprefix("torch."),
-        "versions": versions(),
+        "device": facts["device"],
+        "precision": facts["precision"].removeprefix("torch."),
+        "versions": facts["versions"],
     }
     write_record(folder, record, share[0])
-
-    def segment(path: Path):
-        return segmenter(path, vocabulary, background=config.background, threshold=config.threshold)
 
     def end(how: str) -> None:
         counts = {"found": outcome.found, "done": outcome.done, "done_before": outcome.skipped}
@@ -145,7 +187,7 @@ def run(config: Namespace) -> int:
         with _Progress(shown=share[0] == 0) as progress:
             segment_pictures(
                 pictures,
-                segment,
+                job,
                 folder,
                 settings,
                 overlay=config.overlay,
@@ -154,6 +196,7 @@ def run(config: Namespace) -> int:
                 step=progress.step,
                 outcome=outcome,
                 share=share,
+                through=map if actors is None else actors.map,
             )
     except BaseException as error:
         # On a full disk not even this can be written, and the first problem is the one to tell.
@@ -166,6 +209,17 @@ def run(config: Namespace) -> int:
         f"{len(outcome.failed)} failed; results in {folder}"
     )
     return 0 if outcome.complete else 1
+
+
+def _actors(config: Namespace) -> "Actors | None":
+    """Ray's actors, where they are asked for."""
+    if config.engine == "plain":
+        if config.workers is not None:
+            raise ValueError("--workers is the number of Ray's actors; it needs --engine ray")
+        return None
+    from fastzs.ray_engine import Actors
+
+    return Actors(config.workers, config.device)
 
 
 def _entries(classes: str | list[str] | None, classes_file: str | None) -> list[str | dict[str, list[str]]]:
