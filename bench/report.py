@@ -8,28 +8,39 @@ from .rows import Row, commit, duration, faster, groups, is_ours, machine, read,
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by python -m bench report -->", "<!-- end of what is made -->"
+SIZES = {"classes": "classes", "height": "height in pixels or positions", "batch": "batch"}  # that curves go over
+MARKERS = "os^vDPX*"
+GREYS = ("0.2", "0.45", "0.6", "0.75")
 VERSIONS = ("python", "torch", "triton", "cuda", "xformers", "openvino", "onnxruntime")
 
 
 def report(files: Sequence[Path], command: str, folder: Path = RESULTS, readme: Path | None = None) -> Path:
     """Write ``folder/MACHINE.md``, plots beside it where matplotlib is there, and the table in ``readme``.
 
+    The page has everything, the README the problems that stand for their op or model ("headline" in their rows).
+
     Raises:
-        ValueError: files that are not a bench's, have no rows or are of several machines; a README without the markers.
+        ValueError: files that are not a bench's, have no rows or are of several machines; a README without the markers,
+            or rows of which none is for it.
     """
     rows = read(files)
     if not rows:
         raise ValueError(f"no measured rows in {', '.join(map(str, files))}")
+    headlines = [row for row in rows if row.get("headline")]
+    if readme is not None and not headlines:
+        raise ValueError(
+            f"no rows for {readme.name} in {', '.join(map(str, files))}: run the whole bench, or --no-readme"
+        )
     name = machine(rows)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.md"
     text = f"# {rows[0]['device']}\n\n{provenance(rows, files, command)}\n\n{summary(rows)}\n"
     pictures = plots(rows, folder / name)
     text += "".join(f"\n![{picture.stem}]({name}/{picture.name})" for picture in pictures) + "\n" * bool(pictures)
-    text += "".join(f"\n## {group}\n\n{table(some)}\n" for group, some in groups(rows).items())
+    text += "".join(f"\n## {group}\n\n{table(some)}\n{remarks(some)}" for group, some in groups(rows).items())
     path.write_text(text, encoding="utf-8")
     if readme is not None:
-        replace_table(readme, f"{provenance(rows, files, command)}\n\n{summary(rows)}")
+        replace_table(readme, f"{provenance(rows, files, command)}\n\n{summary(headlines)}")
     return path
 
 
@@ -60,22 +71,35 @@ def _rates(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """One line a problem: ours against the first rival and against the fastest that is not ours; losses in bold."""
+    """One line a problem: ours against the published order and against the fastest that is not ours; losses in bold.
+
+    An empty cell: not measured, because nobody else computes it or its tensors would not fit.
+    """
     lines = [
         "| problem | published | best other | fastzs | times faster than published | than best other | peak MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for group, some in groups(rows).items():
-        ours, others = _ours(some), [row for row in some if not is_ours(row)]
-        if ours is None or not others:
+        ours, first, best = _sides(some)
+        if ours is None:
             continue
-        same = [row for row in others if row["dtype"] == ours["dtype"]] or others
-        first, best = others[0], min(same, key=lambda row: row["median seconds"])
-        memory = f"{_megabytes(first)} to {_megabytes(ours)}"
-        cells = [duration(first["median seconds"]), f"{best['rival']}, {duration(best['median seconds'])}"]
-        cells += [duration(ours["median seconds"]), _factor(faster(ours, first)), _factor(faster(ours, best)), memory]
+        cells = ["" if first is None else duration(first["median seconds"])]
+        cells.append("" if best is None else f"{best['rival']}, {duration(best['median seconds'])}")
+        cells.append(duration(ours["median seconds"]))
+        cells += ["" if other is None else _factor(faster(ours, other)) for other in (first, best)]
+        cells.append(("" if first is None else f"{_megabytes(first)} to ") + _megabytes(ours))
         lines.append(f"| {group} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _sides(rows: Sequence[Row]) -> tuple[Row | None, Row | None, Row | None]:
+    """Of a problem's rows ours, the first rival's (which the others' speeds are relative to) and the best other."""
+    ours, others = _ours(rows), [row for row in rows if not is_ours(row)]
+    if ours is None:
+        return None, None, None
+    same = [row for row in others if row["dtype"] == ours["dtype"]] or others
+    first = others[0] if others and "faster" in others[0] else None
+    return ours, first, min(same, key=lambda row: row["median seconds"], default=None)
 
 
 def _ours(rows: Sequence[Row]) -> Row | None:
@@ -112,6 +136,19 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def remarks(rows: Sequence[Row]) -> str:
+    """What was measured of some rows besides: the parts of a call, the rate at which a loader feeds it."""
+    lines = []
+    for row in rows:
+        if "parts" in row:
+            parts = ", ".join(f"{part} {duration(seconds)}" for part, seconds in row["parts"].items())
+            lines.append(f"\nWhere the time of {row['rival']} goes, in one call: {parts}.\n")
+        if "loader pictures per second" in row:
+            rate = row["loader pictures per second"]
+            lines.append(f"\nOne process of the loader gives {rate:.3g} pictures/s, decoding not counted.\n")
+    return "".join(lines)
+
+
 def replace_table(readme: Path, content: str) -> None:
     text = readme.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
@@ -128,26 +165,53 @@ def plots(rows: Sequence[Row], folder: Path) -> list[Path]:
         return []
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [_bars(rows, folder / "ratios.png", "faster", "times faster than published")]
-    drawn.append(_bars(rows, folder / "memory.png", "peak MB", "peak MB beyond the inputs"))
+    drawn = [_ratios(rows, folder / "ratios.png"), _memory(rows, folder / "memory.png")]
     drawn.append(_roofline(rows, folder / "roofline.png"))
-    for what in ("classes", "height", "batch"):
-        drawn.append(_curves(rows, folder / f"{what}.png", what))
+    drawn += [_curves(rows, folder / f"{what}.png", what) for what in SIZES]
     return [path for path in drawn if path is not None]
 
 
-def _bars(rows: Sequence[Row], path: Path, key: str, label: str) -> Path | None:
+def _ratios(rows: Sequence[Row], path: Path) -> Path | None:
+    """How many times faster than the published order ours is, and the best other: two bars a problem."""
+    bars = []
+    for group, some in groups(rows).items():
+        ours, first, best = _sides(some)
+        if ours is not None and first is not None and best is not None:
+            times = [faster(ours, first), faster(best, first)]
+            colour = "C0" if times[0] >= times[1] else "C3"
+            bars.append((group, times, [f"{times[0]:.3g}", f"{times[1]:.3g} {best['rival']}"], (colour, "0.7")))
+    label = "times faster than published: fastzs (red where another is faster), best other (grey)"
+    return _bars(bars, path, label, 1.0)
+
+
+def _memory(rows: Sequence[Row], path: Path) -> Path | None:
+    """Peak memory of ours and of the published order: two bars a problem."""
+    bars = []
+    for group, some in groups(rows).items():
+        ours, first, _ = _sides(some)
+        if ours is not None and first is not None and None not in (ours["peak MB"], first["peak MB"]):
+            peaks = [max(row["peak MB"], 0.1) for row in (ours, first)]
+            bars.append((group, peaks, [f"{peak:.3g}" for peak in peaks], ("C0", "0.7")))
+    return _bars(bars, path, "peak MB beyond the inputs: fastzs (blue), published (grey)", 0.1)
+
+
+def _bars(bars: Sequence[tuple], path: Path, label: str, start: float) -> Path | None:
+    """Two bars a problem from ``start`` on a logarithmic axis, each with a text at its end."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row.get(key)]
-    if not rows:
+    if not bars:
         return None
-    figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(rows)), layout="constrained")
-    names = [f"{row['group']}: {row['rival']}" for row in rows]
-    axes.barh(range(len(rows)), [row[key] for row in rows], color=["C0" if is_ours(row) else "0.6" for row in rows])
-    axes.set_yticks(range(len(rows)), names, fontsize=6)
-    axes.invert_yaxis()
+    figure, axes = plt.subplots(figsize=(11, 1 + 0.42 * len(bars)), layout="constrained")
+    ends = [value for _, values, _, _ in bars for value in values] + [start]
     axes.set_xscale("log")
+    axes.set_xlim(min(ends) * 0.7, max(ends) * 6)  # room for the texts
+    for i, (_, values, texts, colours) in enumerate(bars):
+        for offset, value, text, colour in zip((-0.2, 0.2), values, texts, colours, strict=True):
+            axes.barh(i + offset, value - start, 0.38, left=start, color=colour)
+            axes.text(max(value, start) * 1.04, i + offset, text, va="center", fontsize=7)
+    axes.axvline(start, color="0.3", linewidth=0.8)
+    axes.set_yticks(range(len(bars)), [group for group, *_ in bars], fontsize=8)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.set_xlabel(label)
     return _save(figure, path)
 
@@ -158,36 +222,65 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path | None:
     rows = [row for row in rows if row["bytes"] and row["operations"]]
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
     bandwidth = max(row["copy bytes/s"] for row in rows)
     reach = [row["operations"] / row["bytes"] for row in rows]
     for dtype, rate in _rates(rows).items():
         xs = [min(reach) / 2, rate / bandwidth, max(max(reach) * 2, rate / bandwidth)]
         axes.plot(xs, [min(x * bandwidth, rate) for x in xs], label=f"ceiling, {dtype}")
-    for ours, colour, label in ((True, "C0", "fastzs"), (False, "0.6", "rivals")):
-        some = [(x, row["operations"] / row["median seconds"]) for x, row in zip(reach, rows, strict=True)]
-        some = [point for point, row in zip(some, rows, strict=True) if is_ours(row) == ours]
-        axes.scatter([x for x, _ in some], [y for _, y in some], s=12, color=colour, label=label)
+    points = [(x, row["operations"] / row["median seconds"]) for x, row in zip(reach, rows, strict=True)]
+    others = [point for point, row in zip(points, rows, strict=True) if not is_ours(row)]
+    axes.scatter(*zip(*others, strict=True), s=10, color="0.75", label="rivals") if others else None
+    for i, op in enumerate(dict.fromkeys(row.get("op", "other") for row in rows if is_ours(row))):
+        some = [p for p, row in zip(points, rows, strict=True) if is_ours(row) and row.get("op", "other") == op]
+        axes.scatter(*zip(*some, strict=True), s=24, color=f"C{i}", marker=MARKERS[i // 10], label=f"fastzs, {op}")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
-    axes.legend()
+    axes.set_title(
+        "above a ceiling: what is counted is the least work; ours is less where it leaves some out", fontsize=9
+    )
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 
 
 def _curves(rows: Sequence[Row], path: Path, what: str) -> Path | None:
-    """Times of the rows that say that ``what`` varies, a line for each op and rival."""
+    """Times over ``what``: a panel for each op and rest of its sizes, a line for each rival."""
     import matplotlib.pyplot as plt
 
-    lines: dict[str, dict[float, float]] = {}
+    panels: dict[str, dict[str, dict[float, float]]] = {}
     for row in rows:
-        if row.get("varies") == what:
-            lines.setdefault(f"{row['op']}, {row['rival']}", {})[row[what]] = row["median seconds"]
-    if not lines:
+        if "op" in row and what in row:
+            rest = [f"{size} {row[size]}" for size in SIZES if size != what and size in row]
+            lines = panels.setdefault(", ".join([row["op"], row["dtype"], *rest]), {})
+            lines.setdefault(row["rival"], {})[row[what]] = row["median seconds"]
+    panels = {
+        title: several
+        for title, lines in panels.items()
+        if (several := {name: points for name, points in lines.items() if len(points) > 1})
+    }
+    if not panels:
         return None
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name, points in lines.items():
-        axes.plot(sorted(points), [points[x] for x in sorted(points)], marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel=what, ylabel="seconds")
-    axes.legend(fontsize=7)
+    columns = min(3, len(panels))
+    lines_of_panels = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        lines_of_panels, columns, figsize=(5 * columns, 3.6 * lines_of_panels), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat[len(panels) :]:
+        axes.axis("off")
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        others = 0
+        for name, points in lines.items():
+            ours = name.startswith("fastzs")
+            others += not ours
+            style = {"color": "C0", "linewidth": 2} if name == "fastzs" else {"linestyle": "-" if ours else "--"}
+            style |= {} if ours else {"color": GREYS[others % len(GREYS)]}
+            xs = sorted(points)
+            axes.plot(xs, [points[x] for x in xs], marker=MARKERS[others % len(MARKERS)], label=name, **style)
+        ticks = sorted({x for points in lines.values() for x in points})
+        axes.set(xscale="log", yscale="log", xlabel=SIZES[what], ylabel="seconds")
+        axes.set_xticks(ticks, [str(x) for x in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, fontsize=9)
+        axes.legend(fontsize=7)
     return _save(figure, path)
 
 

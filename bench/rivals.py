@@ -13,6 +13,7 @@ A test file describes a :class:`Contest` in a function and asks for one row per 
 The first rival's row runs the whole contest, so that rounds are interleaved; the others' report what it found.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -25,8 +26,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from .machine import copy_bandwidth, describe, in_fresh_process, matrix_rate, peak_megabytes
-from .timing import sampler, sets_beyond_cache
+from .machine import FRESH_PROCESS_SECONDS, copy_bandwidth, describe, in_fresh_process, matrix_rate, peak_megabytes
+from .timing import sampler, sets_beyond_cache, timed
 
 # Largest error against the fp64 judge, as a share of its largest value, where a rival names no bound of its own.
 BOUNDS = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -48,12 +49,20 @@ class Rival:
         dtype: of the inputs it is given, and what its products are held against.
         bound: largest error it may have.
         answer: what is judged, where that is not what ``run`` returns; takes the same inputs.
+        judge: of this answer, where the rivals compute different things.
+        prepare: makes what ``run`` needs, in place of a first call, where a contest is ``fresh``.
+        details: what else to measure of it, once the rounds are over.
+        info: for its row alone; a "group" in it lists the row under a problem of its own.
     """
 
     run: Callable[..., Any]
     dtype: torch.dtype = torch.float32
     bound: float | None = None
     answer: Callable[..., Any] | None = None
+    judge: Callable[..., Any] | None = None
+    prepare: Callable[[], object] | None = None
+    details: Callable[[], dict[str, Any]] | None = None
+    info: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -70,8 +79,11 @@ class Contest:
         nbytes: read and written at the least, by any way of computing it (inputs once, outputs once).
         operations: additions and multiplications at the least.
         pictures: a call's, for models.
-        info: what else a row should have (sizes, numbers of classes ...).
+        info: what else a row should have: its "op", sizes that plots are drawn over ("classes", "height", "batch" ...),
+            and "headline" where it stands for the op in the README.
         seconds: for all the rounds.
+        fresh: each call on a CPU is timed in a process of its own, which is also measured for memory; for calls of
+            many seconds and models that need not all be there at a time. One round is the least then.
     """
 
     group: str
@@ -85,6 +97,7 @@ class Contest:
     pictures: int = 0
     info: dict[str, Any] = field(default_factory=dict)
     seconds: float = SECONDS
+    fresh: bool = False
 
 
 def largest_error(got: Sequence[Tensor], right: Sequence[Tensor]) -> float:
@@ -143,7 +156,9 @@ def clock() -> float:
 
 def hold(contest: Callable[..., Contest], args: tuple) -> dict[str, dict[str, Any] | Exception]:
     """For each rival its row, or why it has none."""
+    torch.compiler.reset()  # every problem is compiled for its own shapes
     it = contest(*args)
+    fresh = it.fresh and it.device == "cpu"
     rows: dict[str, dict[str, Any]] = {}
     problems: dict[str, Exception] = {}
     samplers: dict[str, Callable[[], dict[str, float]]] = {}
@@ -157,23 +172,37 @@ def hold(contest: Callable[..., Contest], args: tuple) -> dict[str, dict[str, An
         inputs = sets[rival.dtype][0]
         try:
             answer = _tensors((rival.answer or rival.run)(*inputs))
-            if rival.dtype not in right:
-                right[rival.dtype] = _tensors(it.judge(*(_double(x) for x in inputs)))
-            error = it.error(answer, right[rival.dtype])
+            if rival.judge is not None:
+                wanted = _tensors(rival.judge(*(_double(x) for x in inputs)))
+            else:
+                if rival.dtype not in right:
+                    right[rival.dtype] = _tensors(it.judge(*(_double(x) for x in inputs)))
+                wanted = right[rival.dtype]
+            error = it.error(answer, wanted)
             bound = BOUNDS[rival.dtype] if rival.bound is None else rival.bound
             if not error <= bound:
                 raise AssertionError(f"{name} is refused in {it.group}: error {error:.2e}, at most {bound:.2e} allowed")
             row = _row(it, name, rival, error, bound)
-            samplers[name] = sampler(rival.run, sets[rival.dtype], it.device)
+            if fresh:
+                samplers[name] = functools.partial(_alone, contest, args, name)
+            else:
+                samplers[name] = sampler(rival.run, sets[rival.dtype], it.device)
             rows[name] = row
         except Exception as problem:  # this rival's test reports it, and the others run
             problems[name] = problem
-    for name, rounds in _rounds(samplers, it.seconds).items():
-        rows[name] |= rounds
+    for name, found in _rounds(samplers, it.seconds, 1 if fresh else LEAST_ROUNDS).items():
+        if isinstance(found, Exception):
+            problems[name] = found
+            del rows[name]
+        else:
+            rows[name] |= found
     _compare(it, rows)
+    for name, row in rows.items():
+        if details := it.rivals[name].details:
+            row |= details()
     del sets, samplers
     for name, row in rows.items():
-        row["peak MB"] = _peak(it, contest, args, name)
+        row["peak MB"] = max(row["peak MB"]) if fresh else _peak(it, contest, args, name)
     return rows | problems
 
 
@@ -190,27 +219,38 @@ def _row(it: Contest, name: str, rival: Rival, error: float, bound: float) -> di
         "operations": it.operations,
         "copy bytes/s": copy_bandwidth(it.device),
         "matrix operations/s": matrix_rate(it.device, rival.dtype),
+        **rival.info,
     }
-    return row | {"floor seconds": max(it.nbytes / row["copy bytes/s"], it.operations / row["matrix operations/s"])}
+    floor = max(row["bytes"] / row["copy bytes/s"], row["operations"] / row["matrix operations/s"])
+    return row | {"floor seconds": floor}
 
 
-def _rounds(samplers: dict[str, Callable[[], dict[str, float]]], budget: float) -> dict[str, dict[str, list[float]]]:
-    """Each rival's measurements, one a round, all rivals in every round, another one first each time."""
+def _rounds(
+    samplers: dict[str, Callable[[], dict[str, float]]], budget: float, least: int
+) -> dict[str, dict[str, list[float]] | Exception]:
+    """Each rival's measurements, one a round, or its failure; all are in every round, another one first each time."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in samplers}
+    failed: dict[str, Exception] = {}
     names = list(samplers)
     spent, rounds = 0.0, 0
-    while names and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or spent * (1 + 1 / rounds) < budget):
+    while names and rounds < MOST_ROUNDS and (rounds < least or spent * (1 + 1 / rounds) < budget):
         start = time.perf_counter()
         for name in names[rounds % len(names) :] + names[: rounds % len(names)]:
-            for kind, value in samplers[name]().items():
-                found[name].setdefault(kind, []).append(value)
+            try:
+                for kind, value in samplers[name]().items():
+                    found[name].setdefault(kind, []).append(value)
+            except Exception as problem:
+                failed[name] = problem
+        names = [name for name in names if name not in failed]
         spent += time.perf_counter() - start
         rounds += 1
-    return found
+    return found | failed
 
 
 def _compare(it: Contest, rows: dict[str, dict[str, Any]]) -> None:
-    first = rows.get(next(iter(it.rivals)))
+    first: dict[str, str] = {}  # of each problem
+    for name, rival in it.rivals.items():
+        first.setdefault(rival.info.get("group", it.group), name)
     for row in rows.values():
         row["median seconds"] = statistics.median(row["seconds"])
         if it.pictures:
@@ -219,8 +259,8 @@ def _compare(it: Contest, rows: dict[str, dict[str, Any]]) -> None:
             row["times the floor"] = row["median seconds"] / row["floor seconds"]
         if "graph seconds" in row:
             row["launch overhead seconds"] = row["median seconds"] - statistics.median(row["graph seconds"])
-        if first is not None:
-            row["faster"] = ratio(first["seconds"], row["seconds"])
+        if first[row["group"]] in rows:
+            row["faster"] = ratio(rows[first[row["group"]]]["seconds"], row["seconds"])
 
 
 def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
@@ -232,6 +272,27 @@ def _peak(it: Contest, contest: Callable[..., Contest], args: tuple, name: str) 
     if it.device == "cuda":
         return _memory(contest, args, name)
     return in_fresh_process(_memory, contest, args, name)
+
+
+def _alone(contest: Callable[..., Contest], args: tuple, name: str) -> dict[str, float]:
+    found = in_fresh_process(_one_call, contest, args, name)
+    if found is None:
+        raise RuntimeError(f"{name} failed in a process of its own, or took longer than {FRESH_PROCESS_SECONDS} s")
+    return found
+
+
+def _one_call(contest: Callable[..., Contest], args: tuple, name: str) -> dict[str, float]:
+    """Seconds and peak MB of a rival's second call, or of its first after what it prepares."""
+    it = contest(*args)
+    rival = it.rivals[name]
+    inputs = it.inputs(0, rival.dtype)
+    if rival.prepare is None:
+        rival.run(*inputs)
+    else:
+        rival.prepare()
+    found: dict[str, float] = {}
+    peak = peak_megabytes(lambda: found.update(timed(rival.run, [inputs], 1)), it.device)
+    return found | {"peak MB": round(peak, 1)}
 
 
 def _memory(contest: Callable[..., Contest], args: tuple, name: str) -> float:

@@ -1,7 +1,8 @@
 """bridged_attention against what PyTorch and others do under CLIP-RC's mask, and dense_attention against its reference.
 
-    pytest bench/test_attention.py -s            # the CPU
-    pytest bench/test_attention.py -s -m gpu     # a GPU
+    pytest bench/test_attention.py --benchmark-only -s                         # the CPU
+    pytest bench/test_attention.py --benchmark-only -s -m "full and not gpu"   # bf16 and fp16, other kinds
+    pytest bench/test_attention.py --benchmark-only -s -m gpu                  # a GPU
 
 12 heads of 64, 1051 tokens: CLS, 10 prompts, 32 x 32 patches, a bridge of 4 x 4. Speeds are against
 scaled_dot_product_attention with the dense mask, round by round; that without any mask computes something else and
@@ -30,6 +31,10 @@ BACKENDS = ("cpu", "triton", "split", "reference")
 # forward + backward; on GPUs, and of unmasked SDPA.
 TARGETS = {("cpu", "fp32"): (1.3, 1.3), ("cpu", "bf16"): (4.0, 2.5), ("cuda", "bf16"): (1.2, 1.2)}
 NO_MASK = "SDPA, no mask (the bar)"
+HEADLINE = "kk+gaussian", "fp32"  # of dense_attention
+full = pytest.mark.full
+CPU_DTYPES = ["fp32", *(pytest.param(dtype, marks=full) for dtype in ("bf16", "fp16"))]
+KINDS = [pytest.param("kk", marks=full), pytest.param("qq+kk", marks=full), "kk+gaussian"]
 RIVALS = (
     "SDPA, dense mask", NO_MASK, "FlexAttention", "xformers", "fastzs", *(f"fastzs {impl}" for impl in BACKENDS)
 )  # fmt: skip
@@ -128,7 +133,8 @@ def attention(dtype, backward, batch, device):
         change(lambda q, k, v: bridged_attention(q, k, v, LAYOUT, impl="reference")),
         nbytes=(8 if backward else 4) * batch * LAYOUT.length * HEADS * DIM * DTYPES[dtype].itemsize,
         operations=(14 if backward else 4) * cost,
-        seconds=15,
+        info={"op": "bridged_attention", "headline": dtype == "fp32" and not backward},
+        seconds=10,
     )
 
 
@@ -167,6 +173,7 @@ def layer(dtype, batch, device):
         ours(right, "reference"),
         nbytes=(2 * batch * LAYOUT.length * size + 4 * size * size) * DTYPES[dtype].itemsize,
         operations=batch * (8 * LAYOUT.length * size * size + 4 * LAYOUT.length**2 * size),
+        info={"op": "attention layer"},
     )
 
 
@@ -184,6 +191,7 @@ def last_block(dtype, kind, device):
         kinds("reference"),
         nbytes=4 * LAYOUT.patches * HEADS * DIM * DTYPES[dtype].itemsize,
         operations=4 * HEADS * LAYOUT.patches**2 * DIM * (2 if kind == "qq+kk" else 1),
+        info={"op": "dense_attention", "headline": (kind, dtype) == HEADLINE},
     )
 
 
@@ -211,22 +219,24 @@ def bench(benchmark, rival, dtype, backward, batch, device):
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "backward", [pytest.param(False, marks=pytest.mark.quick), True], ids=["forward", "forward+backward"]
+)
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_cpu(benchmark, dtype, backward, rival):
     bench(benchmark, rival, dtype, backward, 1, "cpu")
 
 
 @pytest.mark.parametrize("rival", ["nn.MultiheadAttention", "fastzs"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", CPU_DTYPES[:2])
 def test_layer_cpu(benchmark, dtype, rival):
     row = compete(benchmark, rival, layer, dtype, 1, "cpu")
     print(f"\n{row['group']}, {rival}: {1e3 * row['median seconds']:.1f} ms, {row['faster']:.2f}x")
 
 
 @pytest.mark.parametrize("rival", ["reference", "fastzs"])
-@pytest.mark.parametrize("kind", ["kk", "qq+kk", "kk+gaussian"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", CPU_DTYPES[:2])
 def test_last_block_cpu(benchmark, dtype, kind, rival):
     row = compete(benchmark, rival, last_block, dtype, kind, "cpu")
     print(f"\n{row['group']}, {rival}: {1e3 * row['median seconds']:.1f} ms, {row['faster']:.2f}x")

@@ -1,12 +1,14 @@
 """pixel_text_logits, forward and backward, against normalising a copy of the features first.
 
-    pytest bench/test_pixel_text_logits.py --benchmark-only            # the CPU
-    pytest bench/test_pixel_text_logits.py --benchmark-only -m gpu     # a GPU
+    pytest bench/test_pixel_text_logits.py --benchmark-only                         # the CPU
+    pytest bench/test_pixel_text_logits.py --benchmark-only -m "full and not gpu"   # the other shapes, and bf16
+    pytest bench/test_pixel_text_logits.py --benchmark-only -m gpu                  # a GPU
 
 Rivals are judged, timed in turn and measured for memory as :mod:`bench.rivals` says. "tokens" are features that lie
 channel by channel, as a vision transformer gives them; "map" pixel by pixel.
 """
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -19,8 +21,16 @@ from fastzs.ops import pixel_text_logits
 from .rivals import Contest, Rival, compete
 
 # B, D, C, side, layout
-CPU_SHAPES = [(1, 512, C, side, "map") for C in (15, 156, 847) for side in (32, 64)]
-CPU_SHAPES += [(1, 512, 20, 64, "map"), (1, 512, 20, 64, "tokens"), (1, 512, 156, 32, "tokens")]
+HEADLINE = (1, 512, 156, 32, "map")
+CPU = [pytest.param((1, 512, 15, 32, "map"), "fp32", marks=pytest.mark.quick), (HEADLINE, "fp32")]
+CPU += [((B, 512, 156, side, "map"), "fp32") for B, side in ((1, 64), (4, 32))]
+CPU += [((1, 512, 847, 32, "map"), "fp32"), ((1, 512, 156, 32, "tokens"), "fp32")]
+CPU += [
+    pytest.param(shape, dtype, marks=pytest.mark.full)
+    for dtype in ("fp32", "bf16")
+    for C, side, layout in itertools.product((15, 20, 156, 847), (32, 64), ("map", "tokens"))
+    if ((shape := (1, 512, C, side, layout)), dtype) not in CPU and (C, side, layout, dtype) != (15, 32, "map", "fp32")
+]
 GPU_SHAPES = [(16, 512, 150, 32, "map"), (2, 512, 847, 32, "tokens"), (8, 768, 156, 40, "map")]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SCALE = 100.0
@@ -80,14 +90,19 @@ def contest(shape: tuple, dtype: str, device: str) -> Contest:
         step(published),
         nbytes=size * (3 * B * D + 2 * B * C) * side * side,
         operations=4 * B * C * D * side * side,
-        info={"shape": list(shape)},
+        info={
+            "op": f"pixel_text_logits, {layout}",
+            "classes": C,
+            "height": side,
+            "batch": B,
+            "headline": shape == HEADLINE and dtype == "fp32",
+        },
         seconds=2.0,
     )
 
 
 @pytest.mark.parametrize("rival", FUNCTIONS["cpu"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", CPU_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CPU, ids=str)
 def test_cpu(benchmark, shape, dtype, rival):
     compete(benchmark, rival, contest, shape, dtype, "cpu")
 

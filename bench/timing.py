@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -21,9 +21,10 @@ def sets_beyond_cache(nbytes: int, device: str) -> int:
 def sampler(run: Callable, sets: Sequence[tuple], device: str) -> Callable[[], dict[str, float]]:
     """Warm ``run`` up on the ``sets`` of inputs; the result takes one measurement each time it is called.
 
-    A measurement has "seconds" a call, as the caller of a running program sees it. On a GPU it also has
-    "host seconds", how long the call keeps the host, and, where the call can be captured in a CUDA graph,
-    "graph seconds": the GPU's own time, launches not counted.
+    A measurement has "seconds" a call, as the caller of a running program sees it. On a CPU it also has "processor
+    seconds", which other programs on the machine change least. On a GPU it also has "host seconds", how long the call
+    keeps the host, and, where the call can be captured in a CUDA graph, "graph seconds": the GPU's own time, launches
+    not counted.
     """
     turns = itertools.cycle(sets)
     if device == "cpu":
@@ -32,15 +33,18 @@ def sampler(run: Callable, sets: Sequence[tuple], device: str) -> Callable[[], d
 
 
 def _cpu(run: Callable, turns) -> Callable[[], dict[str, float]]:
-    def measure(calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run(*next(turns))
-        return (time.perf_counter() - start) / calls
+    calls = 1 + int(MEASUREMENT["cpu"] / timed(run, turns, 1)["seconds"])  # compiled when it was judged
+    return lambda: timed(run, turns, calls)
 
-    measure(1)  # compiles
-    calls = 1 + int(MEASUREMENT["cpu"] / measure(1))
-    return lambda: {"seconds": measure(calls)}
+
+def timed(run: Callable, turns: Iterable[tuple], calls: int) -> dict[str, float]:
+    """Seconds a call on a CPU, and of all its cores together, with inputs taken from ``turns``."""
+    inputs = list(itertools.islice(turns, calls))
+    start, busy = time.perf_counter(), time.process_time()
+    for some in inputs:
+        run(*some)
+    taken = {"seconds": time.perf_counter() - start, "processor seconds": time.process_time() - busy}
+    return {kind: seconds / calls for kind, seconds in taken.items()}
 
 
 def _gpu(run: Callable, sets: Sequence[tuple], turns) -> Callable[[], dict[str, float]]:

@@ -28,16 +28,17 @@ def write(path, rows):
 
 
 ROWS = [
-    row(rival="published", seconds=(1.0, 1.1, 1.2), faster=1.0, **{"peak MB": 100.0}),
-    row(rival="torch.compile", seconds=(0.05, 0.05, 0.05), faster=20.0),
-    row(seconds=(0.1, 0.1, 0.1), faster=11.0),
+    row(rival="published", seconds=(1.0, 1.1, 1.2), faster=1.0, headline=True, **{"peak MB": 100.0}),
+    row(rival="torch.compile", seconds=(0.05, 0.05, 0.05), faster=20.0, headline=True),
+    row(seconds=(0.1, 0.1, 0.1), faster=11.0, headline=True),
 ]
+OTHER = row(group="op, 847 classes", parts={"forward": 0.5, "backward": 1.5})  # nobody else's tensors fit
 
 
 def test_the_page_shows_wins_and_losses(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
-    path = pages.report([write(tmp_path / "a.json", ROWS)], "the command", tmp_path / "results", readme)
+    path = pages.report([write(tmp_path / "a.json", [*ROWS, OTHER])], "the command", tmp_path / "results", readme)
     assert path.name == "some-2-threads.md"
     line = "| op, 20 classes | 1.1 s | torch.compile, 50 ms | 100 ms | 11 | **0.5** | 100 to 3 |"
     assert line in path.read_text()
@@ -49,14 +50,30 @@ def test_the_page_shows_wins_and_losses(tmp_path):
     assert text.endswith(f"{pages.END}\nafter\n")
     assert line in text
     assert "old" not in text
+    assert "| op, 847 classes |  |  | 100 ms |  |  | 3 |" in path.read_text()
+    assert "Where the time of fastzs goes, in one call: forward 500 ms, backward 1.5 s." in path.read_text()
+    assert "847" not in text  # the README has a row an op
+
+
+def test_a_readme_is_not_emptied(tmp_path, capsys):
+    path = write(tmp_path / "a.json", [OTHER])
+    assert main(["report", str(path), "--folder", str(tmp_path)]) == 2
+    assert f"no rows for README.md in {path}: run the whole bench, or --no-readme" in capsys.readouterr().err
 
 
 def test_plots_are_written_where_matplotlib_is(tmp_path):
     pytest.importorskip("matplotlib")
-    many = [row(group=f"op, {n} classes", classes=n, op="op", varies="classes", faster=2.0) for n in (1, 10, 100)]
+    sizes = [(1, 32, 1), (10, 32, 1), (10, 64, 1), (10, 32, 2)]
+    many = [
+        row(group=str(size), op="op", rival=rival, **dict(zip(("classes", "height", "batch"), size, strict=True)))
+        for size in sizes
+        for rival in ("published", "fastzs")
+    ]
     drawn = pages.plots([*ROWS, *many], tmp_path / "plots")
-    assert [path.name for path in drawn] == ["ratios.png", "memory.png", "roofline.png", "classes.png"]
+    names = ["ratios", "memory", "roofline", "classes", "height", "batch"]
+    assert [path.stem for path in drawn] == names
     assert all(path.stat().st_size > 5000 for path in drawn)
+    assert [path.stem for path in pages.plots(many[:2], tmp_path / "few")] == ["roofline"]
 
 
 def test_lines_cut_short_are_left_out_and_a_later_row_counts(tmp_path):

@@ -51,6 +51,22 @@ def contest(order=()):
     )
 
 
+def fails_in_a_call(x):
+    raise MemoryError
+
+
+def fresh_contest():
+    own = {"info": {"group": "another problem"}, "details": lambda: {"details": 7}}
+    rivals = {
+        "first": Rival(torch.square),
+        "own problem": Rival(slow, prepare=lambda: None, **own),
+        "fails later": Rival(fails_in_a_call, answer=torch.square),
+        "wrong for its own judge": Rival(torch.square, judge=lambda x: x),
+    }
+    inputs = contest().inputs
+    return Contest("squares", "cpu", inputs, rivals, torch.square, seconds=0.1, fresh=True)
+
+
 @pytest.fixture(scope="module")
 def found():
     return hold(contest, ())
@@ -91,6 +107,19 @@ def test_rounds_are_interleaved_and_begin_with_another_rival_each(monkeypatch):
     assert judged == ["slow", "fast", "wrong", "not here", "holds more"]
     names = ["slow", "fast", "holds more"]
     assert [rounds[i : i + 3] for i in (0, 3, 6)] == [names[i:] + names[:i] for i in range(3)]
+
+
+def test_a_fresh_contest_times_each_call_in_a_process_of_its_own():
+    found = hold(fresh_contest, ())
+    assert set(found["own problem"]["seconds"]) == {found["own problem"]["median seconds"]}
+    assert 0.03 < found["own problem"]["median seconds"] < 3
+    assert found["own problem"]["group"] == "another problem"
+    assert found["own problem"]["faster"] == 1
+    assert found["own problem"]["details"] == 7
+    assert found["first"]["faster"] == 1
+    assert found["first"]["peak MB"] == pytest.approx(SIZE * 4 / 1e6, abs=2.5)
+    assert "fails later failed in a process of its own" in str(found["fails later"])
+    assert isinstance(found["wrong for its own judge"], AssertionError)
 
 
 def test_nan_is_refused():
