@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzs.ops import label_map
+from fastzs.trace import traced
 
 
 def inductive_target(target: Tensor, seen: Sequence[int], classes: int, ignore_index: int = 255) -> Tensor:
@@ -96,6 +97,7 @@ def _best(logits: Tensor, unseen: Tensor, shape: torch.Size, scores: bool) -> tu
     return labels, torch.stack([found.scores for found in maps if found.scores is not None]) if scores else labels
 
 
+@traced("train.loss")
 def pixel_cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -18,7 +18,7 @@ from fastzs.models.trained import TrainedModel
 from fastzs.ops import label_map
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
-from fastzs.trace import span
+from fastzs.trace import span, traced
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import resize_size, window_grid
 
@@ -191,6 +191,7 @@ class Segmenter:
         self._mean = (torch.tensor(model.mean, device=self.device) * 255)[:, None, None]
         self._scale = scale[:, None, None]
 
+    @traced("predict.picture")
     @torch.inference_mode()
     def __call__(
         self,
@@ -233,7 +234,7 @@ class Segmenter:
             classes = vocabulary.names
         elif background != "none":
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
-        with span("preprocess"):
+        with span("predict.preprocess"):
             original = read_picture(picture)
         options = {
             "activation": self.model.activation,
@@ -244,7 +245,7 @@ class Segmenter:
         }
         labels, won = [], []
         for maps, rows in self._bands(original, vocabulary):
-            with span("label_map"):
+            with span("predict.label_map"):
                 mapped = label_map(maps.logits, maps.windows, maps.size, output_size=maps.picture_size, **options)
             labels.append(mapped.labels[rows].cpu())
             won += [] if mapped.scores is None else [mapped.scores[rows].cpu()]
@@ -265,7 +266,7 @@ class Segmenter:
 
     def _windows(self, picture: Tensor) -> tuple[Tensor, Tensor]:
         """The resized picture and the windows over it, row by row."""
-        with span("preprocess"):
+        with span("predict.preprocess"):
             resized = self._resize(picture)
         size = (resized.shape[1], resized.shape[2])
         if self.crop and self.stride:  # a crop always has a stride
@@ -309,7 +310,7 @@ class Segmenter:
         for some in windows.split(self.batch):
             crops = [picture[:, top : top + height, left : left + width] for top, left, height, width in some.tolist()]
             images = (torch.stack(crops).to(self.device, torch.float32) - self._mean) / self._scale
-            with span("model"):
+            with span("predict.model"):
                 parts.append(self.model(images.to(self.dtype), vocabulary).float())
         return torch.cat(parts)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fastzs.files import write_atomically
 from fastzs.pictures import PictureError
 from fastzs.result import Segmentation
+from fastzs.trace import traced
 
 MANIFEST = "manifest{}.jsonl"
 RECORD = "run{}.json"
@@ -245,6 +246,7 @@ def _attempt(
     return Attempt(picture, state)
 
 
+@traced("predict.save")
 def _write_result(result: Segmentation, picture: Path, target: Path, overlay: bool, coco: bool) -> None:
     path = Path(f"{target}.png")
     try:

@@ -1,14 +1,26 @@
-"""Named ranges for NVIDIA's profilers: on with ``FASTZS_NVTX=1``, otherwise they cost a function call."""
+"""Named ranges for profilers: NVIDIA's with ``FASTZS_NVTX=1``, torch's inside :func:`torch_ranges`, otherwise none.
+
+Names are dotted, from the general to the particular (a slash has a meaning of its own in ncu's filters);
+docs/profiling.md lists them all, and they stay as they are. While a function is compiled or exported there are no
+ranges, so that they never break a graph.
+"""
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any, ParamSpec, TypeVar
 
+import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 _NOTHING = contextlib.nullcontext()
 
 
-def _annotate():
-    """``nvtx.annotate`` where ranges are asked for, else None.
+def _nvtx() -> Callable[[str], AbstractContextManager] | None:
+    """What opens an NVTX range where these are asked for, else None.
 
     The nvtx package is used because ``torch.cuda.nvtx`` raises where torch was built without CUDA.
     """
@@ -18,15 +30,45 @@ def _annotate():
         import nvtx
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("FASTZS_NVTX=1 needs the nvtx package: pip install nvtx") from error
-    return nvtx.annotate
+    return functools.partial(nvtx.annotate, domain="fastzs")
 
 
-_ANNOTATE = _annotate()
+_open: Callable[[str], AbstractContextManager] | None = _nvtx()
 
 
-def span(name: str) -> AbstractContextManager:
-    """A range called ``name`` in the domain "fastzs", for ``with``; without ``FASTZS_NVTX=1`` a no-op.
+def span(name: str) -> AbstractContextManager[Any]:
+    """A range called ``name``, for ``with``; a no-op unless ranges are on.
 
     The variable is read once, when this module is imported.
     """
-    return _NOTHING if _ANNOTATE is None else _ANNOTATE(name, domain="fastzs")
+    if _open is None or torch.compiler.is_compiling():
+        return _NOTHING
+    return _open(name)
+
+
+def traced(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator: every call of the function is a range called ``name``."""
+
+    def wrap(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def within(*args: P.args, **kwargs: P.kwargs) -> R:
+            if _open is None:
+                return function(*args, **kwargs)
+            with span(name):
+                return function(*args, **kwargs)
+
+        return within
+
+    return wrap
+
+
+@contextlib.contextmanager
+def torch_ranges() -> Iterator[None]:
+    """Ranges are torch's meanwhile: ``torch.profiler`` shows them as ``fastzs.NAME``, on any device."""
+    global _open
+    before = _open
+    _open = lambda name: torch.profiler.record_function(f"fastzs.{name}")  # noqa: E731
+    try:
+        yield
+    finally:
+        _open = before

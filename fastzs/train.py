@@ -34,6 +34,7 @@ from fastzs.data.batches import Batch, batches, mix
 from fastzs.predict import native_bf16
 from fastzs.recipe import Recipe
 from fastzs.runs import OutputError
+from fastzs.trace import span, traced
 from fastzs.training_log import TrainingLog
 from fastzs.vocabulary import Vocabulary
 
@@ -228,14 +229,16 @@ class _Run:
         values: dict[str, float] = {}
         for part in range(recipe.accumulate):
             begun = time.perf_counter()
-            batch = next(queue)
+            with span("train.data"):
+                batch = next(queue)
             waited += time.perf_counter() - begun
             names += batch.names
             torch.manual_seed(mix(recipe.seed, "step", step, part, ranks.rank()))
             more = part < recipe.accumulate - 1  # gradients are exchanged with the last part
             with run.no_sync() if more and isinstance(run, DistributedDataParallel) else contextlib.nullcontext():
                 losses = self._losses(run, batch, step)
-                (losses["total"] / recipe.accumulate).backward()
+                with span("train.backward"):
+                    (losses["total"] / recipe.accumulate).backward()
             for name, value in zip(losses, torch.stack(list(losses.values())).tolist(), strict=True):
                 values[name] = values.get(name, 0.0) + value / recipe.accumulate
         if step == 0:
@@ -251,7 +254,8 @@ class _Run:
         values["gradient_norm"] = norm.item()
         if not math.isfinite(values["gradient_norm"]):  # the weights must not take it, since they are to be kept
             raise TrainingError(self._stopped(step, f"the norm of the gradients is {norm.item()}", names))
-        self.optimizer.step()
+        with span("train.optimizer"):
+            self.optimizer.step()
         # A fused optimiser writes without being counted, and what the model keeps for evaluation goes by the counts.
         torch.autograd.graph.increment_version([p for p in self.model.parameters() if p.requires_grad])
         self.optimizer.zero_grad(set_to_none=True)
@@ -262,7 +266,7 @@ class _Run:
     def _losses(self, run: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         images, target = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.target))
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with span("train.forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 losses = run(images, target, self.vocabulary, **self.arguments)
         except ValueError as error:
             raise TrainingError(self._stopped(step, str(error), batch.names)) from error
@@ -283,6 +287,7 @@ class _Run:
         stop = signal.SIGTERM if term else signal.SIGINT if interrupt else 0
         return {name: value / ranks.world() for name, value in zip(values, sums, strict=True)}, stop
 
+    @traced("train.evaluate")
     def _evaluate(self, evaluate: Callable[[Any], Mapping[str, float]], best: str) -> bool:
         """Score the model; whether it is the best so far."""
         self.model.eval()
@@ -297,6 +302,7 @@ class _Run:
             self.outcome.best = score
         return better
 
+    @traced("train.save")
     def _save(self, links: Sequence[str]) -> None:
         if ranks.rank() == 0:
             with self.average.applied() if self.average else contextlib.nullcontext():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastzs.clip.templates import TEMPLATES
 from fastzs.clip.weights import Clip
+from fastzs.trace import traced
 
 log = logging.getLogger(__name__)
 _memory: dict[str, Tensor] = {}
@@ -196,6 +197,7 @@ def _encode(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Ten
     return vectors
 
 
+@traced("model.text")
 def _run_tower(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Tensor:
     encoder = clip.text()
     at_once = max(1, 256 // len(templates))

@@ -1,6 +1,7 @@
 """``fastzs profile``: warm-up and measured calls, and a trace."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -22,7 +23,13 @@ def test_the_trace_and_the_table(tmp_path, capsys):
     trace = tmp_path / "trace.json"
     assert main(["profile", "maskclip", *SMALL, "--iterations", "1", "--torch-profiler", str(trace)]) == 0
     events = json.loads(trace.read_text())["traceEvents"]
-    assert any(event.get("name") == "aten::conv2d" for event in events)
+    events = [event for event in events if event.get("ph") == "X"]
+    counted = Counter(event["name"] for event in events)
+    assert counted["fastzs.predict.picture"] == 1  # the warm-up is not recorded
+    assert counted["fastzs.model.tower"] == counted["fastzs.predict.model"] == counted["fastzs.ops.label_map"] == 1
+    convolution = next(event for event in events if event["name"] == "aten::conv2d")
+    tower = next(event for event in events if event["name"] == "fastzs.model.tower")
+    assert tower["ts"] <= convolution["ts"] <= tower["ts"] + tower["dur"]
     out = capsys.readouterr().out
     assert "Self CPU" in out
     assert f"trace in {trace}" in out

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fastzs.clip.memo import Memo
 from fastzs.clip.vision import Block, VisionTransformer
 from fastzs.ops import TokenLayout, bridged_attention
+from fastzs.trace import traced
 
 
 class Encoded(NamedTuple):
@@ -130,6 +131,7 @@ class PromptedVisionTransformer(VisionTransformer):
             sources += [*block.ln_1.parameters(), *block.attn.sources]
         return self._prompt_kv(sources, compute)
 
+    @traced("model.tower")
     def encode(self, images: Tensor) -> Encoded:
         """Features of the patches, of the picture and of the regions.
 
@@ -182,6 +184,7 @@ def keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return k, v
 
 
+@traced("model.tower.block")
 def step(block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
     """One layer: tokens [B, layout.length, C] -> the same."""
     q, k, v = block.attn.project(block.ln_1(x))

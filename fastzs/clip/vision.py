@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.ops import dense_attention
+from fastzs.trace import traced
 
 
 class QuickGELU(nn.Module):
@@ -70,6 +71,7 @@ class Block(nn.Module):
         self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
         self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
 
+    @traced("model.tower.block")
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))

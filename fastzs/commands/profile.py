@@ -34,13 +34,13 @@ def run(config: Namespace) -> int:
         if config[name] < 1:
             raise ValueError(f"--{name} must be at least 1, got {config[name]}")
     import time
-    from contextlib import nullcontext
+    from contextlib import ExitStack
     from pathlib import Path
 
     import torch
 
     from fastzs.predict import load
-    from fastzs.trace import span
+    from fastzs.trace import torch_ranges
     from fastzs.vocabulary import Vocabulary
 
     if config.torch_profiler and not Path(config.torch_profiler).absolute().parent.is_dir():
@@ -61,19 +61,21 @@ def run(config: Namespace) -> int:
     for _ in range(config.warmup):
         segmenter(picture, vocabulary)
     on_gpu = segmenter.device.type == "cuda"
-    recording = torch.profiler.profile(record_shapes=True) if config.torch_profiler else nullcontext()
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-    begun = time.perf_counter()
-    with recording:
+    recording = None
+    with ExitStack() as stack:
+        if config.torch_profiler:
+            stack.enter_context(torch_ranges())
+            recording = stack.enter_context(torch.profiler.profile(record_shapes=True))
+        begun = time.perf_counter()
         for _ in range(config.iterations):
-            with span("picture"):
-                segmenter(picture, vocabulary)  # labels are copied to the host: nothing is left running
-    taken = (time.perf_counter() - begun) / config.iterations
+            segmenter(picture, vocabulary)  # labels are copied to the host: nothing is left running
+        taken = (time.perf_counter() - begun) / config.iterations
     if on_gpu:
         torch.cuda.profiler.stop()
-    if isinstance(recording, torch.profiler.profile):
+    if recording is not None:
         recording.export_chrome_trace(config.torch_profiler)
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(recording.key_averages().table(sort_by=key, row_limit=20))

@@ -20,6 +20,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet
 
+from fastzs.trace import traced
+
 STRIDE = 4  # pixels of a mask's cell
 COARSEST = 32
 
@@ -141,6 +143,7 @@ class MaskFormer(nn.Module):
                 if parameter.ndim > 1:
                     nn.init.xavier_uniform_(parameter)
 
+    @traced("model.proposals")
     def forward(self, images: Tensor) -> Proposals:
         """Proposals of pictures [B, 3, H, W]; a mask's cell is 4 x 4 pixels of the picture.
 

@@ -25,6 +25,7 @@ from fastzs.clip.prompted import Encoded
 from fastzs.decoders import DecoderLayer, Layers, RelationDescriptor, scores
 from fastzs.models.prompt_tuned import PromptTuned
 from fastzs.models.trained import count_layers
+from fastzs.trace import traced
 from fastzs.vocabulary import Vocabulary
 
 
@@ -150,6 +151,7 @@ class ClipRC(PromptTuned):
         picture = F.linear(encoded.cls, of_picture, projection.bias)
         return F.linear(encoded.patches, of_patches) + regions.flatten(2).transpose(1, 2) + picture[:, None]
 
+    @traced("model.decoder")
     def streams(self, encoded: Encoded, text: Tensor) -> Streams:
         """Both streams through the decoder."""
         head = self.decode_head
@@ -160,6 +162,7 @@ class ClipRC(PromptTuned):
             q, z = layer_q(q, z), layer_v(z, q)
         return Streams(visual, q, z)
 
+    @traced("model.decoder")
     def logits(self, streams: Streams, grid: tuple[int, int]) -> Tensor:
         """S, [B, C, h, w]."""
         queries = streams.queries.unflatten(1, (streams.visual.shape[1], -1))  # [B, L, C, D]

@@ -34,6 +34,7 @@ from fastzs.decoders.dpt import DPTDecoder, Readout, Reassemble, SpatialBlock, d
 from fastzs.losses import inductive_target, pixel_cross_entropy
 from fastzs.models.trained import TrainedModel, class_indices, count_layers
 from fastzs.ops import pixel_text_logits
+from fastzs.trace import span, traced
 from fastzs.vocabulary import Vocabulary
 
 LOGIT_SCALE = 1 / 0.07
@@ -50,6 +51,7 @@ class Encoder(nn.Module):
         for i, channels in enumerate(levels):
             self.add_module(f"act_postprocess{i + 1}", Reassemble(i, width, channels, readout))
 
+    @traced("model.tower")
     def tokens(self, images: Tensor, hooks: Sequence[int]) -> tuple[list[Tensor], tuple[int, int]]:
         """Outputs [B, 1 + h * w, W] of the blocks ``hooks`` and the grid (h, w); sides are multiples of the patch."""
         if isinstance(self.model, VisionTransformer):
@@ -203,7 +205,8 @@ class LSeg(TrainedModel):
         if size != list(images.shape[2:]):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         tokens, grid = self.pretrained.tokens(images.to(next(self.parameters()).dtype), self.hooks)
-        return self.scratch(self.pretrained.levels(tokens, grid))
+        with span("model.decoder"):
+            return self.scratch(self.pretrained.levels(tokens, grid))
 
     def logits(self, features: Tensor, text: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
         """Features [B, D, h, w] and text vectors [rows, D] -> logits [B, C, h', w'], see ``double_logits``."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastzs.clip import Clip
 from fastzs.ops import key_smoothing, pixel_text_logits, prompt_denoising
+from fastzs.trace import traced
 from fastzs.vocabulary import Vocabulary
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,6 +106,7 @@ class MaskCLIP(nn.Module):
         """What turns this model's low-resolution output into scores: smoothed output is made of probabilities."""
         return "none" if self.smoothing else "softmax"
 
+    @traced("model.tower")
     def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Dense features [B, D, h, w] in the text space, and key vectors [B, h * w, C] if smoothing needs them."""
         tokens, grid = self.visual.trunk(images)

@@ -38,6 +38,7 @@ from fastzs.losses import inductive_target, pixel_cross_entropy
 from fastzs.models.maskclip import LOGIT_SCALE, MaskCLIP
 from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
 from fastzs.ops import label_map, pixel_text_logits
+from fastzs.trace import traced
 from fastzs.vocabulary import Vocabulary
 
 UNLABELLED = -1
@@ -163,6 +164,7 @@ class MaskCLIPPlus(TrainedModel):
             self._teacher.append(MaskCLIP(self.clip, **self.teaching).eval())
         return self._teacher[0].to(next(self.parameters()))
 
+    @traced("model.tower")
     def features(self, images: Tensor) -> Tensor:
         """The network's features [B, D, h, w] of images [B, 3, H, W]."""
         return self.network(images.to(next(self.parameters()).dtype))

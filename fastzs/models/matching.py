@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzs.ops import mask_loss
+from fastzs.trace import traced
 
 NO_OBJECT = 0.1  # weight of "no object" in the cross-entropy
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 
 
+@traced("train.loss")
 def matched_losses(
     logits: Tensor, masks: Tensor, target: Tensor, *, ignore_index: int = 255, focal: float = 20.0, dice: float = 1.0
 ) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
 from fastzs.losses import honest_target, inductive_target, transductive_target
 from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices, count_layers
 from fastzs.ops import mask_loss
+from fastzs.trace import traced
 from fastzs.vocabulary import Vocabulary
 
 # CLIP ViTs by the sizes of their tensors (width, layers, patch, joint width): whose text tower fits a checkpoint
@@ -38,6 +39,7 @@ class TrainingBatch(NamedTuple):
     honest: bool  # of these, the one that does not know where the other classes are
     ignore_index: int
 
+    @traced("train.loss")
     def mask_losses(self, logits: Tensor, focal: float, dice: float) -> dict[str, Tensor]:
         """Weighted focal and dice loss of logits [B, C, h, w]."""
         target = self.target

@@ -36,6 +36,7 @@ from fastzs.decoders.fcn import CONVOLUTIONS, FCN, OFFSET, STRIDE, bilinear_kern
 from fastzs.losses import pixel_cross_entropy
 from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
 from fastzs.ops import pixel_text_logits
+from fastzs.trace import span, traced
 from fastzs.vocabulary import Vocabulary
 
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # RGB; the published code's pictures are BGR
@@ -149,10 +150,12 @@ class SZN(TrainedModel):
     def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """v [B, D, H, W] and the scores of unseen and seen, m [B, 2, H, W], for images [B, 3, H, W]."""
         size = (images.shape[2], images.shape[3])
-        features = self.fcn(images.to(self.score_fr.weight.dtype))
-        mask = self.seenmask_upscore(self.seenmask_score(features))
-        mask = mask[:, :, OFFSET : OFFSET + size[0], OFFSET : OFFSET + size[1]]
-        return upscore(self.score_fr(features), size), mask
+        with span("model.tower"):
+            features = self.fcn(images.to(self.score_fr.weight.dtype))
+        with span("model.decoder"):
+            mask = self.seenmask_upscore(self.seenmask_score(features))
+            mask = mask[:, :, OFFSET : OFFSET + size[0], OFFSET : OFFSET + size[1]]
+            return upscore(self.score_fr(features), size), mask
 
     def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor, *, truth: Tensor | None = None) -> Tensor:
         """Cosines [B, C, H, W], fp32 at least, those of the classes that cannot be chosen lowered below all others.
@@ -301,6 +304,7 @@ class SZN(TrainedModel):
         } | options
 
 
+@traced("train.loss")
 def cosine_loss(
     embedded: Tensor, text: Tensor, target: Tensor, ignore_index: int = 255, *, broadcast_norm: bool = False
 ) -> Tensor:
@@ -324,6 +328,7 @@ def cosine_loss(
     return _mean(1 - cosine, labelled)
 
 
+@traced("train.loss")
 def mse_loss(embedded: Tensor, text: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
     """Mean over the labelled pixels of |v_p - s_y(p)|^2; 0 if there are none. Arguments as of :func:`cosine_loss`."""
     labelled = target != ignore_index

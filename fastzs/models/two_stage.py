@@ -28,6 +28,7 @@ from fastzs.decoders.maskformer import MaskFormer
 from fastzs.losses import inductive_target
 from fastzs.models.matching import matched_losses
 from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
+from fastzs.trace import traced
 from fastzs.vocabulary import Vocabulary
 
 LOGIT_SCALE = 100.0
@@ -132,6 +133,7 @@ class TwoStage(TrainedModel):
         return torch.einsum("bqc,bqhw->bchw", self.join(own, of_clip.softmax(-1), seen, full), masks.sigmoid())
 
     @torch.no_grad()
+    @traced("model.tower")
     def ask_clip(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """CLIP's unit vectors of the cut-out proposals, fp32 [B, Q, D], and which have a pixel, bool [B, Q, 1].
 

@@ -19,6 +19,7 @@ from fastzs.clip.prompted import Encoded
 from fastzs.decoders import DecoderLayer, HeadMeanScores, Layers, RelationDescriptor
 from fastzs.models.prompt_tuned import PromptTuned
 from fastzs.models.trained import count_layers
+from fastzs.trace import traced
 from fastzs.vocabulary import Vocabulary
 
 
@@ -92,6 +93,7 @@ class ZegCLIP(PromptTuned):
         self.settings.update(decoder_layers=decoder_layers, decoder_heads=heads, decoder_hidden=hidden)
         self.decode_head = ZegCLIPHead(dim, decoder_layers, heads, hidden, dropout)
 
+    @traced("model.decoder")
     def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
         """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
         head = self.decode_head

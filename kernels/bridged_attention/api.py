@@ -6,6 +6,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from fastzs.trace import traced
+
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
@@ -32,6 +34,7 @@ PORTABLE_ORDER = ("split", "cpu", "reference", "triton", "xformers")
 CUDA_ORDER = ("triton", "split", "reference", "cpu", "xformers")
 
 
+@traced("ops.bridged_attention")
 def bridged_attention(
     q: Tensor,  # [B, H, L, d]
     k: Tensor,  # [B, H, L, d]
@@ -117,7 +120,7 @@ def _order(q: Tensor) -> tuple[str, ...]:
 
 @functools.cache
 def _notice(text: str) -> None:
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
 def _why_not_triton(q: Tensor) -> str | None:

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from fastzs.trace import traced
+
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
@@ -15,6 +17,7 @@ Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
+@traced("ops.dense_attention")
 def dense_attention(
     q: Tensor,  # [B, H, P + h * w, d]
     k: Tensor,  # [B, H, P + h * w, d]

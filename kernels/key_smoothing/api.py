@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastzs.trace import traced
+
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from . import operator, pairwise  # noqa: F401  declare the operators
@@ -16,6 +18,7 @@ MODES = ("paper", "official")
 WEIGHTS = ("cosine", "relu", "softmax")
 
 
+@traced("ops.key_smoothing")
 def key_smoothing(
     keys: Tensor,
     probs: Tensor,
@@ -136,6 +139,7 @@ def _why_not_triton(keys: Tensor, probs: Tensor, pairs: bool) -> str | None:
     return None
 
 
+@traced("ops.prompt_denoising")
 def prompt_denoising(scores: Tensor, threshold: float) -> Tensor:
     """Which classes a picture contains at all: those that somewhere reach the threshold.
 

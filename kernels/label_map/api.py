@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastzs.trace import traced
+
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from .compiled import why_not_cpu, why_not_cuda
@@ -25,6 +27,7 @@ class LabelMap(NamedTuple):
     scores: Tensor | None  # of the same shape, fp32 (fp64 for fp64 logits)
 
 
+@traced("ops.label_map")
 def label_map(
     logits: Tensor,
     windows: Tensor | Sequence[Sequence[int]],

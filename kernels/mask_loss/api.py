@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastzs.trace import traced
+
 from ..dispatch import choose
 from ..pixel_text_logits.api import pixel_text_logits, product_dtype, validate
 from ..pixel_text_logits.api import reasons as logits_reasons
@@ -23,6 +25,7 @@ class MaskLoss(NamedTuple):
     dice: torch.Tensor
 
 
+@traced("ops.mask_loss")
 def mask_loss(
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -80,6 +83,7 @@ def mask_loss(
     return _losses(sums, _pixels(target, ignore_index, skip), normalizer, present_only)
 
 
+@traced("ops.pixel_text_mask_loss")
 def pixel_text_mask_loss(
     features: torch.Tensor,
     text: torch.Tensor,

@@ -5,12 +5,15 @@ from collections.abc import Callable
 
 import torch
 
+from fastzs.trace import traced
+
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from .operator import MISSING
 from .reference import pixel_text_logits_reference
 
 
+@traced("ops.pixel_text_logits")
 def pixel_text_logits(
     features: torch.Tensor, text: torch.Tensor, scale: float = 1.0, impl: str = "auto"
 ) -> torch.Tensor:
