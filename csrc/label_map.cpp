@@ -62,6 +62,19 @@ struct Math : Simd<LANES> {
     return y + y * (1.0f - x * y);
   }
 
+  // from[index] for ascending indices. Two vectors from the first on are read.
+  static FASTZS_INLINE F gather(const float* from, const int* index) {
+#if defined(__GNUC__) && !defined(__clang__)
+    if (LANES > 4 && index[LANES - 1] - index[0] < 2 * LANES) {  // one or few instructions of AVX-512 or AVX2
+      const float* at = from + index[0];
+      return __builtin_shuffle(Simd<LANES>::load(at), Simd<LANES>::load(at + LANES), load_int(index) - index[0]);
+    }
+#endif
+    F v;
+    for (int l = 0; l < LANES; ++l) v[l] = from[index[l]];
+    return v;
+  }
+
   static FASTZS_INLINE F sigmoid(F x) { return inverse(1.0f + exponential(-x)); }
 };
 
@@ -236,39 +249,61 @@ FASTZS_INLINE int candidates(
 
 // ---- pixels ---------------------------------------------------------------------------------------------------------
 
-// The logits of class c over the block's rows y.first <= y < y.last, in z[y, i] for x.first <= i < x.last.
+// The logits of one class along the two node rows around a grid row, at the block's grid columns.
+struct Lines {
+  int lo, hi;         // the rows, -1 for none yet
+  float *low, *high;  // right for x.first <= i < x.last; a whole vector may be written from the last
+};
+
+FASTZS_INLINE float node_of(const View& view, int row, int col, int stride, int c) {
+  const int last = view.cols - 1;
+  return view.nodes[(static_cast<int64_t>(row) * view.cols + (col < last ? col : last)) * stride + c];
+}
+
 template <int LANES>
-FASTZS_INLINE void logits_of(const Cover& cover, int stride, int c, int pitch_x, float* line, float* z) {
+FASTZS_INLINE void fill_line(const Cover& cover, int stride, int c, int row, float* line) {
   using M = Math<LANES>;
   const View& view = *cover.view;
   const int* index = cover.x.lo;
   const float* weight = cover.x.weight;
   const int first = cover.x.first, last = cover.x.last;
-  const int left = index[first], need = index[last - 1] - left + 2, have = view.cols - left;
-  for (int y = cover.y.first; y < cover.y.last; ++y) {
-    const int lo = cover.y.lo[y], hi = lo + 1 < view.rows ? lo + 1 : lo;
-    const float w1 = cover.y.weight[y], w0 = 1.0f - w1;
-    const float* a = view.nodes + (static_cast<int64_t>(lo) * view.cols + left) * stride + c;
-    const float* b = view.nodes + (static_cast<int64_t>(hi) * view.cols + left) * stride + c;
-    for (int i = 0; i < need; ++i) {
-      const int64_t j = static_cast<int64_t>(i < have ? i : have - 1) * stride;
-      line[i] = w0 * a[j] + w1 * b[j];
+  if (cover.ends == nullptr) {
+    for (int i = first; i < last; ++i) {
+      const float start = node_of(view, row, index[i], stride, c);
+      line[i] = start + (node_of(view, row, index[i] + 1, stride, c) - start) * weight[i];
     }
-    float* row = z + static_cast<int64_t>(y) * pitch_x;
-    if (cover.ends != nullptr) {
-      // Whole vectors from node to node, each stretch overwriting what the one before wrote too much.
-      for (int k = 0; k < need - 1; ++k) {
-        const float start = line[k], step = line[k + 1] - start;
-        for (int i = cover.ends[k]; i < cover.ends[k + 1]; i += LANES)
-          M::store(row + i, start + step * M::load(weight + i));
-      }
-    } else {
-      for (int i = first; i < last; ++i) {
-        const int j = index[i] - left;
-        row[i] = line[j] + (line[j + 1] - line[j]) * weight[i];
-      }
-    }
+    return;
   }
+  // Whole vectors from node to node, each stretch overwriting what the one before wrote too much.
+  const int left = index[first], stretches = index[last - 1] - left + 1;
+  float start = node_of(view, row, left, stride, c);
+  for (int k = 0; k < stretches; ++k) {
+    const float end = node_of(view, row, left + k + 1, stride, c), step = end - start;
+    for (int i = cover.ends[k]; i < cover.ends[k + 1]; i += LANES)
+      M::store(line + i, start + step * M::load(weight + i));
+    start = end;
+  }
+}
+
+// Moves the lines to grid row y, which rises from call to call: most often they are there already.
+template <int LANES>
+FASTZS_INLINE void move_lines(const Cover& cover, int stride, int c, int y, Lines& lines) {
+  const int lo = cover.y.lo[y], hi = lo + 1 < cover.view->rows ? lo + 1 : lo;
+  if (lo == lines.lo) return;
+  float* const spare = lines.low;
+  lines.low = lines.high, lines.high = spare;
+  if (lo != lines.hi) fill_line<LANES>(cover, stride, c, lo, lines.low);
+  fill_line<LANES>(cover, stride, c, hi, lines.high);
+  lines.lo = lo, lines.hi = hi;
+}
+
+FASTZS_INLINE Lines no_lines(const Scratch& s) { return {-1, -1, s.line, s.line + s.pitch_x + GROUP}; }
+
+// Logits of a grid row, weight between its lines, from column k on.
+template <int LANES>
+FASTZS_INLINE auto logits_at(const Lines& lines, float weight, int k) {
+  const auto low = Math<LANES>::load(lines.low + k);
+  return low + weight * (Math<LANES>::load(lines.high + k) - low);
 }
 
 // Softmax: the largest logit and the inverse sum of exponentials at each pixel of each window.
@@ -291,13 +326,18 @@ FASTZS_INLINE void normalisers(
       sure = low > sure ? low : sure;
     }
     const int begin = cover.y.first * s.pitch_x, end = cover.y.last * s.pitch_x;
-    float *largest = cover.largest, *sum = cover.inverse, *z = s.z;
+    float *largest = cover.largest, *sum = cover.inverse;
     for (int i = begin; i < end; ++i) largest[i] = -INFINITY, sum[i] = 0;
     for (int n = 0; n < left; ++n) {
-      logits_of<LANES>(cover, stride, chosen[n], s.pitch_x, s.line, z);
-      for (int i = begin; i < end; i += LANES) {
-        const auto value = M::load(z + i), most = M::load(largest + i);
-        M::store(largest + i, value > most ? value : most);
+      Lines lines = no_lines(s);
+      for (int y = cover.y.first; y < cover.y.last; ++y) {
+        move_lines<LANES>(cover, stride, chosen[n], y, lines);
+        const float weight = cover.y.weight[y];
+        float* most = largest + y * s.pitch_x;
+        for (int k = 0; k < s.pitch_x; k += LANES) {
+          const auto x = logits_at<LANES>(lines, weight, k), before = M::load(most + k);
+          M::store(most + k, x > before ? x : before);
+        }
       }
     }
     for (int c = 0; c < classes; ++c) {
@@ -307,11 +347,37 @@ FASTZS_INLINE void normalisers(
         counts = counts || !(x < sure - 30.0f);
       }
       if (!counts) continue;
-      logits_of<LANES>(cover, stride, c, s.pitch_x, s.line, z);
-      for (int i = begin; i < end; i += LANES)
-        M::store(sum + i, M::load(sum + i) + M::exponential(M::load(z + i) - M::load(largest + i)));
+      Lines lines = no_lines(s);
+      for (int y = cover.y.first; y < cover.y.last; ++y) {
+        move_lines<LANES>(cover, stride, c, y, lines);
+        const float weight = cover.y.weight[y];
+        for (int k = 0, i = y * s.pitch_x; k < s.pitch_x; k += LANES, i += LANES) {
+          const auto x = logits_at<LANES>(lines, weight, k);
+          M::store(sum + i, M::load(sum + i) + M::exponential(x - M::load(largest + i)));
+        }
+      }
     }
     for (int i = begin; i < end; ++i) sum[i] = 1.0f / sum[i];
+  }
+}
+
+// Adds a window's scores of class c to out, [ny, pitch_x], where the window covers the block's grid.
+template <int LANES, int ACTIVATION>
+FASTZS_INLINE void add_scores(const Scratch& s, const Cover& cover, int stride, int c, float* out) {
+  using M = Math<LANES>;
+  const bool whole_rows = cover.x.first == 0 && cover.x.last == s.nx;
+  Lines lines = no_lines(s);
+  for (int y = cover.y.first; y < cover.y.last; ++y) {
+    move_lines<LANES>(cover, stride, c, y, lines);
+    const float weight = cover.y.weight[y];
+    for (int k = 0, i = y * s.pitch_x; k < s.pitch_x; k += LANES, i += LANES) {
+      auto x = logits_at<LANES>(lines, weight, k);
+      if constexpr (ACTIVATION == SIGMOID) x = M::sigmoid(x);
+      if constexpr (ACTIVATION == SOFTMAX)
+        x = M::exponential(x - M::load(cover.largest + i)) * M::load(cover.inverse + i);
+      if (!whole_rows) x = M::load_int(cover.inside + k) != 0 ? x : M::splat(0.0f);
+      M::store(out + i, M::load(out + i) + x);
+    }
   }
 }
 
@@ -319,32 +385,18 @@ FASTZS_INLINE void normalisers(
 template <int LANES>
 FASTZS_INLINE void scores_of(const Job& job, const Scratch& s, int count, int stride, int c, float* out) {
   using M = Math<LANES>;
-  const int pitch_x = s.pitch_x, size = s.ny * pitch_x, activation = job.activation;
-  float* z = s.z;
+  const int size = s.ny * s.pitch_x;
   for (int i = 0; i < size; i += LANES) M::store(out + i, M::splat(0.0f));
   for (int v = 0; v < count; ++v) {
-    const Cover& cover = s.covers[v];
-    const int begin = cover.y.first * pitch_x, end = cover.y.last * pitch_x;
-    logits_of<LANES>(cover, stride, c, pitch_x, s.line, z);
-    if (activation == SIGMOID) {
-      for (int i = begin; i < end; i += LANES) M::store(z + i, M::sigmoid(M::load(z + i)));
-    } else if (activation == SOFTMAX) {
-      const float *largest = cover.largest, *inverse = cover.inverse;
-      for (int i = begin; i < end; i += LANES)
-        M::store(z + i, M::exponential(M::load(z + i) - M::load(largest + i)) * M::load(inverse + i));
-    }
-    if (cover.x.first == 0 && cover.x.last == s.nx) {
-      for (int i = begin; i < end; i += LANES) M::store(out + i, M::load(out + i) + M::load(z + i));
-    } else {
-      const int* inside = cover.inside;
-      for (int i = begin; i < end; i += pitch_x)
-        for (int k = 0; k < pitch_x; k += LANES)
-          M::store(out + i + k, M::load(out + i + k) + (M::load_int(inside + k) != 0 ? M::load(z + i + k) : M::splat(0)));
+    switch (job.activation) {
+      case SIGMOID: add_scores<LANES, SIGMOID>(s, s.covers[v], stride, c, out); break;
+      case SOFTMAX: add_scores<LANES, SOFTMAX>(s, s.covers[v], stride, c, out); break;
+      default: add_scores<LANES, NONE>(s, s.covers[v], stride, c, out);
     }
   }
+  if (count == 1 && job.penalty == nullptr) return;
   const float penalty = job.penalty == nullptr ? 0.0f : job.penalty[c];
-  const float* share = s.share;
-  for (int i = 0; i < size; i += LANES) M::store(out + i, M::load(out + i) * M::load(share + i) - penalty);
+  for (int i = 0; i < size; i += LANES) M::store(out + i, M::load(out + i) * M::load(s.share + i) - penalty);
 }
 
 // Puts the scores of class c, n pixels, where they are among the best so far, rank after rank step apart.
@@ -443,11 +495,16 @@ FASTZS_INLINE void label_pixels(
   const int width = static_cast<int>(whole_groups(cols));
   const int64_t step = static_cast<int64_t>(rows) * width;
   const bool resized = job.resized();
-  for (int i = 0; i < s.ny * s.pitch_x; ++i) s.share[i] = 0.0f;
+  // One over how many windows cover each pixel.
+  for (int i = 0; i < s.ny * s.pitch_x; i += LANES) M::store(s.share + i, M::splat(0.0f));
   for (int v = 0; v < count; ++v)
-    for (int y = s.covers[v].y.first; y < s.covers[v].y.last; ++y)
-      for (int i = s.covers[v].x.first; i < s.covers[v].x.last; ++i) s.share[y * s.pitch_x + i] += 1.0f;
-  for (int i = 0; i < s.ny * s.pitch_x; ++i) s.share[i] = 1.0f / s.share[i];
+    for (int y = s.covers[v].y.first, i = y * s.pitch_x; y < s.covers[v].y.last; ++y)
+      for (int k = 0; k < s.pitch_x; k += LANES, i += LANES) {
+        const auto inside = M::load_int(s.covers[v].inside + k);
+        M::store(s.share + i, M::load(s.share + i) + (inside != 0 ? M::splat(1.0f) : M::splat(0.0f)));
+      }
+  for (int i = 0; i < s.ny * s.pitch_x; i += LANES) M::store(s.share + i, 1.0f / M::load(s.share + i));
+  for (int i = cols; i < width; ++i) s.low_x[i] = s.low_x[cols - 1], s.high_x[i] = s.high_x[cols - 1];
   for (int64_t i = 0; i < job.top_k * step; ++i) s.best[i] = -INFINITY, s.label[i] = job.top_k == 1 ? 0 : -1;
   float *scores = s.rows, *best = s.best;
   int* label = s.label;
@@ -459,18 +516,16 @@ FASTZS_INLINE void label_pixels(
       take_best<LANES>(scores, static_cast<int>(step), c, k, step, best, label);
       continue;
     }
-    float* __restrict mixed = s.line;
-    float* __restrict z = s.z;
-    const int* __restrict low = s.low_x;
-    const int* __restrict high = s.high_x;
-    const float* __restrict part = s.part_x;
-    const int pitch_x = s.pitch_x;
+    float *mixed = s.line, *z = s.z;
     for (int r = 0; r < rows; ++r) {
       const float w1 = s.part_y[r], w0 = 1.0f - w1;
-      const float* a = scores + s.low_y[r] * pitch_x;
-      const float* b = scores + s.high_y[r] * pitch_x;
-      for (int i = 0; i < pitch_x; i += LANES) M::store(mixed + i, w0 * M::load(a + i) + w1 * M::load(b + i));
-      for (int i = 0; i < cols; ++i) z[r * width + i] = mixed[low[i]] + part[i] * (mixed[high[i]] - mixed[low[i]]);
+      const float* a = scores + s.low_y[r] * s.pitch_x;
+      const float* b = scores + s.high_y[r] * s.pitch_x;
+      for (int i = 0; i < s.pitch_x; i += LANES) M::store(mixed + i, w0 * M::load(a + i) + w1 * M::load(b + i));
+      for (int i = 0; i < width; i += LANES) {
+        const auto low = M::gather(mixed, s.low_x + i), high = M::gather(mixed, s.high_x + i);
+        M::store(z + r * width + i, low + M::load(s.part_x + i) * (high - low));
+      }
     }
     take_best<LANES>(z, static_cast<int>(step), c, k, step, best, label);
   }

@@ -12,7 +12,7 @@ namespace fastzs::label_map {
 constexpr int SIGMOID = 0, SOFTMAX = 1, NONE = 2;
 constexpr int MAX_PRUNED_K = 8;  // for larger top_k all classes are evaluated
 constexpr int GROUP = 16;         // arrays over classes and pixels are padded to whole groups, for vectors of any width
-constexpr int MAX_LEFT = 16;      // a block with more classes left is halved, ...
+constexpr int MAX_LEFT = 24;      // a block with more classes left is halved, ...
 constexpr int MAX_DEPTH = 6;      // ... so often less one at most, ...
 constexpr int LEAST_H = 4, LEAST_W = 8;  // ... and not below this
 constexpr int64_t CACHE_FLOATS = 1 << 17;  // of a tile's nodes: half a megabyte stays in a core's second level
@@ -221,7 +221,7 @@ struct Scratch {
       inverse = floats_of(softmax);
       share = floats_of(ny_max * nx_max);
       rows = floats_of(ny_max * nx_max);
-      line = floats_of(std::max(nx_max, widest + 3) + GROUP);
+      line = floats_of(2 * (nx_max + GROUP));
       z = floats_of(ny_max * std::max(nx_max, width) + GROUP);
       best = floats_of(job.top_k * pixels);
       taps_y.part = floats_of(job.tile_h);
