@@ -18,10 +18,13 @@ from fastzs.trace import traced
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation OpenAI trained CLIP with."""
+    """x * sigmoid(1.702 x), the activation OpenAI trained CLIP with.
+
+    Written as silu(1.702 x) / 1.702, it keeps one tensor for backward instead of two.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(1.702 * x).mul_(1 / 1.702)
 
 
 class Attention(nn.Module):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip.memo import Memo
+from fastzs.decoders.dropout import dropout, relu_dropout
 from fastzs.decoders.dropout_attention import dropout_attention
 
 
@@ -50,13 +51,11 @@ class DecoderLayer(nn.Module):
         self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x [B, Q, D], memory [B, N, D] -> [B, Q, D]."""
-        x = self.norm2(x + self._drop(self.multihead_attn(x, memory)))
-        return self.norm3(x + self._drop(self.linear2(self._drop(F.relu(self.linear1(x))))))
+        rate = self.dropout if self.training else 0.0
+        x = self.norm2(x + dropout(self.multihead_attn(x, memory), rate))
+        return self.norm3(x + dropout(self.linear2(relu_dropout(self.linear1(x), rate)), rate))
 
 
 class Layers(nn.Module):

@@ -36,7 +36,11 @@ def register(name: str) -> None:
 
     def differentiate(ctx, grad: Tensor, _):
         *tensors, prompt_k, prompt_v, out, lse = ctx.saved_tensors
-        dq, dk, dv, dprompt_k, dprompt_v = backward(grad, *tensors, prompt_k, prompt_v, out, lse, *ctx.options)
+        if prompt_k is not None and not any(ctx.needs_input_grad[:3]):  # the first layer of a frozen tower
+            dq = dk = dv = None
+            dprompt_k, dprompt_v = _of_prompts(grad, tensors[0], prompt_k, prompt_v, out, lse, *ctx.options)
+        else:
+            dq, dk, dv, dprompt_k, dprompt_v = backward(grad, *tensors, prompt_k, prompt_v, out, lse, *ctx.options)
         if prompt_k is None:
             return dq, dk, dv, *(None,) * 8
         if prompt_k.shape[0] < grad.shape[0]:
@@ -70,6 +74,15 @@ def _setup_context(ctx, inputs, output):
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, prompt_k, prompt_v, out, lse)
+
+
+def _of_prompts(grad, q, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, scale) -> tuple[Tensor, Tensor]:
+    """dprompt_k and dprompt_v alone, from the prompts' columns of the map."""
+    grad, q, out, lse = (x[:, :, : prefix + h * w].float() for x in (grad, q, out, lse))  # bridge rows see no prompts
+    weights = torch.exp(q @ prompt_k.float().transpose(2, 3) * scale - lse.unsqueeze(-1))  # [B, H, prefix + N, P]
+    d_weights = grad @ prompt_v.float().transpose(2, 3) - (grad * out).sum(-1, keepdim=True)
+    d_scores = weights * d_weights * scale
+    return d_scores.transpose(2, 3) @ q, weights.transpose(2, 3) @ grad
 
 
 def _no_second_derivative(ctx, *grads):

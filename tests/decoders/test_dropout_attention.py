@@ -21,8 +21,8 @@ def inputs(dtype=torch.float64, queries=20, keys=13):
 def dropped(q, k, dropout, seed):
     """What the pieces drop, bool [B, H, Q, N]."""
     out = torch.zeros(*q.shape[:3], k.shape[2], dtype=torch.bool)
-    for b, h, rows, _, mask in module._maps(q.detach(), k.detach(), dropout, seed):
-        out[b, h, rows] = mask
+    for b, h, rows, _, kept in module._maps(q.detach(), k.detach(), dropout, seed):
+        out[b, h, rows] = kept == 0
     return out
 
 

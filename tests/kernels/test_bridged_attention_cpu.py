@@ -67,6 +67,29 @@ def test_prompts_of_each_picture():
     assert_no_worse_than_eager(*LAYOUTS["divides"], f32, impl="cpu", prompt_batch=2)
 
 
+@pytest.mark.parametrize("prompt_batch", [1, 2])
+@pytest.mark.parametrize("dtype", [f32, bf16, f16])
+@pytest.mark.parametrize("name", [name for name, (_, prompts) in LAYOUTS.items() if prompts and name != "published"])
+def test_prompts_alone_are_trained(name, dtype, prompt_batch):
+    """In the first layer of a frozen tower no other gradient is wanted, and none is computed."""
+    layout, prompts = LAYOUTS[name]
+    tensors = inputs(layout, prompts, dtype, prompt_batch=prompt_batch)
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, k, v, *own = tensors
+    own = [t.clone().requires_grad_() for t in own]
+    out = bridged_attention(q, k, v, layout, prompt_kv=(own[0], own[1]), impl="cpu")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        alone = torch.autograd.grad(out, own, weights.to(dtype))
+    assert not any(event.name == "fastzs::bridged_attention_backward" for event in seen.events())
+    *_, exact_k, exact_v = run([t.double() for t in tensors], layout, "reference", weights)
+    *_, whole_k, whole_v = run(tensors, layout, "cpu", weights)
+    for mine, whole, exact in zip(alone, (whole_k, whole_v), (exact_k, exact_v), strict=True):
+        assert (mine.dtype, mine.shape) == (dtype, whole.shape)
+        largest = exact.abs().max().item()
+        error = (whole.double() - exact).abs().max().item()
+        assert (mine.double() - exact).abs().max().item() <= 2 * error + torch.finfo(dtype).eps * largest
+
+
 @pytest.mark.parametrize("dtype", [f32, bf16, f16])
 @pytest.mark.parametrize("size", [0.0, 20.0])
 def test_extreme_scores(size, dtype):
