@@ -62,10 +62,10 @@ struct Math : Simd<LANES> {
     return y + y * (1.0f - x * y);
   }
 
-  // from[index] for ascending indices. Two vectors from the first on are read.
-  static FASTZS_INLINE F gather(const float* from, const int* index) {
+  // from[index], where index ascends by at most 2 LANES - 1. Two vectors from index[0] on are read.
+  static FASTZS_INLINE F pick(const float* from, const int* index) {
 #if defined(__GNUC__) && !defined(__clang__)
-    if (LANES > 4 && index[LANES - 1] - index[0] < 2 * LANES) {  // one or few instructions of AVX-512 or AVX2
+    if constexpr (LANES > 4) {  // one permute with AVX-512, three instructions with AVX2
       const float* at = from + index[0];
       return __builtin_shuffle(Simd<LANES>::load(at), Simd<LANES>::load(at + LANES), load_int(index) - index[0]);
     }
@@ -523,7 +523,8 @@ FASTZS_INLINE void label_pixels(
       const float* b = scores + s.high_y[r] * s.pitch_x;
       for (int i = 0; i < s.pitch_x; i += LANES) M::store(mixed + i, w0 * M::load(a + i) + w1 * M::load(b + i));
       for (int i = 0; i < width; i += LANES) {
-        const auto low = M::gather(mixed, s.low_x + i), high = M::gather(mixed, s.high_x + i);
+        // An output column reads two of the listed grid columns, so those of a vector are within two vectors.
+        const auto low = M::pick(mixed, s.low_x + i), high = M::pick(mixed, s.high_x + i);
         M::store(z + r * width + i, low + M::load(s.part_x + i) * (high - low));
       }
     }

@@ -198,7 +198,7 @@ def test_instruction_sets(isa, monkeypatch):
     for kind in ("noise", "windows", "smooth"):
         logits = adversarial_logits(kind, len(windows), 60, 8, 8)
         for activation in ("sigmoid", "softmax"):
-            # (30, 40): too far apart for the columns of a vector to be picked from two others
+            # (30, 40): every output column reads two columns that no other reads
             for output in ((83, 131), (30, 40)):
                 assert_agrees(logits, windows, picture, output, activation=activation, seen=range(30))
 
