@@ -25,7 +25,7 @@ PRELOADED = [
     "fastzs.models",
     "fastzs.predict",
 ]
-FRESH_PROCESS_SECONDS = 180
+FRESH_PROCESS_SECONDS = 300
 CLEAR_PEAK = "5"  # see proc(5) on clear_refs
 
 

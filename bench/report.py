@@ -10,6 +10,7 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by python -m bench report -->", "<!-- end of what is made -->"
 SIZES = {"classes": "classes", "height": "height in pixels or positions", "batch": "batch"}  # that curves go over
 MARKERS = "os^vDPX*"
+STYLES = ("-", "--", ":")
 GREYS = ("0.2", "0.45", "0.6", "0.75")
 VERSIONS = ("python", "torch", "triton", "cuda", "xformers", "openvino", "onnxruntime")
 
@@ -225,9 +226,11 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path | None:
     figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
     bandwidth = max(row["copy bytes/s"] for row in rows)
     reach = [row["operations"] / row["bytes"] for row in rows]
-    for dtype, rate in _rates(rows).items():
+    for i, (dtype, rate) in enumerate(_rates(rows).items()):
         xs = [min(reach) / 2, rate / bandwidth, max(max(reach) * 2, rate / bandwidth)]
-        axes.plot(xs, [min(x * bandwidth, rate) for x in xs], label=f"ceiling, {dtype}")
+        axes.plot(
+            xs, [min(x * bandwidth, rate) for x in xs], label=f"ceiling, {dtype}", color="0.3", linestyle=STYLES[i % 3]
+        )
     points = [(x, row["operations"] / row["median seconds"]) for x, row in zip(reach, rows, strict=True)]
     others = [point for point, row in zip(points, rows, strict=True) if not is_ours(row)]
     axes.scatter(*zip(*others, strict=True), s=10, color="0.75", label="rivals") if others else None
@@ -235,9 +238,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path | None:
         some = [p for p, row in zip(points, rows, strict=True) if is_ours(row) and row.get("op", "other") == op]
         axes.scatter(*zip(*some, strict=True), s=24, color=f"C{i}", marker=MARKERS[i // 10], label=f"fastzs, {op}")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte", ylabel="operations per second")
-    axes.set_title(
-        "above a ceiling: what is counted is the least work; ours is less where it leaves some out", fontsize=9
-    )
+    axes.set_title("bf16 may be computed in fp32, and then lies above its own ceiling", fontsize=9)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure, path)
 

@@ -15,6 +15,7 @@ is then kept. Ops are counted as their references compute them (``FASTZS_IMPL=re
 import argparse
 import json
 import os
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,23 @@ from fastzs.commands.models import SYSTEMS as KNOWN
 from fastzs.predict import Segmenter
 from fastzs.vocabulary import Vocabulary
 
+from .rows import Row, faster, read
+
 SIZES = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
 CUT_OUT = SIZES | {"grid": 14}
 SIZE, CLASSES = (512, 683), 20
+ONE_STAGE, TWO_STAGE = ("zegclip", "clip_rc"), ("zegformer", "zsseg")
+# parameters and multiply-adds of a picture, as `figures` counts them (docs/systems.md), for the bench's floors
+COSTS = {
+    "maskclip": (86.2e6, 148.7e9),
+    "zegclip": (94.9e6, 218.5e9),
+    "clip_rc": (115.4e6, 249.5e9),
+    "lseg": (341.7e6, 1601.0e9),
+    "szn": (134.4e6, 237.8e9),
+    "maskclip_plus": (80.3e6, 663.8e9),
+    "zegformer": (127.6e6, 1752.6e9),
+    "zsseg": (127.7e6, 1752.6e9),
+}
 TABLE = ("<!-- systems: begin -->", "<!-- systems: end -->")
 DOCS = Path(__file__).parent.parent / "docs" / "systems.md"
 RESULTS = Path(__file__).parent / "results" / "systems.md"
@@ -93,17 +108,18 @@ def counts(name: str, runs: Path) -> dict[str, float]:
     return json.loads(path.read_text())
 
 
-def table(speed: dict[str, Any], runs: Path) -> str:
+def table(speed: dict[tuple[str, str], Row], runs: Path) -> str:
     """The table in Markdown; "unmeasured" where a figure is not there."""
     head = ["system", "parameters, M", "trained, M", "multiply-adds, G", "pictures/s", "peak MB", "pAcc", "mIoU(S)"]
     lines = [[*head, "mIoU(U)", "hIoU", "steps"]]
     for system in KNOWN:
         counted = counts(system.name, runs)
-        timed = speed.get(system.name, {})
+        timed = speed.get((system.name, "fastzs"))
         path = runs / system.name / "scores.json"
         scored = json.loads(path.read_text()) if path.is_file() else {}
         numbers = [f"{value:.1f}" for value in counted.values()]
-        numbers += [f"{timed['pictures/s']:.3g}", f"{timed['peak MB']:.0f}"] if timed else ["unmeasured"] * 2
+        numbers.append(f"{timed['pictures per second']:.3g}" if timed else "unmeasured")
+        numbers.append(f"{timed['peak MB']:.0f}" if timed and timed["peak MB"] is not None else "unmeasured")
         for key in ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU", "steps"):
             value = scored.get(key)
             part = f" of {scored['of']}" if key == "steps" and value != scored.get("of", value) else ""
@@ -113,20 +129,55 @@ def table(speed: dict[str, Any], runs: Path) -> str:
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 
 
-def report(info: dict[str, Any]) -> str:
+def measured(path: Path) -> dict[tuple[str, str], Row]:
+    """Rows of bench/test_systems.py by system and order of work, of the first dtype that the run has.
+
+    Raises:
+        ValueError: there are none.
+    """
+    rows = [row for row in read([path]) if "system" in row]
+    if not rows:
+        raise ValueError(f"{path} has no rows of bench/test_systems.py")
+    return {(row["system"], row["rival"]): row for row in rows if row["dtype"] == rows[0]["dtype"]}
+
+
+def about(rows: dict[tuple[str, str], Row]) -> str:
+    """What was measured, where."""
+    row = next(iter(rows.values()))
+    loads = sorted(one["load"] for one in rows.values() if "load" in one)
+    threads = f", {row['threads']} threads" if "threads" in row else ""
+    count = f"{len(row['seconds'])} round" + "s" * (len(row["seconds"]) > 1)
+    load = f", load {loads[0]:g} to {loads[-1]:g}" if loads else ""
+    return f"Speed and memory: {row['dtype']}, {row['device']}{threads}, torch {row['torch']}, {count}{load}."
+
+
+def processor(row: Row) -> str:
+    """Seconds of processor time, which is read on CPUs only."""
+    taken = row.get("processor seconds")
+    return f"{statistics.median(taken):.1f}" if taken else ""
+
+
+def report(rows: dict[tuple[str, str], Row]) -> str:
     """What one run of bench/test_systems.py found, in Markdown."""
     lines = ["# One stage against two", "", "Made by `python -m bench.systems` from `pytest bench/test_systems.py`."]
-    lines += [f"A picture of {SIZE[1]} x {SIZE[0]} to labels, {CLASSES} classes, random weights. {info['about']}", ""]
+    lines += [f"A picture of {SIZE[1]} x {SIZE[0]} to labels, {CLASSES} classes, random weights. {about(rows)}", ""]
     lines += ["Processor time, of all cores together, is what other programs on the machine change least.", ""]
     lines += ["| system | order of work | pictures/s | processor s | peak MB |", "|---|---|---|---|---|"]
-    for how, rows in (("best", info["systems"]), ("published", info["published"])):
-        for name, row in rows.items():
-            numbers = f"{row['pictures/s']:.3g} | {row['processor s']:.1f} | {row['peak MB']:.0f}"
-            lines.append(f"| `{name}` | {how} | {numbers} |")
+    for order in ("fastzs", "published"):
+        for (name, how), row in rows.items():
+            if how == order:
+                peak = "" if row["peak MB"] is None else f"{row['peak MB']:.0f}"
+                lines.append(f"| `{name}` | {how} | {row['pictures per second']:.3g} | {processor(row)} | {peak} |")
     lines += ["", "| faster | slower | times | in processor time |", "|---|---|---|---|"]
-    for pair, (wall, processor) in info["faster"].items():
-        one, two = pair.split(" over ")
-        lines.append(f"| {one} | {two} | {wall:.1f} | {processor:.1f} |")
+    for ours, theirs in (("published", "published"), ("fastzs", "fastzs"), ("fastzs", "published")):
+        for one, two in ((one, two) for one in ONE_STAGE for two in TWO_STAGE):
+            if (one, ours) in rows and (two, theirs) in rows:
+                fast, slow = rows[one, ours], rows[two, theirs]
+                busy = ""
+                if "processor seconds" in fast:
+                    pairs = zip(slow["processor seconds"], fast["processor seconds"], strict=True)
+                    busy = f"{statistics.median(a / b for a, b in pairs):.1f}"
+                lines.append(f"| {one} ({ours}) | {two} ({theirs}) | {faster(fast, slow):.1f} | {busy} |")
     lines += [
         "",
         "The published figures are about 5 (ZegCLIP over ZegFormer, on a GPU). Not measured on a GPU here.",
@@ -137,7 +188,7 @@ def report(info: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--speed", type=Path, help="JSON of bench/test_systems.py")
+    parser.add_argument("--speed", type=Path, help="JSON of bench/test_systems.py, or of the whole bench")
     parser.add_argument(
         "--runs",
         type=Path,
@@ -145,16 +196,14 @@ def main() -> None:
         help="output folder of bench.systems_shapes; also keeps what is counted",
     )
     args = parser.parse_args()
-    speed: dict[str, Any] = {}
-    about = "Speed and memory are unmeasured."
-    if args.speed:
-        info = json.loads(args.speed.read_text())["benchmarks"][0]["extra_info"]
-        speed, about = info["systems"], info["about"]
-        RESULTS.write_text(report(info), encoding="utf-8")
+    speed = measured(args.speed) if args.speed else {}
+    if speed:
+        RESULTS.write_text(report(speed), encoding="utf-8")
     text = DOCS.read_text(encoding="utf-8")
     before, _, rest = text.partition(TABLE[0])
     _, _, after = rest.partition(TABLE[1])
-    made = f"{TABLE[0]}\n{table(speed, args.runs)}\n\n{about}\n{TABLE[1]}"
+    origin = about(speed) if speed else "Speed and memory are unmeasured."
+    made = f"{TABLE[0]}\n{table(speed, args.runs)}\n\n{origin}\n{TABLE[1]}"
     DOCS.write_text(before + made + after, encoding="utf-8")
 
 

@@ -33,7 +33,14 @@ TARGETS = {("cpu", "fp32"): (1.3, 1.3), ("cpu", "bf16"): (4.0, 2.5), ("cuda", "b
 NO_MASK = "SDPA, no mask (the bar)"
 HEADLINE = "kk+gaussian", "fp32"  # of dense_attention
 full = pytest.mark.full
-CPU_DTYPES = ["fp32", *(pytest.param(dtype, marks=full) for dtype in ("bf16", "fp16"))]
+CPU_DTYPES = ["fp32", pytest.param("bf16", marks=full)]
+CPU = [pytest.param("fp32", False, marks=pytest.mark.quick, id="fp32-forward")]
+CPU += [pytest.param("fp32", True, id="fp32-forward+backward")]
+CPU += [
+    pytest.param(dtype, backward, marks=full, id=f"{dtype}-forward{'+backward' * backward}")
+    for dtype in ("bf16", "fp16")
+    for backward in (False, True)
+]
 KINDS = [pytest.param("kk", marks=full), pytest.param("qq+kk", marks=full), "kk+gaussian"]
 RIVALS = (
     "SDPA, dense mask", NO_MASK, "FlexAttention", "xformers", "fastzs", *(f"fastzs {impl}" for impl in BACKENDS)
@@ -219,16 +226,13 @@ def bench(benchmark, rival, dtype, backward, batch, device):
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize(
-    "backward", [pytest.param(False, marks=pytest.mark.quick), True], ids=["forward", "forward+backward"]
-)
-@pytest.mark.parametrize("dtype", CPU_DTYPES)
+@pytest.mark.parametrize(("dtype", "backward"), CPU)
 def test_cpu(benchmark, dtype, backward, rival):
     bench(benchmark, rival, dtype, backward, 1, "cpu")
 
 
 @pytest.mark.parametrize("rival", ["nn.MultiheadAttention", "fastzs"])
-@pytest.mark.parametrize("dtype", CPU_DTYPES[:2])
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_layer_cpu(benchmark, dtype, rival):
     row = compete(benchmark, rival, layer, dtype, 1, "cpu")
     print(f"\n{row['group']}, {rival}: {1e3 * row['median seconds']:.1f} ms, {row['faster']:.2f}x")
@@ -236,7 +240,7 @@ def test_layer_cpu(benchmark, dtype, rival):
 
 @pytest.mark.parametrize("rival", ["reference", "fastzs"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", CPU_DTYPES[:2])
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_last_block_cpu(benchmark, dtype, kind, rival):
     row = compete(benchmark, rival, last_block, dtype, kind, "cpu")
     print(f"\n{row['group']}, {rival}: {1e3 * row['median seconds']:.1f} ms, {row['faster']:.2f}x")

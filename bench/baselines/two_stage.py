@@ -16,6 +16,11 @@ from fastzs.models.two_stage import LOGIT_SCALE
 
 def segment(model: ZegFormer | ZSSeg, images, text, seen, size):
     """Labels int64 [H', W'] of a normalised picture [1, 3, H, W], for text vectors [C, D] and seen classes bool [C]."""
+    return scores(model, images, text, seen, size).argmax(0)
+
+
+def scores(model: ZegFormer | ZSSeg, images, text, seen, size):
+    """What the labels are the argmax of, [C, H', W']."""
     found = model.maskformer(images)
     masks = F.interpolate(found.masks[-1], images.shape[2:], mode="bilinear", align_corners=False)[0].sigmoid()
     own = model.compare(found.embeddings[-1], text)[0].float().softmax(-1)[:, :-1]  # [Q, C]
@@ -30,7 +35,7 @@ def segment(model: ZegFormer | ZSSeg, images, text, seen, size):
     scores = torch.einsum("qc,qhw->chw", joined, masks.float())
     scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
     scores[seen] -= model.calibration
-    return scores.argmax(0)
+    return scores
 
 
 def all_at_once(picture, masks, side):
