@@ -91,7 +91,7 @@ else
     say "skipped: compute-sanitizer is not there"
 fi
 
-declare -A budget=([mask_loss]=50 [bridged_attention]=40 [attention]=50 [label_map]=40 [models]=60 [train_step]=50)
+declare -A budget=([mask_loss]=50 [bridged_attention]=40 [attention]=50 [label_map]=40 [models]=60 [train_step]=50 [systems]=60)
 export FASTZS_BENCH_ROWS="$out/rows.jsonl"
 for file in "${able_benches[@]}"; do
     name=${file#bench/test_} name=${name%.py}

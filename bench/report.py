@@ -126,7 +126,8 @@ def table(rows: Sequence[Row]) -> str:
     head += ["launch overhead"] * on_gpu
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
-        cells = [row["rival"], row["dtype"], duration(row["median seconds"]), f"{100 * spread(row):.0f} %"]
+        cells = [row["rival"], row["dtype"], duration(row["median seconds"])]
+        cells.append(f"{100 * spread(row):.0f} %" if len(row["seconds"]) > 1 else "one round")
         cells += [f"{row['faster']:.3g}" if "faster" in row else "", f"{row['error']:.0e}", _megabytes(row)]
         cells.append(f"{row['times the floor']:.3g}" if "times the floor" in row else "")
         if "pictures/s" in head:
@@ -181,7 +182,7 @@ def _ratios(rows: Sequence[Row], path: Path) -> Path | None:
             times = [faster(ours, first), faster(best, first)]
             colour = "C0" if times[0] >= times[1] else "C3"
             bars.append((group, times, [f"{times[0]:.3g}", f"{times[1]:.3g} {best['rival']}"], (colour, "0.7")))
-    label = "times faster than published: fastzs (red where another is faster), best other (grey)"
+    label = "times faster than published: fastzs (red: a loss), best other (grey)"
     return _bars(bars, path, label, 1.0)
 
 
@@ -192,7 +193,7 @@ def _memory(rows: Sequence[Row], path: Path) -> Path | None:
         ours, first, _ = _sides(some)
         if ours is not None and first is not None and None not in (ours["peak MB"], first["peak MB"]):
             peaks = [max(row["peak MB"], 0.1) for row in (ours, first)]
-            bars.append((group, peaks, [f"{peak:.3g}" for peak in peaks], ("C0", "0.7")))
+            bars.append((group, peaks, [f"{peak:.{0 if peak >= 10 else 1}f}" for peak in peaks], ("C0", "0.7")))
     return _bars(bars, path, "peak MB beyond the inputs: fastzs (blue), published (grey)", 0.1)
 
 
@@ -251,8 +252,8 @@ def _curves(rows: Sequence[Row], path: Path, what: str) -> Path | None:
     for row in rows:
         if "op" in row and what in row:
             rest = [f"{size} {row[size]}" for size in SIZES if size != what and size in row]
-            lines = panels.setdefault(", ".join([row["op"], row["dtype"], *rest]), {})
-            lines.setdefault(row["rival"], {})[row[what]] = row["median seconds"]
+            name = row["rival"] if row["dtype"] == "float32" else f"{row['rival']}, {row['dtype']}"
+            panels.setdefault(", ".join([row["op"], *rest]), {}).setdefault(name, {})[row[what]] = row["median seconds"]
     panels = {
         title: several
         for title, lines in panels.items()
@@ -268,14 +269,16 @@ def _curves(rows: Sequence[Row], path: Path, what: str) -> Path | None:
     for axes in grid.flat[len(panels) :]:
         axes.axis("off")
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
-        others = 0
+        ours = [name for name in lines if name.startswith("fastzs")]
+        others = [name for name in lines if name not in ours]
         for name, points in lines.items():
-            ours = name.startswith("fastzs")
-            others += not ours
-            style = {"color": "C0", "linewidth": 2} if name == "fastzs" else {"linestyle": "-" if ours else "--"}
-            style |= {} if ours else {"color": GREYS[others % len(GREYS)]}
+            if name in ours:
+                style = {"color": "C0", "marker": "o", "linestyle": "-" if name == "fastzs" else ":"}
+            else:
+                place = others.index(name)
+                style = {"color": GREYS[place % 4], "marker": MARKERS[1 + place % 7], "linestyle": "--"}
             xs = sorted(points)
-            axes.plot(xs, [points[x] for x in xs], marker=MARKERS[others % len(MARKERS)], label=name, **style)
+            axes.plot(xs, [points[x] for x in xs], label=name, **style)
         ticks = sorted({x for points in lines.values() for x in points})
         axes.set(xscale="log", yscale="log", xlabel=SIZES[what], ylabel="seconds")
         axes.set_xticks(ticks, [str(x) for x in ticks])
