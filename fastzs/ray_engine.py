@@ -53,7 +53,10 @@ class Actors:
         import ray.data
 
         start = {"address": "local", "include_dashboard": False} if own else {}
-        ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
+        try:
+            ray.init(**start, log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise ValueError(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS')}: {_first_line(error)}") from error
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False

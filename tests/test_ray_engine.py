@@ -79,6 +79,21 @@ def test_an_actor_works_in_the_folder_of_the_command(pictures, monkeypatch):
     assert pickle.loads(actor({"item": pickle.dumps("0.png")})["result"]) == str(pictures / "0.png")
 
 
+def test_a_cluster_that_is_not_there(pictures, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("ray.data", reason="needs the extra 'ray'")
+    import ray
+
+    def nobody(**options):
+        assert "address" not in options
+        raise ConnectionError("Could not find any running Ray instance.\nmore")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "init", nobody)
+    options = ["--classes", "a", "--output", str(tmp_path / "out"), "--engine", "ray"]
+    assert main(["segment", str(pictures), *options]) == 2
+    assert "RAY_ADDRESS=auto: Could not find any running Ray instance.\n" in capsys.readouterr().err
+
+
 def test_not_under_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="without torchrun"):
