@@ -1,11 +1,18 @@
 """``fastzs train`` on drawn shapes: settings, what it writes, what it refuses."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from safetensors.numpy import load_file
 
 import fastzs
 from fastzs.cli import main
@@ -74,6 +81,38 @@ def test_settings(folder, setting):
     assert main(second) == 0
     # scores of seen classes are lowered after inductive training only
     assert fastzs.load("clip_rc", checkpoint=folder / "second" / "last").model.seen is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers where Linux lists them")
+def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(folder):
+    more = ("--iterations", "24", "--save-every", "4", "--log-every", "1")
+
+    def start(output: str) -> subprocess.Popen:
+        elastic = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+        train = [*command(folder, *more), "--output", str(folder / output)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        return subprocess.Popen(
+            [sys.executable, "-m", *elastic, "-m", "fastzs", *train], env=environment, stderr=subprocess.PIPE, text=True
+        )
+
+    process, log = start("killed"), folder / "killed" / "log.csv"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and (not log.exists() or len(log.read_bytes().splitlines()) < 8):
+        time.sleep(0.01)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert "exitcode: -9" in said
+    process = start("whole")
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    one, other = (load_file(folder / name / "last" / "model.safetensors") for name in ("killed", "whole"))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+    with log.open() as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(i) for i in range(1, 25)]
 
 
 def test_command_line_wins_over_file_and_file_over_preset(folder):
