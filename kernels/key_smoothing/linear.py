@@ -16,7 +16,7 @@ def key_smoothing_linear(keys: Tensor, probs: Tensor, mode: str, threshold: floa
     if mode == "paper":
         inverse = torch.linalg.vector_norm(keys, dim=2).clamp_min(EPS).reciprocal()[:, None]  # [B, 1, N]
         sums = (probs * inverse) @ keys  # [B, C, D]
-        return (sums @ keys.transpose(1, 2)) * inverse
+        return (sums @ keys.transpose(1, 2)).mul_(inverse)
     square = torch.linalg.vector_norm(keys, dim=1).clamp_min(EPS)[:, None] ** 2  # [B, 1, D]
     sums = (probs @ keys) / square  # [B, C, D]
     smooth = sums @ keys.transpose(1, 2)

@@ -171,7 +171,10 @@ def _seen_mask(seen: Tensor | Sequence[int], classes: int, logits: Tensor) -> Te
 
 def _windows(windows: Tensor | Sequence[Sequence[int]], count: int) -> Tensor:
     """``[W, 4]`` int64 on the CPU; what the windows hold is checked when the operator runs."""
-    given = torch.as_tensor(windows)
+    try:
+        given = torch.as_tensor(windows)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"label_map: windows is no table of numbers: {error}; wanted [{count}, 4]") from error
     if given.is_floating_point() or given.shape != (count, 4):
         raise ValueError(
             f"label_map: windows is {given.dtype} of shape {tuple(given.shape)}; wanted integers of shape "

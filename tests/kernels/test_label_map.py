@@ -340,6 +340,7 @@ def test_large_picture_in_little_memory(impl, bound):
         ({"logits": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "int32"),
         ({"windows": [(0, 0, 8, 8)]}, ValueError, r"\[2, 4\]"),
         ({"windows": [(0.0, 0.0, 8.0, 8.0)] * 2}, ValueError, "float32"),
+        ({"windows": [(0, 0, 8, 8), (0, 4, 8)]}, ValueError, r"label_map: windows .*wanted \[2, 4\]"),
         ({"windows": [(0, 0, 8, 8), (0, 4, 8, 6)]}, ValueError, "window 1 is 8 x 6, the first 8 x 8"),
         ({"windows": [(0, 0, 8, 8), (0, 5, 8, 8)]}, ValueError, "window 1 .top 0, left 5.* 8 x 12"),
         ({"windows": [(0, -1, 8, 8), (0, 4, 8, 8)]}, ValueError, "left -1"),
