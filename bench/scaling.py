@@ -49,7 +49,7 @@ class Plan:
     classes: Sequence[int] = (1, 20, 150, 500, 1000, 2000)
     side: int = 512  # of the picture with so many classes
     whole: Sequence[int] = (128, 256, 512, 1024)
-    windows: Sequence[int] = (1024,)  # in windows of 512
+    windows: Sequence[int] = (1024, 2048)  # in windows of 512
     small: Sequence[int] = (128, 512, 1024, 2048, 4096)  # by the small CLIP, in its own windows of 128
     batches: Sequence[int] = (1, 4, 16)  # windows of 224 at a time
     batch_side: int = 896  # the picture that has 16 of them
