@@ -143,6 +143,26 @@ def test_recomputed_activations_give_the_same(tmp_path):
     assert same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
 
 
+def test_recomputed_activations_are_not_kept(tmp_path):
+    kept = {}
+    for on in (False, True):
+        model, scenes = small(dropout=0.0), Scenes(2)
+        train(
+            model, scenes, flipped, TEXT, recipe(iterations=1, batch=2, checkpointing=on), tmp_path / str(on), seen=SEEN
+        )
+        sizes: list[int] = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        images = torch.stack([flipped(*scenes[i])[0] for i in range(2)])
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.encode(images)
+        kept[on] = sum(sizes)
+    assert kept[True] < kept[False] / 4
+
+
 def test_bf16_keeps_the_weights_in_fp32(tmp_path):
     train_small(tmp_path / "low", iterations=2, precision="bf16")
     train_small(tmp_path / "high", iterations=2)
