@@ -13,6 +13,7 @@ import pytest
 
 from .rivals import clock
 
+SECONDS = 3600  # of one test at the most
 BENCHMARK = bool(importlib.util.find_spec("pytest_benchmark"))
 
 
@@ -23,8 +24,11 @@ def pytest_collection_modifyitems(config, items):
             config.hook.pytest_deselected(items=full)
             items[:] = [item for item in items if item not in full]
     for item in items:
-        if BENCHMARK and {"benchmark", "rival"} <= set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.benchmark(timer=clock))
+        if {"benchmark", "rival"} <= set(getattr(item, "fixturenames", ())):
+            if BENCHMARK:
+                item.add_marker(pytest.mark.benchmark(timer=clock))
+            if config.pluginmanager.hasplugin("timeout"):
+                item.add_marker(pytest.mark.timeout(SECONDS))  # the first rival's test runs the whole contest
 
 
 if not BENCHMARK:  # rows still go to FASTZS_BENCH_ROWS

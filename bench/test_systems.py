@@ -214,7 +214,6 @@ def contest(dtype: torch.dtype, device: str) -> Contest:
     )
 
 
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=["fp32", "bf16"]
@@ -225,7 +224,6 @@ def test_cpu(benchmark, dtype, rival):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gpu(benchmark, dtype, rival):

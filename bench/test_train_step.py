@@ -234,7 +234,6 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
 ROWS = [pytest.param(*case, marks=marks) for case, marks in zip(CASES, MARKS, strict=True)]
 
 
-@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize(("name", "classes", "pictures", "side"), ROWS)
 def test_cpu(benchmark, name, classes, pictures, side, rival):
