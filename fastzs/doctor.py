@@ -18,7 +18,7 @@ from fastzs.vocabulary import cache_folder
 
 PACKAGES = (
     "torch", "torchvision", "triton", "open_clip_torch", "xformers", "nvtx", "numpy", "pillow", "safetensors",
-    "huggingface_hub", "jsonargparse", "rich", "pycocotools", "ray", "ray",
+    "huggingface_hub", "jsonargparse", "rich", "pycocotools", "ray",
 )  # fmt: skip
 VARIABLES = ("FASTZS_IMPL", "FASTZS_BUILD", "FASTZS_NVTX", "FASTZS_CACHE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 # Of torch.cpu.get_capabilities, those that decide which code runs here.
