@@ -2,13 +2,15 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
-from bench.experiments import page, shapes
+from bench.experiments import camvid, page, shapes
 from bench.experiments.variants import OneStage, WithoutAlignment, WithoutBridge
 from fastzs.data.datasets import ShapesDataset
 from fastzs.vocabulary import Vocabulary
+from tests.data import folders
 
 SMALL = shapes.MODEL | {"prompts": 2}
 CLASSES = shapes.PROTOCOL.classes
@@ -96,6 +98,23 @@ def test_a_row_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
         shapes.main(["--rows", "clip_rq"])
+
+
+@pytest.mark.slow
+def test_photographs_run_and_go_on_where_they_stopped(tmp_path, capsys):
+    np.save(tmp_path / "coco_multi.npy", np.random.default_rng(0).standard_normal((171, 512)))
+    data, output = folders.camvid(tmp_path / "data"), tmp_path / "page.md"
+    arguments = [str(data), str(tmp_path / "coco_multi.npy"), "--iterations", "1"]
+    arguments += ["--work", str(tmp_path / "runs"), "--output", str(output)]
+    assert camvid.main(arguments) == 0
+    first = output.read_text()
+    for name in ("commonest class at each place", "ZegCLIP", "CLIP-RC"):
+        assert f"| {name} |" in first
+    assert first.count("| 1 |") == 2  # steps
+    assert "step 1/1" in capsys.readouterr().err
+    assert camvid.main(arguments) == 0
+    assert "step 1/1" not in capsys.readouterr().err  # nothing is trained again
+    assert output.read_text() == first
 
 
 def test_the_reading_survives_a_new_table(tmp_path):
