@@ -22,6 +22,7 @@ TORCH_TARGET = "0x020b000000000000"
 # Without a GPU to ask and without TORCH_CUDA_ARCH_LIST: A100, H100 and B200, the last also as PTX for later ones.
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CXX_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+CXX_FLAGS += [f"-fmacro-prefix-map={ROOT}/="]  # errors name csrc/FILE, wherever it was built
 
 
 def cuda_home() -> str | None:
