@@ -1,7 +1,7 @@
 """Pictures to labels: MaskCLIP, CLIP-RC and ZegCLIP against the published order of work.
 
     pytest bench/test_models.py --benchmark-only                         # the CPU
-    pytest bench/test_models.py --benchmark-only -m "full and not gpu"   # 171 classes
+    pytest bench/test_models.py --benchmark-only -m "full and not gpu"   # larger pictures, 171 classes
     pytest bench/test_models.py --benchmark-only -m gpu                  # a GPU
 
 ViT-B/16 with random weights (the work is the same), drawn text embeddings, so that no text tower runs; everything else
@@ -174,7 +174,7 @@ ROWS = [
     pytest.param(name, classes, crop, rival, marks=mark)
     for name, classes, crop, mark in [
         ("maskclip", 20, 256, [pytest.mark.quick]),
-        ("maskclip", 20, 512, []),
+        ("maskclip", 20, 512, [pytest.mark.full]),
         ("clip_rc", 20, 512, []),
         ("clip_rc", 171, 512, [pytest.mark.full]),
         ("zegclip", 171, 512, [pytest.mark.full]),
