@@ -50,7 +50,9 @@ class Rival:
         bound: largest error it may have.
         answer: what is judged, where that is not what ``run`` returns; takes the same inputs.
         judge: of this answer, where the rivals compute different things.
-        prepare: makes what ``run`` needs, in place of a first call, where a contest is ``fresh``.
+        prepare: makes what ``run`` needs, in place of a first call, where a contest is ``fresh``. The next call is then
+            measured for memory, and the one after it is timed, since memory measured cold costs time.
+        once: one call after ``prepare`` is both timed and measured for memory: for calls of many seconds.
         details: what else to measure of it, once the rounds are over.
         info: for its row alone; a "group" in it lists the row under a problem of its own.
     """
@@ -61,6 +63,7 @@ class Rival:
     answer: Callable[..., Any] | None = None
     judge: Callable[..., Any] | None = None
     prepare: Callable[[], object] | None = None
+    once: bool = False
     details: Callable[[], dict[str, Any]] | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
@@ -282,7 +285,7 @@ def _alone(contest: Callable[..., Contest], args: tuple, name: str) -> dict[str,
 
 
 def _one_call(contest: Callable[..., Contest], args: tuple, name: str) -> dict[str, float]:
-    """Seconds and peak MB of a rival's second call, or of its first after what it prepares."""
+    """Seconds and peak MB of a rival's second call; where it prepares, MB of the first call after that."""
     it = contest(*args)
     rival = it.rivals[name]
     inputs = it.inputs(0, rival.dtype)
@@ -292,6 +295,8 @@ def _one_call(contest: Callable[..., Contest], args: tuple, name: str) -> dict[s
         rival.prepare()
     found: dict[str, float] = {}
     peak = peak_megabytes(lambda: found.update(timed(rival.run, [inputs], 1)), it.device)
+    if rival.prepare is not None and not rival.once:
+        found = timed(rival.run, [inputs], 1)
     return found | {"peak MB": round(peak, 1)}
 
 

@@ -196,8 +196,7 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
         "headline": name not in ("maskclip", "clip_rc") and not low,  # bench/test_models.py has these
     }
     bound = 0.1 if low else None
-    prepare = made if name in SLOW else None
-    return Rival(run, bound=bound, answer=answer, judge=right, prepare=prepare, info=info)
+    return Rival(run, bound=bound, answer=answer, judge=right, prepare=made, once=name in SLOW, info=info)
 
 
 def contest(dtype: torch.dtype, device: str) -> Contest:
