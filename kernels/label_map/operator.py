@@ -40,7 +40,7 @@ def label_map(
     """Labels ``[k, H', W']`` and scores alike (empty unless asked for); see :func:`fastzs.ops.label_map`."""
     places = windows.tolist()
     check_windows(places, *picture_size)
-    if logits.device.type == "cpu" and not math.isfinite(logits.sum(dtype=torch.float64).item()):
+    if logits.device.type == "cpu" and not all(math.isfinite(extreme) for extreme in torch.aminmax(logits)):
         message = "label_map: logits has NaN or infinite values; classes lose where they have one"
         warnings.warn(message, stacklevel=3)
     dtype = torch.int16 if wide else torch.uint8
