@@ -1,4 +1,4 @@
-// bridged_attention on the CPU, forward and backward, and dense_attention, forward.
+// bridged_attention and dropout_attention on the CPU, forward and backward, and dense_attention, forward.
 //
 // Forward, a thread packs the keys and values of a head once and then takes a few query rows at a time: their scores
 // against a block of keys stay in the first cache, become weights there, and are multiplied with the values. What a
@@ -8,6 +8,8 @@
 // Backward, a thread owns a head. It computes weights anew from the saved log-sum-exps, in blocks of rows and keys
 // that stay in the second cache, in a fixed order.
 #include "bridged_attention.h"
+
+#include "dropout.h"
 
 #include <algorithm>
 #include <cmath>
@@ -34,9 +36,15 @@ struct Inputs {
   int64_t first;           // of the tokens that have a row; 0 in bridged_attention, the first patch in dense_attention
   const float* near_rows;  // [h]: what patches n rows apart add to a score, times ...
   const float* near_columns;  // [2 w - 1]: ... that of columns, from w - 1 to the left to as many to the right; or null
+  bool apart;              // the tokens see the prompts only: those are the keys of dropout_attention
+  Dropout dropout;
 
   int64_t rows() const { return layout.length() - first; }
-  int64_t keys() const { return prompts + layout.shared(); }  // that a shared row sees, but for the bridge
+  // That a shared row sees, but for the bridge.
+  int64_t keys() const { return prompts + (apart ? 0 : layout.shared()); }
+  FASTZS_INLINE RowBits bits(int64_t b, int64_t h, int64_t token) const {
+    return {dropout.seed, static_cast<uint64_t>((b * heads + h) * layout.length() + token)};
+  }
   Tokens<T> keys_of(int64_t b, int64_t h) const { return {prompt_k, k, b, h, prompts, keys()}; }
   Tokens<T> values_of(int64_t b, int64_t h) const { return {prompt_v, v, b, h, prompts, keys()}; }
 };
@@ -162,10 +170,12 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
         odd = y > odd ? y : odd;
       }
       const float top = V::max(even > odd ? even : odd);
+      const RowBits bits = in.bits(b, h, first + r);
       auto total = V::splat(0.0f);
       for (int64_t k = 0; k < n; k += LANES) {
-        const auto p = V::exp_negative(V::load(row + k) - top);
+        auto p = V::exp_negative(V::load(row + k) - top);
         total += p;
+        if (in.dropout.least > 0) p = (typename V::F)((typename V::I)p & kept<LANES>(bits, from + k, in.dropout.least));
         if constexpr (PAIRS) {
           V::store(reinterpret_cast<T*>(s.weights + r * SCORE_STRIDE) + k, p);
         } else {
@@ -183,7 +193,8 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = first - in.first + r;
-    write<LANES>(s.output + r * STRIDE, 1.0f / s.total[r], d, a.out + ((b * in.rows() + at) * in.heads + h) * d);
+    const float factor = in.dropout.enlarged / s.total[r];
+    write<LANES>(s.output + r * STRIDE, factor, d, a.out + ((b * in.rows() + at) * in.heads + h) * d);
     a.lse[(b * in.heads + h) * in.rows() + at] = s.top[r] + __builtin_logf(s.total[r]);
   }
 }
@@ -266,8 +277,8 @@ struct Backward {
   const Inputs<T>* in;
   Operand<T> grad, out;  // [B, H, L, d]
   const float* lse;      // [B, H, L]
-  T *dq, *dk, *dv;       // [B, L, H, d]
-  float *dprompt_k, *dprompt_v;  // [B, H, P, d]
+  T *dq, *dk, *dv;       // [B, L, H, d]; dk and dv [B, P, H, d] where the prompts are the keys
+  float *dprompt_k, *dprompt_v;  // [B, H, P, d], not where they are
   int64_t begin, end;    // of the heads
   float* memory;
 };
@@ -415,10 +426,17 @@ FASTZS_INLINE void backward_block(
     float *weights = s.weights + r * BLOCK_STRIDE, *dscores = s.dscores + r * BLOCK_STRIDE;
     if (r < rows) {
       const float delta = s.delta[first + r];
+      const RowBits bits = in.bits(b, h, first + r);
       for (int64_t k = 0; k < n; k += LANES) {
         const auto p = V::exp_negative(V::load(weights + k) - lse[r]);
-        V::store(weights + k, p);
-        V::store(dscores + k, p * (V::load(dscores + k) - delta) * in.scale);
+        auto dropped = p, dweight = V::load(dscores + k);
+        if (in.dropout.least > 0) {
+          const auto keep = kept<LANES>(bits, from + k, in.dropout.least);
+          const auto factor = (typename V::F)((typename V::I)V::splat(in.dropout.enlarged) & keep);
+          dropped *= factor, dweight *= factor;
+        }
+        V::store(weights + k, dropped);
+        V::store(dscores + k, p * (dweight - delta) * in.scale);
       }
     }
     const int64_t filled = r < rows ? real : 0;
@@ -472,13 +490,20 @@ FASTZS_INLINE void backward_heads(const Backward<T>& a) {
     for (int64_t n = 0; n < length; ++n) {
       const int64_t to = ((b * length + n) * in.heads + h) * d, key = (in.prompts + n) * columns;
       write<LANES>(s.dq + n * columns, 1.0f, d, a.dq + to);
+      if (in.apart) continue;
       write<LANES>(s.dk + key, 1.0f, d, a.dk + to);
       write<LANES>(s.dv + key, 1.0f, d, a.dv + to);
     }
     for (int64_t n = 0; n < in.prompts; ++n) {
-      const int64_t to = (head * in.prompts + n) * d;
-      __builtin_memcpy(a.dprompt_k + to, s.dk + n * columns, d * sizeof(float));
-      __builtin_memcpy(a.dprompt_v + to, s.dv + n * columns, d * sizeof(float));
+      if (in.apart) {
+        const int64_t to = ((b * in.prompts + n) * in.heads + h) * d;
+        write<LANES>(s.dk + n * columns, 1.0f, d, a.dk + to);
+        write<LANES>(s.dv + n * columns, 1.0f, d, a.dv + to);
+      } else {
+        const int64_t to = (head * in.prompts + n) * d;
+        __builtin_memcpy(a.dprompt_k + to, s.dk + n * columns, d * sizeof(float));
+        __builtin_memcpy(a.dprompt_v + to, s.dv + n * columns, d * sizeof(float));
+      }
     }
   }
 }
@@ -529,15 +554,17 @@ Operand<T> operand(const Tensor& t) {
   return {static_cast<const T*>(t.const_data_ptr()), batch, t.stride(1), t.stride(2), t.stride(3)};
 }
 
-// What both operators take; std is that of dense_attention's nearness, 0 without it.
+// What the operators take; std is that of dense_attention's nearness, 0 without it.
 struct Call {
   const char* op;
   const Tensor &q, &k, &v;
   std::optional<Tensor> prompt_k, prompt_v;
   Layout layout;
   double scale;
-  int64_t first;
-  double std;
+  int64_t first = 0;
+  double std = 0;
+  bool apart = false;  // see Inputs; k and v are not used then
+  Dropout dropout = {0, 0, 1.0f};
 
   int64_t rows() const { return layout.length() - first; }
 
@@ -581,6 +608,7 @@ struct Call {
     in.layout = layout;
     in.batch = q.size(0), in.heads = q.size(1), in.d = static_cast<int>(q.size(3));
     in.scale = static_cast<float>(scale), in.first = first;
+    in.apart = apart, in.dropout = dropout;
     if (!near.empty()) in.near_rows = near.data(), in.near_columns = near.data() + layout.h;
     return in;
   }
@@ -624,9 +652,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   call.fits(out, B, L);
   STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == B * H * L && lse.scalar_type() == ScalarType::Float,
       call.op, ": lse must be contiguous fp32 [B, H, rows]");
-  Tensor dq = new_empty(q, {B, L, H, d}), dk = new_empty(q, {B, L, H, d}), dv = new_empty(q, {B, L, H, d});
-  Tensor dprompt_k = new_empty(q, {B, H, P, d}, ScalarType::Float);
-  Tensor dprompt_v = new_empty(q, {B, H, P, d}, ScalarType::Float);
+  const int64_t keys = call.apart ? P : L, others = call.apart ? 0 : P;
+  Tensor dq = new_empty(q, {B, L, H, d}), dk = new_empty(q, {B, keys, H, d}), dv = new_empty(q, {B, keys, H, d});
+  Tensor dprompt_k = new_empty(q, {B, H, others, d}, ScalarType::Float);
+  Tensor dprompt_v = new_empty(q, {B, H, others, d}, ScalarType::Float);
   dispatch_floating(q, call.op, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Inputs<T> in = call.inputs<T>({});
@@ -643,14 +672,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 std::tuple<Tensor, Tensor> bridged_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
     const std::optional<Tensor>& prompt_v, int64_t prefix, int64_t h, int64_t w, int64_t rh, int64_t rw, double scale) {
-  return forward(Call{"bridged_attention", q, k, v, prompt_k, prompt_v, {prefix, h, w, rh, rw}, scale, 0, 0});
+  return forward(Call{"bridged_attention", q, k, v, prompt_k, prompt_v, {prefix, h, w, rh, rw}, scale});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bridged_attention_backward(
     const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& prompt_k,
     const std::optional<Tensor>& prompt_v, const Tensor& out, const Tensor& lse, int64_t prefix, int64_t h, int64_t w,
     int64_t rh, int64_t rw, double scale) {
-  const Call call{"bridged_attention", q, k, v, prompt_k, prompt_v, {prefix, h, w, rh, rw}, scale, 0, 0};
+  const Call call{"bridged_attention", q, k, v, prompt_k, prompt_v, {prefix, h, w, rh, rw}, scale};
   return backward(call, grad, out, lse);
 }
 
@@ -659,6 +688,30 @@ Tensor dense_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, int64_t h, int64_t w, double scale, double std) {
   const int64_t prefix = (q.dim() == 4 ? q.size(2) : 0) - h * w;
   return std::get<0>(forward(Call{"dense_attention", q, k, v, {}, {}, {prefix, h, w, 0, 0}, scale, prefix, std}));
+}
+
+// The queries are the tokens of a layout without a bridge, the keys its prompts.
+Call dropped(
+    const Tensor& q, const Tensor& k, const Tensor& v, double scale, double rate, const Tensor& seed) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0),
+      "dropout_attention: wanted q [B, H, Q, d], k and v [B, H, N, d]");
+  STD_TORCH_CHECK(rate >= 0 && rate < 1, "dropout_attention: dropout is ", rate, "; wanted 0 to below 1");
+  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "dropout_attention: seed is no int64");
+  const auto least = static_cast<int32_t>(std::min(std::round(rate * 0x1p31), 0x1p31 - 1));
+  const Dropout dropout{static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()), least, static_cast<float>(1 / (1 - rate))};
+  return {"dropout_attention", q, q, q, k, v, {0, 1, q.size(2), 0, 0}, scale, 0, 0, true, dropout};
+}
+
+std::tuple<Tensor, Tensor> dropout_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, double scale, double rate, const Tensor& seed) {
+  return forward(dropped(q, k, v, scale, rate, seed));
+}
+
+std::tuple<Tensor, Tensor, Tensor> dropout_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+    double scale, double rate, const Tensor& seed) {
+  const auto [dq, dk, dv, none_k, none_v] = backward(dropped(q, k, v, scale, rate, seed), grad, out, lse);
+  return {dq, dk, dv};
 }
 
 }  // namespace
@@ -672,11 +725,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
       "bridged_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? prompt_k, Tensor? prompt_v, "
       "Tensor out, Tensor lse, int prefix, int h, int w, int rh, int rw, float scale) "
       "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dprompt_k, Tensor dprompt_v)");
+  m.def(
+      "dropout_attention(Tensor q, Tensor k, Tensor v, float scale, float dropout, Tensor seed) "
+      "-> (Tensor out, Tensor lse)");
+  m.def(
+      "dropout_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+      "float dropout, Tensor seed) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def("dense_attention(Tensor q, Tensor k, Tensor v, int h, int w, float scale, float std) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastzs, CPU, m) {
   m.impl("bridged_attention", TORCH_BOX(&fastzs::bridged_attention::bridged_attention));
   m.impl("bridged_attention_backward", TORCH_BOX(&fastzs::bridged_attention::bridged_attention_backward));
+  m.impl("dropout_attention", TORCH_BOX(&fastzs::bridged_attention::dropout_attention));
+  m.impl("dropout_attention_backward", TORCH_BOX(&fastzs::bridged_attention::dropout_attention_backward));
   m.impl("dense_attention", TORCH_BOX(&fastzs::bridged_attention::dense_attention));
 }

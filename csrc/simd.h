@@ -15,6 +15,7 @@ struct Vectors;
   struct Vectors<LANES> {                                         \
     typedef float F __attribute__((vector_size(4 * LANES)));      \
     typedef int32_t I __attribute__((vector_size(4 * LANES)));    \
+    typedef uint32_t U __attribute__((vector_size(4 * LANES)));   \
     typedef int16_t S __attribute__((vector_size(2 * LANES)));    \
   };
 FASTZS_VECTORS(4)

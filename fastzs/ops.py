@@ -2,6 +2,7 @@
 
 from fastzs.kernels.bridged_attention.api import TokenLayout, bridged_attention
 from fastzs.kernels.dense_attention.api import dense_attention
+from fastzs.kernels.dropout_attention.api import dropout_attention
 from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
 from fastzs.kernels.mask_loss.api import MaskLoss, mask_loss, pixel_text_mask_loss
@@ -13,6 +14,7 @@ __all__ = [
     "TokenLayout",
     "bridged_attention",
     "dense_attention",
+    "dropout_attention",
     "key_smoothing",
     "label_map",
     "mask_loss",

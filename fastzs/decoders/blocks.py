@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastzs.clip.memo import Memo
 from fastzs.decoders.dropout import dropout, relu_dropout
-from fastzs.decoders.dropout_attention import dropout_attention
+from fastzs.ops import dropout_attention
 
 
 class CrossAttention(nn.Module):

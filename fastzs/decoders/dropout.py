@@ -15,12 +15,12 @@ def kept_share(rate: float) -> float:
     return 1 - round(rate * _STEPS) / _STEPS
 
 
-def draw_kept(shape: tuple[int, ...], rate: float, device: torch.device, generator=None) -> Tensor:
+def draw_kept(shape: tuple[int, ...], rate: float, device: torch.device) -> Tensor:
     """Which elements are kept: int8, 1 or 0, since products with integers run in vectors and those with bool do not."""
     count = torch.Size(shape).numel()
     bits = torch.empty(-(-count // 4), dtype=torch.int64, device=device)
     # with both bounds given, all 64 bits are random
-    bits.random_(-(2**63), None, generator=generator)
+    bits.random_(-(2**63), None)
     least = round(rate * _STEPS) - _STEPS // 2
     return (bits.view(torch.int16)[:count] >= least).view(torch.int8).view(shape)
 

@@ -1,0 +1,55 @@
+"""``dropout_attention`` on the CPU: the operator ``fastzs::dropout_attention`` (csrc/bridged_attention.cpp).
+
+``out`` and ``dq`` are ``[B, H, Q, d]`` in memory ``[B, Q, H, d]``, so that joining the heads is a view; ``dk`` and
+``dv`` alike. ``lse`` is ``[B, H, Q]`` fp32: of every row the logarithm of its softmax's denominator.
+"""
+
+import torch
+from torch import Tensor
+
+from ..bridged_attention.compiled import why_not_blocked
+from ..extension import why_missing
+
+# At import, not in a call: torch.compile cannot trace the loading of a library.
+MISSING = why_missing("dropout_attention", "cpu")
+
+
+def why_not_cpu(q: Tensor) -> str | None:
+    """None if it can take these queries ``[B, H, Q, d]``, else the reason."""
+    return why_not_blocked(q) or MISSING
+
+
+def _joined_heads(x: Tensor) -> Tensor:
+    B, H, L, d = x.shape
+    return x.new_empty((B, L, H, d)).transpose(1, 2)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.scale, ctx.dropout, seed = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, seed)
+
+
+def _differentiate(ctx, grad: Tensor, _):
+    *tensors, seed = ctx.saved_tensors
+    grads = torch.ops.fastzs.dropout_attention_backward(grad, *tensors, ctx.scale, ctx.dropout, seed)
+    return *grads, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("dropout_attention is differentiable once: its second derivative is not implemented")
+
+
+if MISSING is None:
+
+    @torch.library.register_fake("fastzs::dropout_attention")
+    def _(q, k, v, scale, dropout, seed):
+        return _joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    @torch.library.register_fake("fastzs::dropout_attention_backward")
+    def _(grad, q, k, v, out, lse, scale, dropout, seed):
+        return _joined_heads(q), _joined_heads(k), _joined_heads(v)
+
+    torch.library.register_autograd("fastzs::dropout_attention", _differentiate, setup_context=_setup_context)
+    torch.library.register_autograd("fastzs::dropout_attention_backward", _no_second_derivative)

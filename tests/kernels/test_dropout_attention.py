@@ -1,0 +1,211 @@
+"""Attention with dropout: which weights are dropped, and the compiled backend against the formula in fp64."""
+
+import platform
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastzs.kernels.dropout_attention.compiled import MISSING
+from fastzs.kernels.dropout_attention.reference import dropout_attention_reference, kept
+from fastzs.ops import dropout_attention
+
+f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
+ISAS = ["avx512_bf16", "avx512", "avx2", "portable"] if platform.machine() == "x86_64" else ["portable"]
+
+
+def inputs(dtype=f32, queries=70, keys=53, dim=24, heads=3):
+    g = torch.Generator().manual_seed(5)
+    shapes = ((2, heads, queries, dim), (2, heads, keys, dim), (2, heads, keys, dim))
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+def run(tensors, dropout, impl, seed=4):
+    """The result and the gradients of q, k and v under fixed weights."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    torch.manual_seed(seed)
+    out = dropout_attention(*leaves, dropout, impl=impl)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=f64).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+
+def assert_agrees(tensors, dropout, impl="cpu"):
+    """Within twice the error of the reference in the same dtype and a rounding step, against fp64.
+
+    Gradients: of steps of 1 and of the largest score, for their weights come from the rows' log-sum-exps.
+    """
+    q, k = (x.double() for x in tensors[:2])
+    largest = (q @ k.transpose(2, 3)).abs().max().item() * q.shape[3] ** -0.5
+    exact = run([t.double() for t in tensors], dropout, "reference")
+    eager = run(tensors, dropout, "reference")
+    ours = run(tensors, dropout, impl)
+    for name, mine, theirs, right in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
+        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), name
+        size = right.abs().max()
+        step = torch.finfo(mine.dtype).eps * (1.0 if name == "out" else 1.0 + largest)
+        allowed = 2 * (theirs.double() - right).abs().max() / size + step
+        assert (mine.double() - right).abs().max() / size <= allowed, name
+
+
+# ---- the specification ---------------------------------------------------------------------------------------------
+
+
+def test_reference_is_the_formula():
+    q, k, v = inputs(f64)
+    seed = torch.tensor(9)
+    keep = kept((2, 3, 70, 53), 0.25, seed)
+    expected = (torch.softmax(q @ k.transpose(2, 3) * 0.3, -1) * keep / 0.75) @ v
+    assert torch.allclose(dropout_attention_reference(q, k, v, 0.3, 0.25, seed), expected, atol=1e-14)
+
+
+def test_bits_are_splitmix_and_murmur():
+    """By Python's integers: one weight of a map."""
+    mask = (1 << 64) - 1
+    seed, shape = 123456789012345, (2, 3, 5, 7)
+    maps = kept(shape, 0.4, torch.tensor(seed))
+    for b, h, row, key in ((0, 0, 0, 0), (1, 2, 4, 6), (1, 0, 3, 2)):
+        x = seed + (((b * 3 + h) * 5 + row) + 1) * 0x9E3779B97F4A7C15 & mask
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        x ^= x >> 31
+        y = key + x & 0xFFFFFFFF
+        y = (y ^ y >> 16) * 0x85EBCA6B & 0xFFFFFFFF
+        y = (y ^ y >> 13 ^ x >> 32) * 0xC2B2AE35 & 0xFFFFFFFF
+        y ^= y >> 16
+        assert maps[b, h, row, key].item() == (y >> 1 >= round(0.4 * 2**31))
+
+
+def test_share_that_is_dropped():
+    dropped = 1 - kept((2, 2, 500, 400), 0.1, torch.tensor(3)).float()
+    assert dropped.mean().item() == pytest.approx(0.1, abs=2.4e-3)  # 5 standard deviations
+    for along in ((0, 1, 2), (0, 1, 3)):  # columns, rows: their spread is that of a fair draw
+        count = dropped.numel() / dropped.mean(along).numel()
+        assert dropped.mean(along).std().item() == pytest.approx((0.09 / count) ** 0.5, rel=0.15)
+    flat = dropped - dropped.mean()
+    for a, b in (  # neighbours in a row, rows, heads, pictures
+        (flat[..., 1:], flat[..., :-1]),
+        (flat[:, :, 1:], flat[:, :, :-1]),
+        (flat[:, 0], flat[:, 1]),
+        (flat[0], flat[1]),
+    ):
+        assert (a * b).mean().abs().item() / 0.09 < 5 / a.numel() ** 0.5
+    assert kept((1, 1, 9, 9), 0.0, torch.tensor(3)).all()
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+class TestCompiled:
+    @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.9])
+    @pytest.mark.parametrize("isa", ISAS)
+    @pytest.mark.parametrize("dtype", [f32, bf16, f16])
+    def test_agrees(self, dtype, isa, dropout, monkeypatch):
+        monkeypatch.setenv("FASTZS_CPU_ISA", isa)
+        assert_agrees(inputs(dtype), dropout)
+
+    @pytest.mark.parametrize(("queries", "keys"), [(1, 2), (1, 500), (13, 2), (400, 33), (97, 800)])
+    @pytest.mark.parametrize("dim", [8, 64, 128])
+    def test_sizes(self, dim, queries, keys):
+        assert_agrees(inputs(queries=queries, keys=keys, dim=dim, heads=2), 0.3)
+
+    def test_strided_inputs(self):
+        """As projections give them, and a slice with other numbers between."""
+        base = torch.full((2, 40, 3, 2, 20), torch.nan)
+        base[..., :16] = torch.randn(2, 40, 3, 2, 16)
+        assert_agrees([x[..., :16] for x in base.permute(2, 0, 3, 1, 4)], 0.2)
+
+    def test_large_scores(self):
+        q, k, v = inputs(dim=16)
+        assert_agrees([30 * q, k, v], 0.2)
+
+    def test_result_repeats_to_the_bit_whatever_the_threads(self):
+        tensors = inputs(queries=200)
+        threads = torch.get_num_threads()
+        first = run(tensors, 0.2, "cpu")
+        try:
+            torch.set_num_threads(1)
+            assert all(torch.equal(a, b) for a, b in zip(first, run(tensors, 0.2, "cpu"), strict=True))
+        finally:
+            torch.set_num_threads(threads)
+
+    def test_joins_heads_without_a_copy(self):
+        for x in run(inputs(), 0.1, "cpu"):
+            assert x.transpose(1, 2).is_contiguous()
+
+    def test_keeps_no_map(self):
+        saved = []
+
+        def pack(tensor):
+            saved.append(tensor.numel())
+            return tensor
+
+        tensors = [x.requires_grad_() for x in inputs(queries=64, keys=64, dim=8)]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            dropout_attention(*tensors, 0.1, impl="cpu")
+        assert max(saved) == tensors[0].numel()
+
+    def test_opcheck(self):
+        tensors = [x.requires_grad_() for x in inputs(queries=9, keys=5, dim=8)]
+        torch.library.opcheck(torch.ops.fastzs.dropout_attention, (*tensors, 0.3, 0.1, torch.tensor(1)))
+
+    def test_second_derivative_is_refused(self):
+        tensors = [x.requires_grad_() for x in inputs()]
+        out = dropout_attention(*tensors, 0.1, impl="cpu")
+        (grad,) = torch.autograd.grad(out.square().sum(), tensors[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiable once"):
+            grad.sum().backward()
+
+    def test_compiles_in_one_graph(self):
+        tensors = inputs(queries=9, keys=5, dim=8)
+        whole = torch.compile(lambda *x: dropout_attention(*x, 0.0, impl="cpu"), fullgraph=True, backend="aot_eager")
+        assert torch.equal(whole(*tensors), dropout_attention(*tensors, 0.0, impl="cpu"))
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_without_dropout_it_is_attention(impl):
+    q, k, v = inputs()
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert (dropout_attention(q, k, v, 0.0, impl=impl) - expected).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_follows_the_generator(impl):
+    q, k, v = inputs()
+    torch.manual_seed(1)
+    one = dropout_attention(q, k, v, 0.3, impl=impl)
+    assert not torch.equal(one, dropout_attention(q, k, v, 0.3, impl=impl))
+    torch.manual_seed(1)
+    assert torch.equal(one, dropout_attention(q, k, v, 0.3, impl=impl))
+
+
+# ---- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"k": torch.ones(2, 3, 5, 8)}, ValueError, r"\[2, 3, 4, 8\], \[2, 3, 5, 8\], \[2, 3, 4, 8\]; wanted"),
+        ({"q": torch.ones(3, 4, 8)}, ValueError, r"\[3, 4, 8\]"),
+        ({"v": torch.ones(2, 3, 4, 8).half()}, TypeError, "v is torch.float16; wanted torch.float32"),
+        ({"q": torch.ones(2, 3, 4, 8).int()}, TypeError, "q is torch.int32"),
+        ({"k": torch.ones(2, 3, 4, 8, device="meta")}, ValueError, "k is on meta, q on cpu"),
+        ({"dropout": 1.0}, ValueError, "dropout=1.0; wanted 0 to below 1"),
+        ({"dropout": -0.1}, ValueError, "dropout=-0.1"),
+        ({"dropout": float("nan")}, ValueError, "dropout=nan"),
+        ({"impl": "triton"}, RuntimeError, "no such backend"),
+    ],
+)
+def test_bad_input(change, error, words):
+    arguments = {"q": torch.ones(2, 3, 4, 8), "k": torch.ones(2, 3, 4, 8), "v": torch.ones(2, 3, 4, 8), "dropout": 0.1}
+    with pytest.raises(error, match=words):
+        dropout_attention(**arguments | change)
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_odd_heads_are_for_the_reference():
+    tensors = inputs(dim=10)
+    with pytest.raises(RuntimeError, match="heads have size 10"):
+        dropout_attention(*tensors, 0.1, impl="cpu")
+    assert dropout_attention(*tensors, 0.1).shape == tensors[0].shape
