@@ -1,4 +1,4 @@
-"""bridged_attention against what PyTorch and others do under CLIP-RC's mask, and dense_attention against its reference.
+"""bridged_attention against what PyTorch and others do under CLIP-RC's mask; dense_attention and dropout_attention.
 
     pytest bench/test_attention.py --benchmark-only -s                         # the CPU
     pytest bench/test_attention.py --benchmark-only -s -m "full and not gpu"   # bf16 and fp16, other kinds
@@ -8,6 +8,9 @@
 scaled_dot_product_attention with the dense mask, round by round; that without any mask computes something else and
 is the bar nobody can pass by much. ``layer`` adds the projections around, as the published code has them in
 nn.MultiheadAttention. Each line says whether impl="auto" takes the backend, and why not.
+
+dropout_attention is that of CLIP-RC's decoder, 8 heads of 64, the queries of 171 classes and 16 regions over 32 x 32
+patches. Draws differ, so it is judged without dropout here and with it in tests/kernels/test_dropout_attention.py.
 """
 
 import copy
@@ -19,7 +22,7 @@ import torch.nn.functional as F
 
 from fastzs.clip.vision import Attention
 from fastzs.kernels.dispatch import watch
-from fastzs.ops import TokenLayout, bridged_attention, dense_attention
+from fastzs.ops import TokenLayout, bridged_attention, dense_attention, dropout_attention
 
 from .rivals import Contest, Rival, Unavailable, compete
 
@@ -32,6 +35,7 @@ BACKENDS = ("cpu", "triton", "split", "reference")
 TARGETS = {("cpu", "fp32"): (1.3, 1.3), ("cpu", "bf16"): (4.0, 2.5), ("cuda", "bf16"): (1.2, 1.2)}
 NO_MASK = "SDPA, no mask (the bar)"
 HEADLINE = "kk+gaussian", "fp32"  # of dense_attention
+DROPOUT, QUERIES = 0.1, 171 * 16
 full = pytest.mark.full
 CPU_DTYPES = ["fp32", pytest.param("bf16", marks=full)]
 CPU = [pytest.param("fp32", False, marks=pytest.mark.quick, id="fp32-forward")]
@@ -202,6 +206,43 @@ def last_block(dtype, kind, device):
     )
 
 
+def published_dropout(q, k, v, dropout):
+    weights = torch.softmax(q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5, -1)
+    return F.dropout(weights, dropout) @ v
+
+
+def decoder(dtype):
+    """The contest of dropout_attention, forward and backward; on CPUs only, where it is used."""
+
+    def inputs(seed, dtype):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = (QUERIES, LAYOUT.patches, LAYOUT.patches)
+        return tuple(torch.randn(1, n, 8, 64, generator=generator).to(dtype).transpose(1, 2) for n in sizes)
+
+    def rival(function):
+        run, answer = (
+            with_gradients(lambda q, k, v, dropout=dropout: function(q, k, v, dropout)) for dropout in (DROPOUT, 0.0)
+        )
+        return Rival(run, DTYPES[dtype], answer=answer)
+
+    cost = 8 * QUERIES * LAYOUT.patches * 64
+    return Contest(
+        f"dropout_attention {dtype}, forward + backward, cpu",
+        "cpu",
+        inputs,
+        {
+            "published": rival(published_dropout),
+            "SDPA": rival(lambda q, k, v, dropout: F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)),
+            "torch.compile": rival(torch.compile(published_dropout, dynamic=False)),
+            "fastzs": rival(dropout_attention),
+        },
+        with_gradients(F.scaled_dot_product_attention),
+        nbytes=8 * (QUERIES + LAYOUT.patches) * 512 * DTYPES[dtype].itemsize,
+        operations=14 * cost,
+        info={"op": "dropout_attention", "headline": dtype == "fp32"},
+    )
+
+
 def standing(impl, dtype, device):
     """Whether "auto" takes the backend, and why not."""
     q, k, v = qkv(1, LAYOUT.length, device, 0, DTYPES[dtype])
@@ -243,6 +284,13 @@ def test_layer_cpu(benchmark, dtype, rival):
 @pytest.mark.parametrize("dtype", CPU_DTYPES)
 def test_last_block_cpu(benchmark, dtype, kind, rival):
     row = compete(benchmark, rival, last_block, dtype, kind, "cpu")
+    print(f"\n{row['group']}, {rival}: {1e3 * row['median seconds']:.1f} ms, {row['faster']:.2f}x")
+
+
+@pytest.mark.parametrize("rival", ["published", "SDPA", "torch.compile", "fastzs"])
+@pytest.mark.parametrize("dtype", CPU_DTYPES)
+def test_decoder_cpu(benchmark, dtype, rival):
+    row = compete(benchmark, rival, decoder, dtype)
     print(f"\n{row['group']}, {rival}: {1e3 * row['median seconds']:.1f} ms, {row['faster']:.2f}x")
 
 
