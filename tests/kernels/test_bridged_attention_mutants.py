@@ -4,11 +4,6 @@ Broken, its comparison with the reference must fail. Spelt out, the code for pro
 numbers runs on those that do not.
 """
 
-import re
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -16,66 +11,39 @@ from fastzs.kernels.bridged_attention.reference import bridged_attention_referen
 from fastzs.kernels.dense_attention.reference import dense_attention as dense_reference
 from fastzs.ops import TokenLayout
 
+from .mutants import NEEDS_COMPILER, compile_variants
 from .test_bridged_attention import errors, inputs
 
-CSRC = Path(__file__).parents[2] / "csrc"
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]
+pytestmark = NEEDS_COMPILER
 
 MUTATIONS = {
-    "nothing": ("", ""),
-    "the bridge key does not count": ("s.total[r] = 1;", "s.total[r] = 0;"),
-    "the running sum is not shrunk": ("s.total[r] * shrunk +", "s.total[r] +"),
-    "the padding counts": ("s.scores[r * SCORE_STRIDE + k] = -INFINITY;", ";"),
-    "a bridge row does not see itself": (
-        "for (int64_t n = 0; n <= cell; ++n) {",
-        "for (int64_t n = 0; n < cell; ++n) {",
-    ),
-    "the padding has gradients": ("r < rows ? real : 0;", "r < rows ? n : 0;"),
-    "gradients of keys forget the prompts": ("(in.prompts + key) * columns;", "key * columns;"),
-    "delta is left out": ("(V::load(dscores + k) - delta)", "V::load(dscores + k)"),
-    "nearness of rows is that to the first": ("near_rows[row < y ? y - row : row - y]", "near_rows[row]"),
+    "nothing": [],
+    "the bridge key does not count": [("s.total[r] = 1;", "s.total[r] = 0;")],
+    "the running sum is not shrunk": [("s.total[r] * shrunk +", "s.total[r] +")],
+    "the padding counts": [("s.scores[r * SCORE_STRIDE + k] = -INFINITY;", ";")],
+    "a bridge row does not see itself": [
+        (
+            "top = -INFINITY;\n    for (int64_t n = 0; n <= cell; ++n)",
+            "top = -INFINITY; for (int64_t n = 0; n < cell; ++n)",
+        ),
+        ("n <= cell; ++n) {\n      const float p", "n < cell; ++n) {\n      const float p"),
+    ],
+    "the padding has gradients": [("r < rows ? real : 0;", "r < rows ? n : 0;")],
+    "gradients of keys forget the prompts": [("(in.prompts + key) * columns;", "key * columns;")],
+    "delta is left out": [("(V::load(dscores + k) - delta)", "V::load(dscores + k)")],
+    "nearness of rows is that to the first": [("near_rows[row < y ? y - row : row - y]", "near_rows[row]")],
 }
 LAYOUT, PROMPTS = TokenLayout(1, (7, 8), (3, 3)), 3
 OPTIONS = (1, 7, 8, 3, 3, 0.2)
 
 
-def compile_library(folder, texts, headers):
-    """Load one library of several variants of the source, each with operators in a namespace of its own."""
-    for path in CSRC.glob("*.h"):
-        text = path.read_text()
-        for right, wrong in headers:
-            text = text.replace(right, wrong)
-        (folder / path.name).write_text(text)
-    source = (CSRC / "bridged_attention.cpp").read_text()
-    opening = "namespace fastzs::bridged_attention {\nnamespace {\n"
-    includes, body = source.split(opening)
-    whole = includes
-    for name, change in texts.items():
-        text = change(body).replace("}  // namespace\n}  // namespace fastzs::", "}}  // namespace fastzs::")
-        for library in ("(fastzs, m)", "(fastzs, CPU, m)"):
-            text = text.replace(library, library.replace("fastzs", f"fastzs_{name}"))
-        text = text.replace("&fastzs::bridged_attention::", f"&fastzs::bridged_attention::{name}::")
-        whole += f"namespace fastzs::bridged_attention {{ namespace {name} {{\n{text}"
-    (folder / "attention.cpp").write_text(whole)
-    library, torch_folder = folder / "attention.so", Path(torch.__file__).parent
-    command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    places = [f"-I{folder}", f"-I{torch_folder}/include", str(folder / "attention.cpp"), f"-L{torch_folder}/lib"]
-    subprocess.run([*command, *places, "-ltorch_cpu", "-o", str(library)], check=True)
-    torch.ops.load_library(str(library))
-    return [getattr(torch.ops, f"fastzs_{name}") for name in texts]
-
-
-def only(dtype, text):
-    """Without the functions for other dtypes, for the compiler's time."""
-    others = "|".join({"float", "BFloat16", "Half"} - {dtype})
-    return re.sub(rf"^.*(Forward|Backward)<({others})>.*\n", "", text, flags=re.MULTILINE)
-
-
-def cases(dtype):
-    return {
-        "float": [("case ScalarType::BFloat16: ", "// "), ("case ScalarType::Half: ", "// ")],
-        "BFloat16": [("case ScalarType::Float: ", "// "), ("case ScalarType::Half: ", "// ")],
-    }[dtype]
+def only(dtype):
+    """Changes that leave out the functions for other dtypes, for the compiler's time."""
+    for name, scalar in (("Float", "float"), ("BFloat16", "BFloat16"), ("Half", "Half")):
+        if scalar != dtype:
+            yield f"case ScalarType::{name}: ", "// "
+            yield f"FASTZS_MULTIVERSION(run_forward, forward_floats, Forward<{scalar}>)", ""
+            yield f"FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<{scalar}>)", ""
 
 
 def bridged(ops, tensors, weights):
@@ -93,17 +61,14 @@ def bridged_by_reference(tensors, weights):
 
 @pytest.fixture(scope="module")
 def mutants(tmp_path_factory):
-    def change(right, wrong):
-        def apply(text):
-            assert not right or text.count(right) in (1, 2), right
-            return only("float", text.replace(right, wrong) if right else text)
-
-        return apply
-
-    texts = {f"mutant{n}": change(*mutation) for n, mutation in enumerate(MUTATIONS.values())}
-    portable = [("#if defined(__x86_64__)", "#if 0")]
+    portable = ("#if defined(__x86_64__)", "#if 0")
+    without_pairs = [
+        ("void run_forward_pairs(const Forward<BFloat16>& a) { run_forward(a); }", ""),
+        ("void run_backward_pairs(const Backward<BFloat16>& a) { run_backward(a); }", ""),
+    ]
+    everywhere = [portable, *without_pairs, *only("float")]
     folder = tmp_path_factory.mktemp("mutants")
-    return compile_library(folder, texts, [*portable, *cases("float")])
+    return compile_variants(folder, "bridged_attention.cpp", list(MUTATIONS.values()), everywhere)
 
 
 def agrees(ops) -> bool:
@@ -126,12 +91,15 @@ def test_only_the_unbroken_code_agrees(number, mutants):
 def test_bf16_pairs(tmp_path, monkeypatch):
     monkeypatch.delenv("FASTZS_CPU_ISA", raising=False)
     instruction = 'asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));'
-    assert instruction in (CSRC / "bridged_attention.h").read_text()
     spelt_out = "sum += (F)(a << 16) * (F)(b << 16); sum += (F)(a & -65536) * (F)(b & -65536);"
-    headers = [(instruction, spelt_out), ('__builtin_cpu_supports("avx512bf16")', "true"), *cases("BFloat16")]
-    headers.append(("#if defined(__x86_64__)\n#define FASTZS_MULTIVERSION", "#if 0\n#define FASTZS_MULTIVERSION"))
-    texts = {"pairs": lambda text: only("BFloat16", text.replace(",avx512bf16", ""))}
-    (ops,) = compile_library(tmp_path, texts, headers)
+    everywhere = [
+        (instruction, spelt_out),
+        (",avx512bf16,", ","),
+        ('__builtin_cpu_supports("avx512bf16")', "true"),
+        ("#if defined(__x86_64__)\n#define FASTZS_MULTIVERSION", "#if 0\n#define FASTZS_MULTIVERSION"),
+        *only("BFloat16"),
+    ]
+    (ops,) = compile_variants(tmp_path, "bridged_attention.cpp", [[]], everywhere)
     tensors = inputs(LAYOUT, PROMPTS, torch.bfloat16)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = bridged_by_reference([t.double() for t in tensors], weights.double())
