@@ -33,6 +33,10 @@ def _nvtx() -> Callable[[str], AbstractContextManager] | None:
     return functools.partial(nvtx.annotate, domain="fastzs")
 
 
+def _torch_range(name: str) -> AbstractContextManager:
+    return torch.profiler.record_function(f"fastzs.{name}")
+
+
 _open: Callable[[str], AbstractContextManager] | None = _nvtx()
 
 
@@ -66,8 +70,7 @@ def traced(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
 def torch_ranges() -> Iterator[None]:
     """Ranges are torch's meanwhile: ``torch.profiler`` shows them as ``fastzs.NAME``, on any device."""
     global _open
-    before = _open
-    _open = lambda name: torch.profiler.record_function(f"fastzs.{name}")  # noqa: E731
+    before, _open = _open, _torch_range
     try:
         yield
     finally:
