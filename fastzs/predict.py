@@ -161,6 +161,9 @@ class Segmenter:
             whole picture at once; the model's own choice if omitted, which shrinks to pictures smaller than it, as
             published; ``stride`` two thirds of the crop.
         batch: windows per forward pass.
+
+    Raises:
+        ValueError: a number out of range, a stride larger than the crop or without one.
     """
 
     def __init__(
@@ -181,9 +184,16 @@ class Segmenter:
         self.crop = model.crop if crop is None else crop
         self._crop_is_given = crop is not None
         self.stride = model.stride if stride is None and crop is None else stride
-        if self.crop and not self.stride:
-            height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
-            self.stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
+        if self.crop:
+            if self.stride is None:
+                height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+                self.stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
+            window_grid((1, 1), self.crop, self.stride)  # refuses here what it would refuse for every picture
+        elif stride is not None:
+            raise ValueError(
+                f"stride {stride}: the distance of windows, but pictures are taken whole (crop is {self.crop}); "
+                "give a crop, too, or no stride"
+            )
         self.batch = batch
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype

@@ -256,6 +256,20 @@ class TestSegment:
         assert message in refused(capsys, "segment", pictures, "--output", tmp_path / "o", *arguments)
         assert not (tmp_path / "o").exists()
 
+    def test_threshold_is_that_of_its_background(self, pictures, tmp_path, capsys):
+        common = ["segment", str(pictures), "--classes", "a,b", "--output", str(tmp_path / "o")]
+        for background in ("none", "prompt"):
+            said = refused(capsys, *common, "--background", background, "--threshold", "0")
+            assert (
+                f"--threshold 0.0 is the score that --background threshold asks for, but --background is {background};"
+                in said
+            )
+        assert not (tmp_path / "o").exists()
+        for given, wanted in ((["--threshold", "0"], 0.0), ([], 0.5)):
+            assert main([*common, "--background", "threshold", *given]) == 0
+            assert FakeSegmenter.loaded["threshold"] == wanted
+            assert record(tmp_path / "o")["decisive_settings"]["threshold"] == wanted
+
     def test_no_pictures(self, tmp_path, capsys):
         common = ["--classes", "a", "--output", tmp_path / "o"]
         assert "no pictures given" in refused(capsys, "segment", *common)
@@ -317,6 +331,15 @@ class TestSegment:
         (["--device", "warp9", "--weights", "random", "--backbone", "ViT-B-32"], "'warp9'"),
         (["--options.densee", "qq", "--weights", "random", "--backbone", "ViT-B-32"], "densee"),
         (["--short-side", "-3", "--weights", "random", "--backbone", "ViT-B-32"], "short_side"),
+        (["--batch", "0", "--weights", "shapes"], "batch must be at least 1, got 0"),
+        (["--stride", "0", "--weights", "shapes"], "stride=0: want positive integers"),
+        (["--stride", "[8,0]", "--weights", "shapes"], "stride=(8, 0): want positive integers"),
+        (["--crop", "-16", "--weights", "shapes"], "crop=-16: want positive integers"),
+        (["--crop", "16", "--stride", "17", "--weights", "shapes"], "stride (17, 17) is larger than crop (16, 16)"),
+        (
+            ["--crop", "0", "--stride", "16", "--weights", "shapes"],
+            "stride 16: the distance of windows, but pictures are",
+        ),
     ],
 )
 def test_models_that_will_not_do(pictures, tmp_path, capsys, arguments, message):

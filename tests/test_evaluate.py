@@ -211,6 +211,10 @@ def test_command_one_class_at_a_time(tmp_path, capsys):
         (["--protocol", "voc15"], "nearest known: voc15-5"),
         (["--protocol", "voc15-5"], "needs the folder of its data set"),
         (["--protocol", "shapes", "--overlays"], "name a folder for them with --output"),
+        (
+            ["--protocol", "shapes", "--predictions", "x", "--calibration", "0"],
+            "--predictions are labels without scores",
+        ),
         (["--protocol", "shapes", "--images", "x"], "go together"),
         (["--protocol", "shapes", "--pairs", "x", "--data", "y"], "name the data once"),
         (["--protocol", "voc15-5", "--data", "/nowhere"], "no folder JPEGImages"),

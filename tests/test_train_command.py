@@ -139,6 +139,16 @@ class TestRefuses:
         said = refused(capsys, command(folder, f"--{what}.{wrong}", "1"))
         assert f"--{what}: there is no setting '{wrong}'; did you mean {right}" in said
 
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("--options.crop=0", "ClipRC: crop is 0; wanted 8 pixels at least"),
+            ("--transform.short_side=0", "short_side is 0; wanted 1 pixel at least"),
+        ],
+    )
+    def test_sides_without_a_pixel(self, folder, capsys, option, message):
+        assert message in refused(capsys, command(folder, option))
+
     def test_unknown_preset(self, folder, capsys):
         said = refused(capsys, command(folder, "--preset", "voc/clip_rc/inductiv"))
         assert "unknown preset 'voc/clip_rc/inductiv'; nearest known: voc/clip_rc/inductive" in said

@@ -79,6 +79,11 @@ def run(config: Namespace) -> int:
         for name in ("predictions", "calibration", "words", "embeddings", "overlays", "plots"):
             if config[name] not in (None, False):
                 raise ValueError(f"--against asks a model for two names at a time; leave out --{name}")
+    if config.predictions is not None and config.calibration is not None:
+        raise ValueError(
+            f"--calibration {config.calibration} lowers a model's scores, but --predictions are labels without scores; "
+            "leave one of them out"
+        )
     if config.plots:
         from fastzs import plots
 

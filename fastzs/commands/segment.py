@@ -52,7 +52,7 @@ def parser() -> ArgumentParser:
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
-    add("--threshold", type=float, default=0.5, help="score below which --background threshold says background")
+    add("--threshold", type=float | None, help="score below which --background threshold says so; 0.5 if omitted")
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
@@ -110,6 +110,11 @@ def run(config: Namespace) -> int:
     """Segment; 0 if every picture came out, else 1."""
     entries = _entries(config.classes, config.classes_file)
     _check_coco(config.coco)
+    if config.threshold is not None and config.background != "threshold":
+        raise ValueError(
+            f"--threshold {config.threshold} is the score that --background threshold asks for, but --background is "
+            f"{config.background}; give --background threshold, or no --threshold"
+        )
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.pictures import find_pictures
     from fastzs.runs import prepare_folder
@@ -127,7 +132,7 @@ def run(config: Namespace) -> int:
         options["seen"] = [name.strip() for name in config.seen.split(",")]
     names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
-    job = Job(load, vocabulary, config.background, config.threshold)
+    job = Job(load, vocabulary, config.background, 0.5 if config.threshold is None else config.threshold)
     with nullcontext() if actors is None else actors:
         return _segment(config, pictures, job, options, actors, ranks.started())
 
@@ -151,7 +156,7 @@ def _segment(
         "options": options,
         "vocabulary": vocabulary.hash,
         "background": config.background,
-        "threshold": config.threshold if config.background == "threshold" else None,
+        "threshold": job.threshold if config.background == "threshold" else None,
         **{name: facts[name] for name in ("checkpoint", "weights", "precision", "short_side", "crop", "stride")},
     }
     settings = settings_hash(decisive)

@@ -150,10 +150,17 @@ def training_transform(
         most: see :class:`VariedCrop`.
         flip: probability of a horizontal flip.
         distortion: whether colours are distorted.
+
+    Raises:
+        ValueError: a side is less than a pixel, or there is none (a model of whole pictures).
     """
+    short_side = crop if short_side is None else short_side
+    for name, side in (("crop", crop), ("short_side", short_side)):
+        if side is None or side < 1:
+            raise ValueError(f"{name} is {side}; wanted 1 pixel at least")
     return v2.Compose(
         [
-            ScaleJitter(short_side or crop, scale),
+            ScaleJitter(short_side, scale),
             VariedCrop(crop, most),
             v2.RandomHorizontalFlip(flip),
             *([PhotometricDistortion()] if distortion else []),

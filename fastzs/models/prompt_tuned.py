@@ -84,6 +84,8 @@ class PromptTuned(TrainedModel):
                 raise ValueError(
                     f"{type(self).__name__}: {backbone} is not a vision transformer, which its prompts need"
                 )
+            if crop < plain.patch_size:
+                raise ValueError(f"{type(self).__name__}: crop is {crop}; wanted {plain.patch_size} pixels at least")
             sizes = vit_sizes(plain) | {"grid": crop // plain.patch_size}
         super().__init__(
             backbone=backbone,
