@@ -50,6 +50,8 @@ class _Opaque:
 def read_state(path: Path, opaque: Sequence[str] = ()) -> dict[str, Tensor]:
     """Tensors of a weights file by name: safetensors, torch (weights only) or TorchScript; wrappers are opened.
 
+    All but TorchScript's are maps of the file: what is not used is not read.
+
     Args:
         opaque: packages whose objects may be in the file; they are not made, and nothing of these packages runs.
 
@@ -61,8 +63,9 @@ def read_state(path: Path, opaque: Sequence[str] = ()) -> dict[str, Tensor]:
             return load_file(path)
         if is_torchscript(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
+        mapped = zipfile.is_zipfile(path)  # other files are of an old format, which is read whole
         with torch.serialization.safe_globals(_stand_ins(path, opaque)):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: refused, since reading it would run code or create objects other than tensors "

@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -77,6 +78,29 @@ def test_files_of_every_kind_read_alike(folder, tmp_path, kind):
     read = read_state(path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[k], v) for k, v in tensors.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's count of bytes read")
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_a_file_is_read_once(folder, tmp_path, monkeypatch, suffix):
+    """For its fingerprint; the towers' tensors are maps, which do not count as read."""
+    monkeypatch.setattr(weights.open_clip, "get_model_config", lambda name: TINY)
+    save = torch.save if suffix == "pth" else save_file
+    for name in ("warm", "cold"):  # what is read of the libraries at their first use is none of ours
+        path = tmp_path / f"{name}.{suffix}"
+        save(state(folder), path)
+        before = bytes_read()
+        loaded = clip.load("tiny", path)
+        loaded.vision()
+        loaded.text()
+        taken = bytes_read() - before
+    size = path.stat().st_size
+    assert size <= taken < 1.5 * size, f"{taken} bytes of {size}"  # measured: 1.2; the tokenizer's words are the rest
+
+
+def bytes_read() -> int:
+    """What this process has read from files so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
 
 
 def test_pickled_code_never_runs(tmp_path):
