@@ -10,13 +10,13 @@ no result. Otherwise than in the published code the sigmoid of the masks is take
 are made of whole cells of 4 x 4 pixels.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from fastzs import clip as clip_module
@@ -38,7 +38,8 @@ CUT_OUTS = 32  # that CLIP is shown at a time
 class TwoStage(TrainedModel):
     """Mask proposals named by their embeddings and by CLIP.
 
-    Subclasses have :meth:`compare`, :meth:`cut_out` and :meth:`join`.
+    Subclasses have :meth:`compare`, :meth:`cut_out` and :meth:`join`, and say what projects embeddings to the text's
+    width.
     """
 
     activation = "none"
@@ -57,6 +58,8 @@ class TwoStage(TrainedModel):
         proposals: Mapping[str, Any] | None,
         seen: Sequence[str] | Sequence[int] | None,
         calibration: float,
+        share: float,
+        projection: Callable[[int, int], nn.Module],
     ):
         clip = tower = None
         if sizes is None:
@@ -75,13 +78,15 @@ class TwoStage(TrainedModel):
         )
         self.maskformer = MaskFormer(resnet, pretrained, **(proposals or {}))
         self.tower = (tower or VisionTransformer(**sizes)).requires_grad_(False)
-        self.short_side = size
+        self.project = projection(self.maskformer.width, self.text_dim)
+        self.no_object = nn.Parameter(torch.randn(1, self.text_dim) * self.text_dim**-0.5)
+        self.short_side, self.share = size, share
         self._blank: Memo[Tensor] = Memo()
         if self.weights in ("openai", "random"):
             self.clip_mean, self.clip_std = OPENAI_MEAN, OPENAI_STD
         else:
             self.clip_mean, self.clip_std = self.clip.mean, self.clip.std
-        self.settings.update(sizes=dict(sizes), size=size, resnet=resnet, proposals=dict(proposals or {}))
+        self.settings.update(sizes=dict(sizes), size=size, resnet=resnet, proposals=dict(proposals or {}), share=share)
         self.settings.update(pretrained=None)  # a saved model has weights of its own
 
     def compare(self, embeddings: Tensor, text: Tensor) -> Tensor:

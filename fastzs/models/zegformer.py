@@ -66,11 +66,9 @@ class ZegFormer(TwoStage):
             proposals=proposals,
             seen=seen,
             calibration=calibration,
+            share=share,
+            projection=nn.Linear,
         )
-        self.share = share
-        self.settings.update(share=share)
-        self.project = nn.Linear(self.maskformer.width, self.text_dim)
-        self.no_object = nn.Parameter(torch.randn(1, self.text_dim) * self.text_dim**-0.5)
 
     def compare(self, embeddings: Tensor, text: Tensor) -> Tensor:
         x = F.normalize(self.project(embeddings), dim=-1)

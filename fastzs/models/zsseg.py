@@ -66,12 +66,9 @@ class ZSSeg(TwoStage):
             proposals=proposals,
             seen=seen,
             calibration=calibration,
+            share=share,
+            projection=_projection,
         )
-        self.share = share
-        self.settings.update(share=share)
-        width = self.maskformer.width
-        self.project = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.text_dim))
-        self.no_object = nn.Parameter(torch.randn(1, self.text_dim) * self.text_dim**-0.5)
 
     def compare(self, embeddings: Tensor, text: Tensor) -> Tensor:
         rows = F.normalize(torch.cat([text, self.no_object]), dim=-1)
@@ -91,3 +88,7 @@ class ZSSeg(TwoStage):
         return torch.where(
             seen, own**self.share * of_clip ** (1 - self.share), own ** (1 - self.share) * of_clip**self.share
         )
+
+
+def _projection(width: int, out: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
