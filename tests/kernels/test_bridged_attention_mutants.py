@@ -9,6 +9,7 @@ import torch
 
 from fastzs.kernels.bridged_attention.reference import bridged_attention_reference
 from fastzs.kernels.dense_attention.reference import dense_attention as dense_reference
+from fastzs.kernels.dropout_attention.reference import dropout_attention_reference
 from fastzs.ops import TokenLayout
 
 from .mutants import NEEDS_COMPILER, compile_variants
@@ -30,8 +31,14 @@ MUTATIONS = {
     ],
     "the padding has gradients": [("r < rows ? real : 0;", "r < rows ? n : 0;")],
     "gradients of keys forget the prompts": [("(in.prompts + key) * columns;", "key * columns;")],
-    "delta is left out": [("(V::load(dscores + k) - delta)", "V::load(dscores + k)")],
+    "delta is left out": [("(dweight - delta)", "dweight")],
     "nearness of rows is that to the first": [("near_rows[row < y ? y - row : row - y]", "near_rows[row]")],
+    "every block of keys is dropped alike": [("keep = kept<LANES>(bits, from + k,", "keep = kept<LANES>(bits, k,")],
+    "kept weights are not enlarged": [("in.dropout.enlarged / s.total[r];", "1.0f / s.total[r];")],
+    "dropped weights are not in the sum": [
+        ("total += p;\n        if (in.dropout", "if (in.dropout"),
+        ("in.dropout.least));\n        if constexpr", "in.dropout.least));\n total += p;\n if constexpr"),
+    ],
 }
 LAYOUT, PROMPTS = TokenLayout(1, (7, 8), (3, 3)), 3
 OPTIONS = (1, 7, 8, 3, 3, 0.2)
@@ -71,6 +78,20 @@ def mutants(tmp_path_factory):
     return compile_variants(folder, "bridged_attention.cpp", list(MUTATIONS.values()), everywhere)
 
 
+def dropped(ops) -> float:
+    """The largest error of dropout_attention's output and gradients."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = [torch.randn(1, 2, n, 16, generator=generator) for n in (30, 300, 300)]
+    weights = torch.randn(tensors[0].shape, generator=generator)
+    options = (0.25, 0.3, torch.tensor(8))
+    out, lse = ops.dropout_attention(*tensors, *options)
+    ours = [out, *ops.dropout_attention_backward(weights, *tensors, out, lse, *options)]
+    leaves = [t.double().requires_grad_() for t in tensors]
+    exact = dropout_attention_reference(*leaves, *options)
+    wanted = [exact, *torch.autograd.grad(exact, leaves, weights.double())]
+    return max(errors(mine, right)[0] for mine, right in zip(ours, wanted, strict=True))
+
+
 def agrees(ops) -> bool:
     tensors = inputs(LAYOUT, PROMPTS, torch.float32)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
@@ -79,7 +100,8 @@ def agrees(ops) -> bool:
     q, k, v = (t[:, :, : LAYOUT.shared] for t in tensors[:3])
     near = ops.dense_attention(k, k, v, *LAYOUT.grid, 32**-0.5, 2.0)
     exact.append(dense_reference(*(t.double() for t in (q, k, v)), "kk+gaussian", LAYOUT.grid, 2.0))
-    return all(errors(mine, wanted)[0] < 2e-6 for mine, wanted in zip([*ours, near], exact, strict=True))
+    largest = max(errors(mine, wanted)[0] for mine, wanted in zip([*ours, near], exact, strict=True))
+    return max(largest, dropped(ops)) < 2e-6
 
 
 @pytest.mark.parametrize("number", range(len(MUTATIONS)), ids=MUTATIONS)
