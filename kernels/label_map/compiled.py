@@ -1,11 +1,10 @@
 """``label_map`` in the compiled library: on the CPU by csrc/label_map.cpp, on a GPU by csrc/label_map_cuda.cu."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..extension import why_missing
+from .options import Options
 from .tables import build_tables
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
@@ -38,29 +37,19 @@ def why_not_cuda(logits: Tensor, top_k: int) -> str | None:
 def label_map_cpu(
     logits: Tensor,  # [W, C, h, w]
     windows,  # W x (top, left, height, width)
-    picture_size: tuple[int, int],
-    output_size: tuple[int, int],
-    activation: str,
-    penalty: Tensor | None,  # [C]
-    threshold: float | None,
-    background: int,
-    top_k: int,
-    resize: str,
-    label_dtype: torch.dtype,
-    return_scores: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """Labels ``[k, H', W']`` and, if asked for, scores alike."""
-    labels = torch.empty((top_k, *output_size), dtype=label_dtype)
-    scores = torch.empty((top_k, *output_size)) if return_scores else None
+    labels, scores = options.empty(logits.device)
     torch.ops.fastzs.label_map_cpu(
         logits.contiguous(),
         torch.tensor(windows, dtype=torch.int64),
-        *picture_size,
-        resize == "single",
-        ACTIVATION_CODES[activation],
-        penalty,
-        -math.inf if threshold is None else threshold,
-        background,
+        *options.picture_size,
+        options.resize == "single",
+        ACTIVATION_CODES[options.activation],
+        options.penalty,
+        options.threshold,
+        options.background,
         labels,
         scores,
     )
@@ -70,29 +59,18 @@ def label_map_cpu(
 def label_map_cuda(
     logits: Tensor,  # [W, C, h, w]
     windows,  # W x (top, left, height, width)
-    picture_size: tuple[int, int],
-    output_size: tuple[int, int],
-    activation: str,
-    penalty: Tensor | None,  # [C]
-    threshold: float | None,
-    background: int,
-    top_k: int,
-    resize: str,
-    label_dtype: torch.dtype,
-    return_scores: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """Labels ``[k, H', W']`` and, if asked for, scores alike."""
-    grid = picture_size if resize == "two-stage" else output_size
-    labels = torch.empty((top_k, *output_size), dtype=label_dtype, device=logits.device)
-    scores = torch.empty((top_k, *output_size), device=logits.device) if return_scores else None
+    labels, scores = options.empty(logits.device)
     torch.ops.fastzs.label_map_cuda(
         logits.contiguous(),
-        *build_tables(logits, windows, picture_size, grid, output_size),
-        tuple(grid) != tuple(output_size),
-        ACTIVATION_CODES[activation],
-        penalty,
-        -math.inf if threshold is None else threshold,
-        background,
+        *build_tables(logits, windows, options),
+        options.resized,
+        ACTIVATION_CODES[options.activation],
+        options.penalty,
+        options.threshold,
+        options.background,
         labels,
         scores,
     )

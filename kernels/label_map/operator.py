@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .compiled import label_map_cpu, label_map_cuda
+from .options import Options
 from .reference import label_map_reference
 
 torch.library.define(
@@ -43,25 +44,23 @@ def label_map(
     if logits.device.type == "cpu" and not all(math.isfinite(extreme) for extreme in torch.aminmax(logits)):
         message = "label_map: logits has NaN or infinite values; classes lose where they have one"
         warnings.warn(message, stacklevel=3)
-    dtype = torch.int16 if wide else torch.uint8
     if backend == "triton":
         from .triton import label_map_triton as run
     else:
         run = {"cpu": label_map_cpu, "cuda": label_map_cuda, "reference": label_map_reference}[backend]
-    labels, scores = run(
-        logits,
-        places,
+    options = Options(
         (picture_size[0], picture_size[1]),
         (output_size[0], output_size[1]),
         activation,
         penalty,
-        threshold,
+        -math.inf if threshold is None else threshold,
         background,
         top_k,
         resize,
-        dtype,
+        torch.int16 if wide else torch.uint8,
         return_scores,
     )
+    labels, scores = run(logits, places, options)
     return labels, scores if scores is not None else _no_scores(logits)
 
 

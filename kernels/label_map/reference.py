@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import Options
+
 TILE_BYTES = 32 << 20  # all live tensors of a tile together
 LIVE_TENSORS = 4  # of a tile's size, at the moment when most exist
 
@@ -138,29 +140,18 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 def label_map_reference(
     logits: Tensor,  # [W, C, h, w]
     windows,  # W x (top, left, height, width)
-    picture_size: tuple[int, int],
-    output_size: tuple[int, int],
-    activation: str,
-    penalty: Tensor | None,  # [C]
-    threshold: float | None,
-    background: int,
-    top_k: int,
-    resize: str,
-    label_dtype: torch.dtype,
-    return_scores: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
     """Labels ``[k, H', W']`` and, if asked for, scores alike, on the logits' device; see ``label_map``."""
     device = logits.device
     logits = logits.detach().cpu()
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = torch.where(logits.isfinite(), logits, torch.nan)
-    penalty = None if penalty is None else penalty.cpu().to(logits.dtype)
-    grid = picture_size if resize == "two-stage" else output_size
-    picture = Picture(logits, windows, picture_size, grid, activation, penalty)
-    resized = tuple(grid) != tuple(output_size)
+    penalty = None if options.penalty is None else options.penalty.cpu().to(logits.dtype)
+    grid, output_size, resized = options.grid, options.output_size, options.resized
+    picture = Picture(logits, windows, options.picture_size, grid, options.activation, penalty)
     row_taps, col_taps = resize_taps(grid[0], output_size[0]), resize_taps(grid[1], output_size[1])
-    labels = torch.empty((top_k, *output_size), dtype=label_dtype)
-    values = torch.empty((top_k, *output_size), dtype=logits.dtype) if return_scores else None
+    labels, values = options.empty(logits.device, logits.dtype)
     tile_rows, tile_cols = tile_shape(logits.shape[1], output_size, grid, logits.element_size())
     for r0 in range(0, output_size[0], tile_rows):
         r1 = min(r0 + tile_rows, output_size[0])
@@ -172,9 +163,8 @@ def label_map_reference(
             scores = picture.scores(band, top, bottom, left, right)
             if resized:
                 scores = interpolate(scores, row_taps.part(r0, r1, top), col_taps.part(c0, c1, left))
-            value, label = best(scores, top_k)
-            if threshold is not None:
-                label = torch.where(value < threshold, background, label)
+            value, label = best(scores, options.top_k)
+            label = torch.where(value < options.threshold, options.background, label)
             if values is not None:
                 values[:, r0:r1, c0:c1] = value
             labels[:, r0:r1, c0:c1] = label

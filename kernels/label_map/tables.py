@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .options import Options
 from .reference import resize_taps, taps_at, window_spans
 
 
@@ -44,13 +45,14 @@ class Tables(NamedTuple):
     taps_x: Tensor  # [3, W'] fp64
 
 
-def build_tables(logits: Tensor, windows, picture, grid, output) -> Tables:
-    """For logits ``[W, C, h, w]`` of ``windows``, averaged on ``grid`` and mixed to ``output``."""
+def build_tables(logits: Tensor, windows, options: Options) -> Tables:
+    """For logits ``[W, C, h, w]`` of ``windows``."""
     h, w = logits.shape[2:]
+    picture, grid, output = options.picture_size, options.grid, options.output_size
     rows = axis_places([p[0] for p in windows], windows[0][2], h, picture[0], grid[0])
     cols = axis_places([p[1] for p in windows], windows[0][3], w, picture[1], grid[1])
     taps_y, taps_x = (torch.stack([t.double() for t in resize_taps(grid[i], output[i])]) for i in (0, 1))
-    if tuple(grid) == tuple(output):
+    if not options.resized:
         taps_y[1], taps_x[1] = taps_y[0], taps_x[0]
     over = (rows.first < taps_y[1][:, None] + 1) & (taps_y[0][:, None] < rows.first + rows.count)  # [H', W]
     row_counts = over.sum(1).int()

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .options import Options
 from .tables import build_tables
 
 PIXELS, CLASSES = 32, 16  # a program's tile; see tests/kernels/test_label_map_triton.py for what it takes of an SM
@@ -181,37 +182,25 @@ def label_map_fwd_kernel(
 def label_map_triton(
     logits: Tensor,  # [W, C, h, w]
     windows,  # W x (top, left, height, width)
-    picture_size: tuple[int, int],
-    output_size: tuple[int, int],
-    activation: str,
-    penalty: Tensor | None,  # [C]
-    threshold: float | None,
-    background: int,
-    top_k: int,
-    resize: str,
-    label_dtype: torch.dtype,
-    return_scores: bool,
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels ``[1, H', W']`` and, if asked for, scores alike; ``top_k`` is 1."""
+    """Labels ``[1, H', W']`` and, if asked for, scores alike; ``options.top_k`` is 1."""
     device = logits.device
     logits = logits.contiguous()
     count, classes, h, w = logits.shape
-    grid = picture_size if resize == "two-stage" else output_size
-    resized = tuple(grid) != tuple(output_size)
-    tables = build_tables(logits, windows, picture_size, grid, output_size)
+    tables = build_tables(logits, windows, options)
     most = tables.row_windows.shape[1]
-    labels = torch.empty((1, *output_size), dtype=label_dtype, device=device)
-    scores = torch.empty((1, *output_size), device=device) if return_scores else None
+    labels, scores = options.empty(device)
     span_y, span_x = tables.rows_lo.shape[1], tables.cols_lo.shape[1]
     norm = logits
-    if activation == "softmax":
+    if options.activation == "softmax":
         norm = torch.empty((count, span_y, span_x), device=device)
         label_map_norm_kernel[(count * span_y, triton.cdiv(span_x, PIXELS))](
             logits, *tables[3:7], norm, classes, h, w, span_y, span_x, CLASSES, PIXELS, num_warps=WARPS
         )
-    label_map_fwd_kernel[(output_size[0], triton.cdiv(output_size[1], PIXELS))](
+    label_map_fwd_kernel[(options.output_size[0], triton.cdiv(options.output_size[1], PIXELS))](
         logits,
-        logits if penalty is None else penalty,
+        logits if options.penalty is None else options.penalty,
         norm,
         *tables,
         labels,
@@ -221,13 +210,13 @@ def label_map_triton(
         w,
         span_y,
         span_x,
-        *output_size,
+        *options.output_size,
         most,
-        float("-inf") if threshold is None else threshold,
-        background,
-        TAPS=4 if resized else 1,
-        ACTIVATION=ACTIVATION_CODES[activation],
-        PENALTY=penalty is not None,
+        options.threshold,
+        options.background,
+        TAPS=4 if options.resized else 1,
+        ACTIVATION=ACTIVATION_CODES[options.activation],
+        PENALTY=options.penalty is not None,
         SCORES=scores is not None,
         CLASSES=CLASSES,
         PIXELS=PIXELS,

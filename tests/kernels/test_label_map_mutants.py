@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.baselines.label_map import slide_windows
+from fastzs.kernels.label_map.options import Options
 from fastzs.kernels.label_map.reference import label_map_reference
 
 from .mutants import NEEDS_COMPILER, compile_variants
@@ -44,8 +45,8 @@ def agrees(ops) -> bool:
             logits[:, 2::2] = logits[:, :2].mean(1, keepdim=True)
         labels, scores = torch.empty(1, *output, dtype=torch.uint8), torch.empty(1, *output)
         ops.label_map_cpu(logits, torch.tensor(windows), *picture, False, 0, penalty, -math.inf, 0, labels, scores)
-        arguments = (windows, picture, output, "sigmoid", penalty.double(), None, 0, 1, "two-stage", torch.uint8, True)
-        wanted, best = label_map_reference(logits.double(), *arguments)
+        options = Options(picture, output, "sigmoid", penalty.double(), -math.inf, 0, 1, "two-stage", torch.uint8, True)
+        wanted, best = label_map_reference(logits.double(), windows, options)
         assert best is not None
         if not (scores - best).abs().max() <= SCORE_ERROR:
             return False
