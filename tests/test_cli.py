@@ -264,6 +264,9 @@ class TestSegment:
                 f"--threshold 0.0 is the score that --background threshold asks for, but --background is {background};"
                 in said
             )
+        for wrong in ("1.5", "-0.1", "nan"):
+            said = refused(capsys, *common, "--background", "threshold", "--threshold", wrong)
+            assert f"--threshold {wrong} is compared with scores; wanted 0 to 1" in said
         assert not (tmp_path / "o").exists()
         for given, wanted in ((["--threshold", "0"], 0.0), ([], 0.5)):
             assert main([*common, "--background", "threshold", *given]) == 0

@@ -39,6 +39,7 @@ def test_the_trace_and_the_table(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["--warmup", "-1"], "--warmup must be at least 0, got -1"),
         (["--torch-profiler", "no/such/folder/trace.json"], "there is no such folder"),
     ],
 )

@@ -30,9 +30,9 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> int:
     """Warm up, run the measured calls, print how long they took."""
-    for name in ("size", "classes", "iterations"):
-        if config[name] < 1:
-            raise ValueError(f"--{name} must be at least 1, got {config[name]}")
+    for name, least in (("size", 1), ("classes", 1), ("iterations", 1), ("warmup", 0)):
+        if config[name] < least:
+            raise ValueError(f"--{name} must be at least {least}, got {config[name]}")
     import time
     from contextlib import ExitStack
     from pathlib import Path

@@ -115,6 +115,8 @@ def run(config: Namespace) -> int:
             f"--threshold {config.threshold} is the score that --background threshold asks for, but --background is "
             f"{config.background}; give --background threshold, or no --threshold"
         )
+    if not 0 <= (config.threshold or 0) <= 1:
+        raise ValueError(f"--threshold {config.threshold} is compared with scores; wanted 0 to 1")
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.pictures import find_pictures
     from fastzs.runs import prepare_folder
