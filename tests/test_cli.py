@@ -265,7 +265,7 @@ class TestSegment:
                 in said
             )
         for wrong in ("1.5", "-0.1", "nan"):
-            said = refused(capsys, *common, "--background", "threshold", "--threshold", wrong)
+            said = refused(capsys, *common, "--background", "threshold", f"--threshold={wrong}")
             assert f"--threshold {wrong} is compared with scores; wanted 0 to 1" in said
         assert not (tmp_path / "o").exists()
         for given, wanted in ((["--threshold", "0"], 0.0), ([], 0.5)):
