@@ -187,9 +187,9 @@ def keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @traced("model.tower.block")
 def step(block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
     """One layer: tokens [B, layout.length, C] -> the same."""
-    q, k, v = block.attn.project(block.ln_1(x))
-    x = x + block.attn.merge(bridged_attention(q, k, v, layout, prompt_kv=prompt_kv))
-    return x + block.mlp(block.ln_2(x))
+    q, k, v = block.project(x)
+    x = block.add_attended(x, bridged_attention(q, k, v, layout, prompt_kv=prompt_kv))
+    return block.add_mlp(x)
 
 
 def _run(blocks: list[Block], x: Tensor, layout: TokenLayout) -> Tensor:

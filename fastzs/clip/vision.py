@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.clip import frozen
 from fastzs.ops import dense_attention
 from fastzs.trace import traced
 
@@ -74,10 +75,30 @@ class Block(nn.Module):
         self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
         self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
 
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values of tokens [B, L, C] before their norm, each [B, heads, L, C / heads]."""
+        if self.training and frozen.passes_through(x, self.ln_1, self.attn):
+            qkv = frozen.projections(x, self.ln_1, self.attn.in_proj_weight, self.attn.in_proj_bias)
+            return tuple(y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for y in qkv)
+        return self.attn.project(self.ln_1(x))
+
+    def add_attended(self, x: Tensor, heads: Tensor) -> Tensor:
+        """Tokens [B, L, C] plus what attention gave them, per head [B, heads, L, C / heads]."""
+        attended = self.attn.merge(heads)
+        return attended.add_(x) if attended.dtype == x.dtype else x + attended
+
+    def add_mlp(self, x: Tensor) -> Tensor:
+        """Tokens [B, L, C] plus what the MLP makes of them."""
+        if self.training and frozen.passes_through(x, self.ln_2, self.mlp):
+            first, gelu, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.mlp))
+            return frozen.mlp(x, self.ln_2, first, last, isinstance(gelu, QuickGELU))
+        return x + self.mlp(self.ln_2(x))
+
     @traced("model.tower.block")
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        q, k, v = self.project(x)
+        x = self.add_attended(x, F.scaled_dot_product_attention(q, k, v))
+        return self.add_mlp(x)
 
 
 class Transformer(nn.Module):
