@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
-
-QUICK_GELU = 1.702
 
 
 def onednn_pays(dtype: torch.dtype) -> bool:

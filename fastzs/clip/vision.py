@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip import frozen
+from fastzs.clip.frozen import QUICK_GELU
 from fastzs.ops import dense_attention
 from fastzs.trace import traced
 
@@ -25,7 +26,7 @@ class QuickGELU(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(1.702 * x).mul_(1 / 1.702)
+        return F.silu(QUICK_GELU * x).mul_(1 / QUICK_GELU)
 
 
 class Attention(nn.Module):
