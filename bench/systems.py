@@ -1,6 +1,6 @@
 """All systems side by side: the table of docs/systems.md, made of measured figures.
 
-    pytest bench/test_systems.py --benchmark-only --benchmark-json speed.json
+    pytest bench/test_systems.py -m "full and not gpu" --benchmark-only --benchmark-json speed.json
     python -m bench.systems_shapes --output runs
     python -m bench.systems --speed speed.json --runs runs
 

@@ -1,7 +1,7 @@
 """Pictures per second from a picture to labels, every system in one contest: one stage against two.
 
     pytest bench/test_systems.py --benchmark-only                         # the CPU
-    pytest bench/test_systems.py --benchmark-only -m "full and not gpu"   # bf16, where the CPU multiplies it natively
+    pytest bench/test_systems.py --benchmark-only -m "full and not gpu"   # every system, and bf16 where the CPU has it
     pytest bench/test_systems.py --benchmark-only -m gpu                  # a GPU
 
 One picture of 683 x 512, 20 classes with given text vectors, published sizes with random weights (the work is the
@@ -39,7 +39,16 @@ from .rivals import Contest, Rival, Unavailable, compete
 from .systems import ONE_STAGE, TWO_STAGE
 
 SLOW = (*TWO_STAGE, "lseg", "maskclip_plus")
-RIVALS = [*(f"published {name}" for name in (*ONE_STAGE, *TWO_STAGE)), *(f"fastzs {name}" for name in systems.FULL)]
+RIVALS = (*(f"published {name}" for name in (*ONE_STAGE, *TWO_STAGE)), *(f"fastzs {name}" for name in systems.FULL))
+# Half of a round's time, and in no ratio between one stage and two but the published order's.
+LONG = ("published zegformer", "published zsseg", "fastzs lseg", "fastzs maskclip_plus")
+DEFAULT = tuple(rival for rival in RIVALS if rival not in LONG)
+CPU = [pytest.param(torch.float32, DEFAULT, rival, id=f"fp32-{rival}") for rival in DEFAULT]
+CPU += [
+    pytest.param(dtype, RIVALS, rival, marks=pytest.mark.full, id=f"{name}-{rival}-of-all")
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    for rival in RIVALS
+]
 
 TINY: dict[str, Any] = {"width": 48, "layers": 3, "heads": 3, "patch_size": 8, "grid": 8, "output_dim": 32}
 HEADS, DECODER_HEADS = (12, 8), (3, 4)  # of the published sizes and of the twins: tower, decoder
@@ -199,12 +208,12 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
     return Rival(run, bound=bound, answer=answer, judge=right, prepare=made, once=name in SLOW, info=info)
 
 
-def contest(dtype: torch.dtype, device: str) -> Contest:
+def contest(dtype: torch.dtype, device: str, rivals: tuple[str, ...]) -> Contest:
     return Contest(
         "systems",
         device,
         lambda seed, dtype: (systems.picture(),),
-        {full: rival(name, order, device, dtype) for full in RIVALS for order, name in [full.split()]},
+        {full: rival(name, order, device, dtype) for full in rivals for order, name in [full.split()]},
         lambda picture: picture,  # every rival has a judge of its own
         pictures=1,
         info={"classes": systems.CLASSES, "height": systems.SIZE[0], "width": systems.SIZE[1], "batch": 1},
@@ -213,12 +222,9 @@ def contest(dtype: torch.dtype, device: str) -> Contest:
     )
 
 
-@pytest.mark.parametrize("rival", RIVALS)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.full)], ids=["fp32", "bf16"]
-)
-def test_cpu(benchmark, dtype, rival):
-    compete(benchmark, rival, contest, dtype, "cpu")
+@pytest.mark.parametrize(("dtype", "rivals", "rival"), CPU)
+def test_cpu(benchmark, dtype, rivals, rival):
+    compete(benchmark, rival, contest, dtype, "cpu", rivals)
 
 
 @pytest.mark.gpu
@@ -226,4 +232,4 @@ def test_cpu(benchmark, dtype, rival):
 @pytest.mark.parametrize("rival", RIVALS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gpu(benchmark, dtype, rival):
-    compete(benchmark, rival, contest, dtype, "cuda")
+    compete(benchmark, rival, contest, dtype, "cuda", RIVALS)

@@ -233,7 +233,7 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
             "batch": pictures,
             "headline": (name, classes, pictures, side) == HEADLINE,
         },
-        seconds=60 if device == "cpu" else 10,
+        seconds=30 if device == "cpu" else 10,
         fresh=True,
     )
 
