@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastzs.trace import traced
 
+from ..checks import check_alike
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
@@ -66,11 +67,7 @@ def bridged_attention(
     tensors = {"q": q, "k": k, "v": v}
     if prompt_kv is not None:
         tensors |= {"prompt_kv[0]": prompt_kv[0], "prompt_kv[1]": prompt_kv[1]}
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"bridged_attention: {name} is {tensor.dtype}; wanted {q.dtype} as q, a floating dtype")
-        if tensor.device != q.device:
-            raise ValueError(f"bridged_attention: {name} is on {tensor.device}, q on {q.device}")
+    check_alike("bridged_attention", tensors)
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             f"bridged_attention: q, k and v are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "

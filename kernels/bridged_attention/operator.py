@@ -53,20 +53,21 @@ def register(name: str) -> None:
     torch.library.register_autograd(f"{name}_backward", _no_second_derivative)
 
 
-def _joined_heads(q: Tensor) -> Tensor:
+def joined_heads(q: Tensor) -> Tensor:
+    """An empty ``[B, H, L, d]`` in memory ``[B, L, H, d]``, for a fake implementation."""
     B, H, L, d = q.shape
     return q.new_empty((B, L, H, d)).transpose(1, 2)
 
 
 def _fake(q, k, v, prompt_k, prompt_v, prefix, h, w, rh, rw, scale):
-    return _joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def _fake_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, scale):
     B, H, _, d = q.shape
     P = 0 if prompt_k is None else prompt_k.shape[2]
     prompts = (q.new_empty((B, H, P, d), dtype=torch.float32) for _ in range(2))
-    return _joined_heads(q), _joined_heads(q), _joined_heads(q), *prompts
+    return joined_heads(q), joined_heads(q), joined_heads(q), *prompts
 
 
 def _setup_context(ctx, inputs, output):

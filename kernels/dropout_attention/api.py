@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastzs.trace import traced
 
+from ..checks import check_alike
 from ..dispatch import choose
 from .compiled import why_not_cpu
 from .reference import dropout_attention_reference
@@ -36,11 +37,7 @@ def dropout_attention(
         ValueError: shapes or devices do not fit each other, ``dropout`` is out of range.
         RuntimeError: ``impl`` cannot run here.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"dropout_attention: {name} is {tensor.dtype}; wanted {q.dtype} as q, a floating dtype")
-        if tensor.device != q.device:
-            raise ValueError(f"dropout_attention: {name} is on {tensor.device}, q on {q.device}")
+    check_alike("dropout_attention", {"q": q, "k": k, "v": v})
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and k.shape[:2] == q.shape[:2] and k.shape[3] == q.shape[3]
     if not fits:
         raise ValueError(

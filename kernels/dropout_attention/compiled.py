@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..bridged_attention.compiled import why_not_blocked
+from ..bridged_attention.operator import joined_heads
 from ..extension import why_missing
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
@@ -17,11 +18,6 @@ MISSING = why_missing("dropout_attention", "cpu")
 def why_not_cpu(q: Tensor) -> str | None:
     """None if it can take these queries ``[B, H, Q, d]``, else the reason."""
     return why_not_blocked(q) or MISSING
-
-
-def _joined_heads(x: Tensor) -> Tensor:
-    B, H, L, d = x.shape
-    return x.new_empty((B, L, H, d)).transpose(1, 2)
 
 
 def _setup_context(ctx, inputs, output):
@@ -45,11 +41,11 @@ if MISSING is None:
 
     @torch.library.register_fake("fastzs::dropout_attention")
     def _(q, k, v, scale, dropout, seed):
-        return _joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+        return joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
     @torch.library.register_fake("fastzs::dropout_attention_backward")
     def _(grad, q, k, v, out, lse, scale, dropout, seed):
-        return _joined_heads(q), _joined_heads(k), _joined_heads(v)
+        return joined_heads(q), joined_heads(k), joined_heads(v)
 
     torch.library.register_autograd("fastzs::dropout_attention", _differentiate, setup_context=_setup_context)
     torch.library.register_autograd("fastzs::dropout_attention_backward", _no_second_derivative)

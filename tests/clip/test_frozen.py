@@ -114,11 +114,11 @@ def test_trained_parameters_get_the_gradient_of_an_open_tower(kind, checkpointin
     for frozen in (True, False):
         net = model(kind).double().train()
         trained = [name for name, parameter in net.backbone.named_parameters() if parameter.requires_grad]
-        net.backbone.prompt_dropout = 0.0
         net.backbone.checkpointing = frozen and checkpointing
         for module in net.modules():
-            if hasattr(module, "dropout"):
-                setattr(module, "dropout", 0.0)  # noqa: B010
+            for attribute in ("dropout", "prompt_dropout"):
+                if hasattr(module, attribute):
+                    setattr(module, attribute, 0.0)
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         if not frozen:
