@@ -189,6 +189,8 @@ def hold(contest: Callable[..., Contest], args: tuple) -> dict[str, dict[str, An
             if fresh:
                 samplers[name] = functools.partial(_alone, contest, args, name)
             else:
+                if rival.answer is not None:
+                    rival.run(*inputs)
                 samplers[name] = sampler(rival.run, sets[rival.dtype], it.device)
             rows[name] = row
         except Exception as problem:  # this rival's test reports it, and the others run

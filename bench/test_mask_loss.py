@@ -10,7 +10,7 @@ largest shapes have ours only.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from fastzs.ops import mask_loss
 
 from .baselines.mask_loss import chunked, one_graph, published, some_classes
 from .machine import total_memory
-from .rivals import Contest, Rival, Unavailable, compete
+from .rivals import Contest, Rival, Unavailable, compete, largest_error
 
 # B, C, side of the logits, side of the target
 QUICK, HEADLINE = (1, 15, 32, 512), (2, 156, 32, 512)
@@ -82,10 +82,6 @@ def gradient(function: Callable, most_bytes: float = float("inf")) -> Callable[[
     return step
 
 
-def judged(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda logits, target: step(logits, target)[: JUDGED[0], : JUDGED[1]]
-
-
 def right(logits: Tensor, target: Tensor) -> Tensor:
     """The gradient of a few images and classes in fp64: a class depends on others through the number of masks only."""
     images, classes = JUDGED
@@ -96,12 +92,23 @@ def right(logits: Tensor, target: Tensor) -> Tensor:
     return grad
 
 
+def left_out(*_: Tensor) -> Tensor:
+    raise Unavailable("slower than in one graph wherever both were timed; here it would take a minute")
+
+
+def error(got: Sequence[Tensor], right: Sequence[Tensor]) -> float:
+    images, classes = JUDGED
+    return largest_error([grad[:images, :classes] for grad in got], right)
+
+
 def contest(shape: tuple, device: str) -> Contest:
     B, C, h, H = shape
     rivals = {}
     for name, function in FUNCTIONS.items():
         step = gradient(function, float("inf") if "fastzs" in name else MOST_BYTES[device])
-        rivals[name] = Rival(step, torch.bfloat16 if "bf16" in name else torch.float32, answer=judged(step))
+        if (name, shape, device) == ("torch.compile", HEADLINE, "cpu"):
+            step = left_out
+        rivals[name] = Rival(step, torch.bfloat16 if "bf16" in name else torch.float32)
     nodes = B * C * h * h
     return Contest(
         f"mask_loss forward + backward, B {B}, C {C}, {h}x{h} -> {H}x{H}, {device}",
@@ -109,6 +116,7 @@ def contest(shape: tuple, device: str) -> Contest:
         lambda seed, dtype: scene(seed, shape, device, dtype),
         rivals,
         right,
+        error,
         nbytes=2 * 4 * nodes + B * H * H,
         operations=OPERATIONS * B * C * H * H,
         info={"op": "mask_loss", "classes": C, "height": H, "batch": B, "headline": shape == HEADLINE},

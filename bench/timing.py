@@ -19,7 +19,9 @@ def sets_beyond_cache(nbytes: int, device: str) -> int:
 
 
 def sampler(run: Callable, sets: Sequence[tuple], device: str) -> Callable[[], dict[str, float]]:
-    """Warm ``run`` up on the ``sets`` of inputs; the result takes one measurement each time it is called.
+    """Something that takes one measurement of ``run``, on one of the ``sets`` of inputs after the other, in each call.
+
+    ``run`` has been called before: what it makes in its first call is there. A GPU's is warmed up besides.
 
     A measurement has "seconds" a call, as the caller of a running program sees it. On a CPU it also has "processor
     seconds", which other programs on the machine change least. On a GPU it also has "host seconds", how long the call
@@ -33,8 +35,18 @@ def sampler(run: Callable, sets: Sequence[tuple], device: str) -> Callable[[], d
 
 
 def _cpu(run: Callable, turns) -> Callable[[], dict[str, float]]:
-    calls = 1 + int(MEASUREMENT["cpu"] / timed(run, turns, 1)["seconds"])  # compiled when it was judged
-    return lambda: timed(run, turns, calls)
+    calls = 0
+
+    def sample() -> dict[str, float]:
+        nonlocal calls
+        if calls == 0:
+            first = timed(run, turns, 1)
+            calls = 1 + int(MEASUREMENT["cpu"] / first["seconds"])
+            if calls == 1:
+                return first
+        return timed(run, turns, calls)
+
+    return sample
 
 
 def timed(run: Callable, turns: Iterable[tuple], calls: int) -> dict[str, float]:
