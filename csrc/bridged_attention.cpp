@@ -1,9 +1,9 @@
 // bridged_attention and dropout_attention on the CPU, forward and backward, and dense_attention, forward.
 //
-// Forward, a thread packs the keys and values of a head once and then takes a few query rows at a time: their scores
-// against a block of keys stay in the first cache, become weights there, and are multiplied with the values. What a
-// patch sees besides, its region's bridge token, is where its running softmax starts. The bridge rows, a few keys
-// each, are computed directly. Rows are computed alike whichever thread does, so results repeat to the bit.
+// Forward, a thread packs the keys and values of a head once and then takes a block of query rows at a time: their
+// scores against a block of keys stay in the nearest caches, become weights there, and are multiplied with the values.
+// What a patch sees besides, its region's bridge token, is where its running softmax starts. The bridge rows, of a few
+// keys each, are computed directly. Rows are computed alike whichever thread does, so results repeat to the bit.
 //
 // Backward, a thread owns a head. It computes weights anew from the saved log-sum-exps, in blocks of rows and keys
 // that stay in the second cache, in a fixed order.
@@ -51,7 +51,7 @@ struct Inputs {
 
 // ---- forward ------------------------------------------------------------------------------------------------------
 
-constexpr int64_t FORWARD_KEYS = 384;  // scored at a time
+constexpr int64_t FORWARD_ROWS = 24, FORWARD_KEYS = 384;  // of a block
 constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
 
 template <typename T>
@@ -63,18 +63,18 @@ struct Forward {
   float* memory;
 };
 
-// A unit is MOST_ROWS shared rows of a head, or all its bridge rows.
+// A unit is FORWARD_ROWS shared rows of a head, or all its bridge rows.
 template <typename T>
 int64_t forward_units_per_head(const Inputs<T>& in) {
-  return (in.layout.shared() - in.first + MOST_ROWS - 1) / MOST_ROWS + (in.layout.regions() > 0);
+  return (in.layout.shared() - in.first + FORWARD_ROWS - 1) / FORWARD_ROWS + (in.layout.regions() > 0);
 }
 
 // How much memory a forward thread wants, in floats.
 template <typename T>
 int64_t forward_memory(const Inputs<T>& in) {
-  const int64_t keys = round_up(in.keys(), VECTORS * 16), columns = round_up(in.d, 16);
-  return 2 * keys * columns + 2 * in.layout.regions() * STRIDE + MOST_ROWS * (3 * STRIDE + 2 * SCORE_STRIDE) +
-      round_up(1 + in.layout.cell(), 16);
+  const int64_t keys = round_up(in.keys(), VECTORS<16> * 16), columns = round_up(in.d, 16);
+  return 2 * keys * columns + (2 * in.layout.regions() + 1) * STRIDE +
+      FORWARD_ROWS * (2 * STRIDE + 2 * SCORE_STRIDE) + round_up(1 + in.layout.cell(), 16);
 }
 
 template <bool PAIRS>
@@ -83,23 +83,24 @@ struct ForwardScratch {
   int64_t keys;                          // filled up to whole panels
   U *keys_packed, *values_packed;        // see pack_transposed and pack_rows
   float *bridge_keys, *bridge_values;    // [R, STRIDE]
-  U* query;                              // [ROWS, STRIDE]
-  float *query_rows, *output;            // [ROWS, STRIDE]
-  float* scores;                         // [ROWS, SCORE_STRIDE]
-  U* weights;                            // [ROWS, SCORE_STRIDE], the scores' place unless PAIRS
+  U* query;                              // [FORWARD_ROWS, STRIDE]
+  float* output;                         // [FORWARD_ROWS, STRIDE]
+  float* query_row;                      // [STRIDE]
+  float* scores;                         // [FORWARD_ROWS, SCORE_STRIDE]
+  U* weights;                            // [FORWARD_ROWS, SCORE_STRIDE], the scores' place unless PAIRS
   float* region_scores;                  // [1 + cell]
-  float top[MOST_ROWS], total[MOST_ROWS];  // of a row's running softmax: the greatest score, the weights' sum
+  float top[FORWARD_ROWS], total[FORWARD_ROWS];  // of a row's running softmax: the greatest score, the weights' sum
 
   FASTZS_INLINE ForwardScratch(float* memory, int64_t keys, int columns, const Layout& layout) : keys(keys) {
     keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
     values_packed = reinterpret_cast<U*>(take(memory, keys * columns));
     bridge_keys = take(memory, layout.regions() * STRIDE);
     bridge_values = take(memory, layout.regions() * STRIDE);
-    query = reinterpret_cast<U*>(take(memory, MOST_ROWS * STRIDE));
-    query_rows = take(memory, MOST_ROWS * STRIDE);
-    output = take(memory, MOST_ROWS * STRIDE);
-    scores = take(memory, MOST_ROWS * SCORE_STRIDE);
-    weights = reinterpret_cast<U*>(PAIRS ? take(memory, MOST_ROWS * SCORE_STRIDE) : scores);
+    query = reinterpret_cast<U*>(take(memory, FORWARD_ROWS * STRIDE));
+    output = take(memory, FORWARD_ROWS * STRIDE);
+    query_row = take(memory, STRIDE);
+    scores = take(memory, FORWARD_ROWS * SCORE_STRIDE);
+    weights = reinterpret_cast<U*>(PAIRS ? take(memory, FORWARD_ROWS * SCORE_STRIDE) : scores);
     region_scores = take(memory, 1 + layout.cell());
   }
 };
@@ -121,16 +122,17 @@ FASTZS_INLINE void add_nearness(const Inputs<T>& in, int64_t token, int64_t from
   }
 }
 
-// Prefix and patch rows [first, first + ROWS) of a head; rows beyond the last are computed from zeros and dropped.
+// Prefix and patch rows [first, first + FORWARD_ROWS) of a head; what a tile has beyond the last row is computed from
+// zeros and dropped.
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first) {
   using V = Simd<LANES>;
-  constexpr int WIDE = VECTORS * LANES, R = ROWS<LANES>;
   const Inputs<T>& in = *a.in;
-  const int64_t left = in.layout.shared() - first, rows = left < R ? left : R;
+  const int64_t left = in.layout.shared() - first, rows = left < FORWARD_ROWS ? left : FORWARD_ROWS;
+  const int64_t rounded = round_up(rows, ROWS);
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = PAIRS ? d / 2 : d;
 
-  for (int64_t r = 0; r < R; ++r) {
+  for (int64_t r = 0; r < rounded; ++r) {
     s.top[r] = -INFINITY;
     s.total[r] = 0;
     __builtin_memset(s.output + r * STRIDE, 0, columns * sizeof(float));
@@ -142,29 +144,25 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
     read_units<LANES, PAIRS>(row, in.q.channel, d, s.query + r * STRIDE);
     const int64_t region = in.layout.region(first + r);
     if (region >= 0) {
-      float* q = s.query_rows + r * STRIDE;
-      read<LANES>(row, in.q.channel, d, q);
-      s.top[r] = dot<LANES>(q, s.bridge_keys + region * STRIDE, columns) * in.scale;
+      read<LANES>(row, in.q.channel, d, s.query_row);
+      s.top[r] = dot<LANES>(s.query_row, s.bridge_keys + region * STRIDE, columns) * in.scale;
       s.total[r] = 1;
       __builtin_memcpy(s.output + r * STRIDE, s.bridge_values + region * STRIDE, columns * sizeof(float));
     }
   }
 
-  const int64_t blocks = (s.keys + FORWARD_KEYS - 1) / FORWARD_KEYS;
-  const int64_t block = round_up((s.keys + blocks - 1) / blocks, WIDE);
-  for (int64_t from = 0; from < s.keys; from += block) {
-    const int64_t n = s.keys - from < block ? s.keys - from : block;
-    for (int64_t k = 0; k < n; k += WIDE)
-      tile<LANES, PAIRS, VECTORS, STRIDE, 1, false>(
-          s.query, s.keys_packed + (from + k) * depth, WIDE, depth, s.scores + k, SCORE_STRIDE, in.scale);
+  const int64_t keys = round_up(in.keys(), 2 * LANES);
+  for (int64_t from = 0; from < keys; from += FORWARD_KEYS) {
+    const int64_t n = keys - from < FORWARD_KEYS ? keys - from : FORWARD_KEYS;
+    score<LANES, PAIRS>(s.query, rounded, s.keys_packed + from * depth, n, depth, s.scores, SCORE_STRIDE, in.scale);
     for (int64_t k = in.keys() - from; k < n; ++k)
-      for (int r = 0; r < R; ++r) s.scores[r * SCORE_STRIDE + k] = -INFINITY;
+      for (int64_t r = 0; r < rounded; ++r) s.scores[r * SCORE_STRIDE + k] = -INFINITY;
 
     for (int64_t r = 0; r < rows; ++r) {
       float* row = s.scores + r * SCORE_STRIDE;
       if (in.near_rows != nullptr) add_nearness(in, first + r, from, n, row);
       auto even = V::splat(s.top[r]), odd = even;  // two, for each waits for itself
-      for (int64_t k = 0; k < n; k += WIDE) {
+      for (int64_t k = 0; k < n; k += 2 * LANES) {
         const auto x = V::load(row + k), y = V::load(row + k + LANES);
         even = x > even ? x : even;
         odd = y > odd ? y : odd;
@@ -189,7 +187,7 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
     }
     constexpr int STEP = PAIRS ? 2 : 1;
     multiply_panels<LANES, PAIRS, SCORE_STRIDE, 1>(
-        s.weights, s.values_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.output, STRIDE);
+        s.weights, rounded, s.values_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.output, STRIDE);
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = first - in.first + r;
@@ -209,11 +207,11 @@ FASTZS_INLINE void forward_bridge(const Forward<T>& a, ForwardScratch<PAIRS>& s,
   float row[MAX_D];
   for (int64_t region = 0; region < in.layout.regions(); ++region) {
     const int64_t token = in.layout.shared() + region;
-    read<LANES>(in.q.row(b, h, token), in.q.channel, d, s.query_rows);
+    read<LANES>(in.q.row(b, h, token), in.q.channel, d, s.query_row);
     float top = -INFINITY;
     for (int64_t n = 0; n <= cell; ++n) {
       read<LANES>(in.k.row(b, h, n < cell ? in.layout.patch(region, n) : token), in.k.channel, d, row);
-      s.region_scores[n] = dot<LANES>(s.query_rows, row, columns) * in.scale;
+      s.region_scores[n] = dot<LANES>(s.query_row, row, columns) * in.scale;
       top = s.region_scores[n] > top ? s.region_scores[n] : top;
     }
     float total = 0;
@@ -234,7 +232,7 @@ FASTZS_INLINE void forward_units(const Forward<T>& a) {
   const Inputs<T>& in = *a.in;
   const int64_t regions = in.layout.regions(), units = forward_units_per_head(in);
   const int columns = static_cast<int>(round_up(in.d, LANES));
-  ForwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS * LANES), columns, in.layout);
+  ForwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS<LANES> * LANES), columns, in.layout);
   int64_t packed = -1;
   for (int64_t unit = a.begin; unit < a.end; ++unit) {
     const int64_t head = unit / units, b = head / in.heads, h = head % in.heads;
@@ -248,12 +246,11 @@ FASTZS_INLINE void forward_units(const Forward<T>& a) {
       }
       packed = head;
     }
-    const int64_t first = in.first + unit % units * MOST_ROWS;
+    const int64_t first = in.first + unit % units * FORWARD_ROWS;
     if (first >= in.layout.shared()) {
       forward_bridge<LANES, PAIRS>(a, s, b, h);
     } else {
-      for (int64_t r = first; r < first + MOST_ROWS && r < in.layout.shared(); r += ROWS<LANES>)
-        forward_rows<LANES, PAIRS>(a, s, b, h, r);
+      forward_rows<LANES, PAIRS>(a, s, b, h, first);
     }
   }
 }
@@ -286,8 +283,8 @@ struct Backward {
 // How much memory a backward thread wants, in floats.
 template <typename T>
 int64_t backward_memory(const Inputs<T>& in) {
-  const int64_t keys = round_up(in.keys(), VECTORS * 16), columns = round_up(in.d, 16), length = in.layout.length();
-  return 3 * keys * columns + (3 * (length + MOST_ROWS) + 2 * in.prompts) * columns + 3 * BACKWARD_ROWS * STRIDE +
+  const int64_t keys = round_up(in.keys(), VECTORS<16> * 16), columns = round_up(in.d, 16), length = in.layout.length();
+  return 3 * keys * columns + (3 * (length + ROWS) + 2 * in.prompts) * columns + 3 * BACKWARD_ROWS * STRIDE +
       4 * BACKWARD_ROWS * BLOCK_STRIDE + round_up(in.layout.shared(), 16);
 }
 
@@ -297,8 +294,8 @@ struct BackwardScratch {
   int64_t keys;                             // filled up to whole panels
   U *keys_turned, *values_turned;           // see pack_transposed
   U* keys_packed;                           // see pack_rows
-  float* dq;                                // [L + MOST_ROWS, columns]
-  float *dk, *dv;                           // [P + L + MOST_ROWS, columns]
+  float* dq;                                // [L + ROWS, columns]
+  float *dk, *dv;                           // [P + L + ROWS, columns]
   float* delta;                             // [S]: sum of the gradient times the output
   U *query, *grad;                          // [BACKWARD_ROWS, STRIDE]
   U *query_pairs, *grad_pairs;              // [BACKWARD_ROWS / 2, STRIDE]: pairs of rows; the rows unless PAIRS
@@ -312,9 +309,9 @@ struct BackwardScratch {
     keys_turned = reinterpret_cast<U*>(take(memory, keys * columns));
     values_turned = reinterpret_cast<U*>(take(memory, keys * columns));
     keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
-    dq = take(memory, (layout.length() + MOST_ROWS) * columns);
-    dk = take(memory, (prompts + layout.length() + MOST_ROWS) * columns);
-    dv = take(memory, (prompts + layout.length() + MOST_ROWS) * columns);
+    dq = take(memory, (layout.length() + ROWS) * columns);
+    dk = take(memory, (prompts + layout.length() + ROWS) * columns);
+    dv = take(memory, (prompts + layout.length() + ROWS) * columns);
     delta = take(memory, layout.shared());
     query = reinterpret_cast<U*>(take(memory, rows));
     grad = reinterpret_cast<U*>(take(memory, rows));
@@ -388,11 +385,11 @@ FASTZS_INLINE void backward_block(
     const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first, int64_t from, int64_t n) {
   using V = Simd<LANES>;
   using U = typename Unit<PAIRS>::Type;
-  constexpr int WIDE = VECTORS * LANES, R = ROWS<LANES>, STEP = PAIRS ? 2 : 1;
+  constexpr int STEP = PAIRS ? 2 : 1;
   const Inputs<T>& in = *a.in;
   const int64_t left = in.layout.shared() - first, rows = left < BACKWARD_ROWS ? left : BACKWARD_ROWS;
-  const int64_t rounded = round_up(rows, R);  // a multiple of STEP
-  const int64_t real = in.keys() - from < n ? in.keys() - from : n, whole = round_up(n, R);
+  const int64_t rounded = round_up(rows, ROWS);  // a multiple of STEP
+  const int64_t real = in.keys() - from < n ? in.keys() - from : n, whole = round_up(real, ROWS);
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = d / STEP;
   const float* lse = a.lse + (b * in.heads + h) * in.layout.length() + first;
 
@@ -412,15 +409,9 @@ FASTZS_INLINE void backward_block(
     }
   }
 
-  for (int64_t k = 0; k < n; k += WIDE) {
-    for (int64_t r = 0; r < rounded; r += R) {
-      const int64_t at = r * BLOCK_STRIDE + k, panel = (from + k) * depth;
-      tile<LANES, PAIRS, VECTORS, STRIDE, 1, false>(
-          s.query + r * STRIDE, s.keys_turned + panel, WIDE, depth, s.weights + at, BLOCK_STRIDE, in.scale);
-      tile<LANES, PAIRS, VECTORS, STRIDE, 1, false>(
-          s.grad + r * STRIDE, s.values_turned + panel, WIDE, depth, s.dscores + at, BLOCK_STRIDE, 1.0f);
-    }
-  }
+  const int64_t panel = from * depth;
+  score<LANES, PAIRS>(s.query, rounded, s.keys_turned + panel, n, depth, s.weights, BLOCK_STRIDE, in.scale);
+  score<LANES, PAIRS>(s.grad, rounded, s.values_turned + panel, n, depth, s.dscores, BLOCK_STRIDE, 1.0f);
 
   for (int64_t r = 0; r < rounded; ++r) {
     float *weights = s.weights + r * BLOCK_STRIDE, *dscores = s.dscores + r * BLOCK_STRIDE;
@@ -454,11 +445,10 @@ FASTZS_INLINE void backward_block(
     }
   }
 
-  for (int64_t r = 0; r < rounded; r += R)
-    multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(
-        s.dscore_rows + r * (BLOCK_STRIDE / STEP), s.keys_packed, s.keys / STEP, from / STEP, n / STEP, columns,
-        s.dq + (first + r) * columns, columns);
-  for (int64_t k = 0; k < whole; k += R) {
+  multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(
+      s.dscore_rows, rounded, s.keys_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.dq + first * columns,
+      columns);
+  for (int64_t k = 0; k < whole; k += ROWS) {
     const int64_t at = (from + k) * columns;
     multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
         s.weight_pairs + k, s.grad_pairs, rounded / STEP, columns, s.dv + at, columns);
@@ -472,18 +462,19 @@ FASTZS_INLINE void backward_heads(const Backward<T>& a) {
   const Inputs<T>& in = *a.in;
   const int64_t length = in.layout.length(), shared = in.layout.shared();
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
-  BackwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS * LANES), in.prompts, columns, in.layout);
+  BackwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS<LANES> * LANES), in.prompts, columns, in.layout);
   for (int64_t head = a.begin; head < a.end; ++head) {
     const int64_t b = head / in.heads, h = head % in.heads;
     pack_transposed<LANES, PAIRS>(in.keys_of(b, h), d, s.keys_turned);
     pack_transposed<LANES, PAIRS>(in.values_of(b, h), d, s.values_turned);
     pack_rows<LANES, PAIRS>(in.keys_of(b, h), d, s.keys / (PAIRS ? 2 : 1), s.keys_packed);
-    __builtin_memset(s.dq, 0, (length + MOST_ROWS) * columns * sizeof(float));
-    __builtin_memset(s.dk, 0, (in.prompts + length + MOST_ROWS) * columns * sizeof(float));
-    __builtin_memset(s.dv, 0, (in.prompts + length + MOST_ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dq, 0, (length + ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dk, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dv, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
     backward_bridge<LANES, PAIRS>(a, s, b, h);
-    for (int64_t from = 0; from < s.keys; from += BACKWARD_KEYS) {
-      const int64_t n = s.keys - from < BACKWARD_KEYS ? s.keys - from : BACKWARD_KEYS;
+    const int64_t keys = round_up(in.keys(), 2 * LANES);
+    for (int64_t from = 0; from < keys; from += BACKWARD_KEYS) {
+      const int64_t n = keys - from < BACKWARD_KEYS ? keys - from : BACKWARD_KEYS;
       for (int64_t first = 0; first < shared; first += BACKWARD_ROWS)
         backward_block<LANES, PAIRS>(a, s, b, h, first, from, n);
     }
@@ -633,7 +624,7 @@ std::tuple<Tensor, Tensor> forward(const Call& call) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Inputs<T> in = call.inputs<T>(near);
     // A thread gets a run of units, and so packs each head that it works on once.
-    const int64_t work = MOST_ROWS * in.keys() * d, grain = std::max<int64_t>(1, (1 << 18) / work);
+    const int64_t work = FORWARD_ROWS * in.keys() * d, grain = std::max<int64_t>(1, (1 << 18) / work);
     torch::stable::parallel_for(0, B * H * forward_units_per_head(in), grain, [&](int64_t begin, int64_t end) {
       const Floats memory(forward_memory(in));
       run(Forward<T>{&in, data<T>(out), data<float>(lse), begin, end, memory.data()});

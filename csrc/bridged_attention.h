@@ -54,10 +54,9 @@ struct Unit<true> {
 };
 
 // Rows of a tile and vectors of its columns: with 32 registers of AVX-512, else 16, all sums stay in registers.
+constexpr int ROWS = 6;
 template <int LANES>
-constexpr int ROWS = LANES == 16 ? 12 : 6;
-constexpr int MOST_ROWS = 12;
-constexpr int VECTORS = 2;
+constexpr int VECTORS = LANES == 16 ? 4 : 2;
 
 template <int LANES, bool PAIRS>
 struct Dot {
@@ -101,22 +100,21 @@ FASTZS_INLINE void tile(
     int64_t ldc, float factor) {
   using V = Simd<LANES>;
   using D = Dot<LANES, PAIRS>;
-  constexpr int R = ROWS<LANES>;
-  typename V::F sum[R][NV] = {};
+  typename V::F sum[ROWS][NV] = {};
   for (int64_t k = 0; k < depth; ++k) {
     decltype(D::load(b)) right[NV];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) right[v] = D::load(b + k * ldb + v * LANES);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 6
+    for (int r = 0; r < ROWS; ++r) {
       const auto left = D::splat(a + r * A_ROW + k * A_DEPTH);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < NV; ++v) D::add(sum[r][v], left, right[v]);
     }
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) {
       float* to = c + r * ldc + v * LANES;
       V::store(to, ADD ? V::load(to) + sum[r][v] : sum[r][v] * factor);
@@ -124,20 +122,50 @@ FASTZS_INLINE void tile(
   }
 }
 
-// A matrix [depth, columns] in panels: VECTORS vectors of columns at a time, and one vector for what is left.
-// c[r, columns] += the tile's product with all panels. panel_rows: rows of a whole panel.
+// tile with the first `vectors` vectors of n, 1 to VECTORS of them.
+template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH, bool ADD>
+FASTZS_INLINE void tile_of(
+    int vectors, const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb, int64_t depth,
+    float* c, int64_t ldc, float factor) {
+  constexpr int MOST = VECTORS<LANES>;
+  if (vectors == MOST) {
+    tile<LANES, PAIRS, MOST, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+  } else if (vectors == 3) {
+    tile<LANES, PAIRS, MOST < 3 ? MOST : 3, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+  } else if (vectors == 2) {
+    tile<LANES, PAIRS, 2, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+  } else {
+    tile<LANES, PAIRS, 1, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+  }
+}
+
+// scores[count, n] = factor * `count` rows, a multiple of ROWS, times n keys, a multiple of LANES, of pack_transposed.
+template <int LANES, bool PAIRS>
+FASTZS_INLINE void score(
+    const typename Unit<PAIRS>::Type* rows, int64_t count, const typename Unit<PAIRS>::Type* keys, int64_t n,
+    int64_t depth, float* scores, int64_t stride, float factor) {
+  constexpr int WIDE = VECTORS<LANES> * LANES;
+  for (int64_t k = 0; k < n; k += WIDE) {
+    const int width = n - k < WIDE ? static_cast<int>(n - k) : WIDE;
+    for (int64_t r = 0; r < count; r += ROWS)
+      tile_of<LANES, PAIRS, STRIDE, 1, false>(
+          width / LANES, rows + r * STRIDE, keys + k * depth, WIDE, depth, scores + r * stride + k, stride, factor);
+  }
+}
+
+// A matrix [depth, columns] in panels: VECTORS vectors of columns at a time, and in the last what is left.
+// c[rows, columns] += the product with all panels, `rows` a multiple of ROWS. panel_rows: rows of a whole panel.
 template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH>
 FASTZS_INLINE void multiply_panels(
-    const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* panels, int64_t panel_rows, int64_t first,
-    int64_t depth, int columns, float* c, int64_t ldc) {
-  constexpr int WIDE = VECTORS * LANES;
+    const typename Unit<PAIRS>::Type* a, int64_t rows, const typename Unit<PAIRS>::Type* panels, int64_t panel_rows,
+    int64_t first, int64_t depth, int columns, float* c, int64_t ldc) {
+  constexpr int WIDE = VECTORS<LANES> * LANES;
   for (int n = 0; n < columns; n += WIDE) {
-    const auto* panel = panels + n * panel_rows;
-    if (columns - n >= WIDE) {
-      tile<LANES, PAIRS, VECTORS, A_ROW, A_DEPTH, true>(a, panel + first * WIDE, WIDE, depth, c + n, ldc, 1.0f);
-    } else {
-      tile<LANES, PAIRS, 1, A_ROW, A_DEPTH, true>(a, panel + first * LANES, LANES, depth, c + n, ldc, 1.0f);
-    }
+    const int width = columns - n < WIDE ? columns - n : WIDE;
+    const auto* panel = panels + n * panel_rows + first * width;
+    for (int64_t r = 0; r < rows; r += ROWS)
+      tile_of<LANES, PAIRS, A_ROW, A_DEPTH, true>(
+          width / LANES, a + r * A_ROW, panel, width, depth, c + r * ldc + n, ldc, 1.0f);
   }
 }
 
@@ -146,13 +174,10 @@ template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH>
 FASTZS_INLINE void multiply_rows(
     const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* rows, int64_t depth, int columns, float* c,
     int64_t ldc) {
-  constexpr int WIDE = VECTORS * LANES;
+  constexpr int WIDE = VECTORS<LANES> * LANES;
   for (int n = 0; n < columns; n += WIDE) {
-    if (columns - n >= WIDE) {
-      tile<LANES, PAIRS, VECTORS, A_ROW, A_DEPTH, true>(a, rows + n, STRIDE, depth, c + n, ldc, 1.0f);
-    } else {
-      tile<LANES, PAIRS, 1, A_ROW, A_DEPTH, true>(a, rows + n, STRIDE, depth, c + n, ldc, 1.0f);
-    }
+    const int width = columns - n < WIDE ? columns - n : WIDE;
+    tile_of<LANES, PAIRS, A_ROW, A_DEPTH, true>(width / LANES, a, rows + n, STRIDE, depth, c + n, ldc, 1.0f);
   }
 }
 
@@ -226,7 +251,7 @@ struct Tokens {
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void pack_transposed(const Tokens<T>& tokens, int d, typename Unit<PAIRS>::Type* out) {
   using U = typename Unit<PAIRS>::Type;
-  constexpr int WIDE = VECTORS * LANES;
+  constexpr int WIDE = VECTORS<LANES> * LANES;
   const int depth = PAIRS ? d / 2 : d;
   for (int64_t first = 0; first < tokens.count; first += WIDE, out += WIDE * depth) {
     for (int lane = 0; lane < WIDE; ++lane) {
@@ -247,7 +272,7 @@ FASTZS_INLINE void pack_transposed(const Tokens<T>& tokens, int d, typename Unit
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void pack_rows(const Tokens<T>& tokens, int d, int64_t rows, typename Unit<PAIRS>::Type* out) {
   using U = typename Unit<PAIRS>::Type;
-  constexpr int WIDE = VECTORS * LANES, STEP = PAIRS ? 2 : 1;
+  constexpr int WIDE = VECTORS<LANES> * LANES, STEP = PAIRS ? 2 : 1;
   const int columns = static_cast<int>(round_up(d, LANES));
   for (int64_t i = 0; i < rows; ++i) {
     float values[STEP][MAX_D];

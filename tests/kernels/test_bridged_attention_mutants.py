@@ -40,7 +40,7 @@ MUTATIONS = {
         ("in.dropout.least));\n        if constexpr", "in.dropout.least));\n total += p;\n if constexpr"),
     ],
 }
-LAYOUT, PROMPTS = TokenLayout(1, (7, 8), (3, 3)), 3
+LAYOUT, PROMPTS = TokenLayout(1, (7, 8), (3, 3)), 4  # 61 keys: no number of rows of a tile divides them
 OPTIONS = (1, 7, 8, 3, 3, 0.2)
 
 
