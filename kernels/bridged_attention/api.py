@@ -18,14 +18,14 @@ from .reference import bridged_attention_reference
 from .split import bridged_attention_split
 from .xformers import why_not_xformers
 
-# The order in which auto tries the backends, best first, by `pytest bench/test_attention.py -s`: times faster than
-# scaled_dot_product_attention with the dense mask, forward / forward + backward. On 2 cores of an Intel Xeon with
-# AVX-512 but without AVX512-BF16, busy with other work (bench/results/attention.md):
+# The order in which auto tries the backends, best first, by `pytest bench/test_attention.py -s -m "full or not full"`:
+# times faster than scaled_dot_product_attention with the dense mask, forward / forward + backward. On 2 cores of an
+# Intel Xeon with AVX-512 but without AVX512-BF16 (bench/results/intel-xeon-2.80ghz-2-threads.md):
 #
 #               fp32          bf16          fp16
-#   cpu         1.45 / 1.29   1.20 / 3.04   1.31 / 14.1
-#   split       1.24 / 0.90   0.76 / 1.00   1.00 / 0.80
-#   reference   0.29 / 0.44   0.30 / 0.75   0.04 / 0.31
+#   cpu         1.31 / 1.26   1.17 / 2.96   1.44 / 18.1
+#   split       0.96 / 0.89   0.22 / 0.95   1.03 / 1.04
+#   reference   0.26 / 0.36   0.19 / 0.74   0.03 / 0.35
 #
 # So one order serves all three; fp64, which only the last two take, gets the split. Unmeasured: a processor without
 # AVX2, where auto stays with PyTorch's attention; any GPU, where Triton needs one launch and the others many.
