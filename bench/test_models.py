@@ -125,6 +125,8 @@ def contest(name, classes, crop, device):
     def ours(dtype=torch.float32, impl="auto"):
         def labels(picture):
             check_bf16(device, dtype == torch.bfloat16)
+            if impl == "reference" and (name, classes, device) == ("clip_rc", 20, "cpu"):
+                raise Unavailable("left out for time: MaskCLIP has it, and 171 classes do")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("FASTZS_IMPL", impl)
                 return segmenter(dtype)(picture, vocabulary).labels
