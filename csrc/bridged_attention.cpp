@@ -151,7 +151,7 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
     }
   }
 
-  const int64_t keys = round_up(in.keys(), 2 * LANES);
+  const int64_t keys = round_up(in.keys(), 2 * LANES);  // the greatest score is sought in two vectors at a time
   for (int64_t from = 0; from < keys; from += FORWARD_KEYS) {
     const int64_t n = keys - from < FORWARD_KEYS ? keys - from : FORWARD_KEYS;
     score<LANES, PAIRS>(s.query, rounded, s.keys_packed + from * depth, n, depth, s.scores, SCORE_STRIDE, in.scale);
@@ -472,7 +472,7 @@ FASTZS_INLINE void backward_heads(const Backward<T>& a) {
     __builtin_memset(s.dk, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
     __builtin_memset(s.dv, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
     backward_bridge<LANES, PAIRS>(a, s, b, h);
-    const int64_t keys = round_up(in.keys(), 2 * LANES);
+    const int64_t keys = round_up(in.keys(), LANES);
     for (int64_t from = 0; from < keys; from += BACKWARD_KEYS) {
       const int64_t n = keys - from < BACKWARD_KEYS ? keys - from : BACKWARD_KEYS;
       for (int64_t first = 0; first < shared; first += BACKWARD_ROWS)

@@ -122,20 +122,15 @@ FASTZS_INLINE void tile(
   }
 }
 
-// tile with the first `vectors` vectors of n, 1 to VECTORS of them.
-template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH, bool ADD>
+// tile with the first `vectors` vectors of n, 1 to NV of them.
+template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH, bool ADD, int NV = VECTORS<LANES>>
 FASTZS_INLINE void tile_of(
     int vectors, const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb, int64_t depth,
     float* c, int64_t ldc, float factor) {
-  constexpr int MOST = VECTORS<LANES>;
-  if (vectors == MOST) {
-    tile<LANES, PAIRS, MOST, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
-  } else if (vectors == 3) {
-    tile<LANES, PAIRS, MOST < 3 ? MOST : 3, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
-  } else if (vectors == 2) {
-    tile<LANES, PAIRS, 2, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
-  } else {
-    tile<LANES, PAIRS, 1, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+  if (vectors == NV) {
+    tile<LANES, PAIRS, NV, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+  } else if constexpr (NV > 1) {
+    tile_of<LANES, PAIRS, A_ROW, A_DEPTH, ADD, NV - 1>(vectors, a, b, ldb, depth, c, ldc, factor);
   }
 }
 
