@@ -686,10 +686,7 @@ Call dropped(
     const Tensor& q, const Tensor& k, const Tensor& v, double scale, double rate, const Tensor& seed) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0),
       "dropout_attention: wanted q [B, H, Q, d], k and v [B, H, N, d]");
-  STD_TORCH_CHECK(rate >= 0 && rate < 1, "dropout_attention: dropout is ", rate, "; wanted 0 to below 1");
-  STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == ScalarType::Long, "dropout_attention: seed is no int64");
-  const auto least = static_cast<int32_t>(std::min(std::round(rate * 0x1p31), 0x1p31 - 1));
-  const Dropout dropout{static_cast<uint64_t>(*seed.const_data_ptr<int64_t>()), least, static_cast<float>(1 / (1 - rate))};
+  const Dropout dropout = dropout_of("dropout_attention", rate, seed);
   return {"dropout_attention", q, q, q, k, v, {0, 1, q.size(2), 0, 0}, scale, 0, 0, true, dropout};
 }
 

@@ -184,6 +184,10 @@ def _dropout_attention(device: torch.device):
     return ops.dropout_attention(q, k, v, 0.1)
 
 
+def _dropout(device: torch.device):
+    return ops.dropout(torch.randn(1, 1024, 2048, device=device), 0.1, relu=True)
+
+
 def _bridged_attention(device: torch.device):
     q, k, v = torch.randn(3, 1, 12, 273, 64, device=device)
     return ops.bridged_attention(q, k, v, ops.TokenLayout(1, (16, 16), (4, 4)))
@@ -197,5 +201,6 @@ CALLS: dict[str, tuple[str, Callable[[torch.device], object]]] = {
     "dense_attention": ("kk+gaussian, 12 heads, 16 x 16 patches, fp32", _dense_attention),
     "bridged_attention": ("12 heads, 16 x 16 patches, 4 x 4 bridge tokens, fp32", _bridged_attention),
     "dropout_attention": ("8 heads, 256 queries and keys, fp32", _dropout_attention),
+    "dropout": ("after a relu, fp32 1024 x 2048", _dropout),
     "mask_loss": ("fp32 logits 20 x 32 x 32, target 512 x 512", _mask_loss),
 }

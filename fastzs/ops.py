@@ -2,6 +2,7 @@
 
 from fastzs.kernels.bridged_attention.api import TokenLayout, bridged_attention
 from fastzs.kernels.dense_attention.api import dense_attention
+from fastzs.kernels.dropout.api import dropout
 from fastzs.kernels.dropout_attention.api import dropout_attention
 from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
@@ -14,6 +15,7 @@ __all__ = [
     "TokenLayout",
     "bridged_attention",
     "dense_attention",
+    "dropout",
     "dropout_attention",
     "key_smoothing",
     "label_map",

@@ -9,9 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs import ops
 from fastzs.clip.memo import Memo
-from fastzs.decoders.dropout import dropout, relu_dropout
-from fastzs.ops import dropout_attention
+from fastzs.kernels.extension import why_not_loaded
+
+# At import, not in a call: torch.compile cannot trace the loading of a library.
+COMPILED = why_not_loaded() is None
+
+
+def _compiled_dropout(x: Tensor) -> bool:
+    """Whether the ops for dropout on CPUs are taken: without the library their references cost more than PyTorch's."""
+    return COMPILED and x.device.type == "cpu"
 
 
 class CrossAttention(nn.Module):
@@ -31,8 +39,8 @@ class CrossAttention(nn.Module):
             for linear, y in ((self.q, x), (self.k, memory), (self.v, memory))
         )
         dropout = self.dropout if self.training else 0.0
-        if dropout and q.device.type == "cpu":
-            out = dropout_attention(q, k, v, dropout)
+        if dropout and _compiled_dropout(x):
+            out = ops.dropout_attention(q, k, v, dropout)
         else:
             out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -53,9 +61,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x [B, Q, D], memory [B, N, D] -> [B, Q, D]."""
+        x = self.norm2(x + self._drop(self.multihead_attn(x, memory)))
+        return self.norm3(x + self._drop(self.linear2(self._drop(self.linear1(x), relu=True))))
+
+    def _drop(self, x: Tensor, relu: bool = False) -> Tensor:
         rate = self.dropout if self.training else 0.0
-        x = self.norm2(x + dropout(self.multihead_attn(x, memory), rate))
-        return self.norm3(x + dropout(self.linear2(relu_dropout(self.linear1(x), rate)), rate))
+        if rate and _compiled_dropout(x):
+            return ops.dropout(x, rate, relu=relu)
+        return F.dropout(F.relu(x) if relu else x, rate)
 
 
 class Layers(nn.Module):

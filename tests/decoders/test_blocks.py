@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from bench.baselines import prompt_tuned as published
-from fastzs.decoders import CrossAttention, DecoderLayer, HeadMeanScores, Layers, RelationDescriptor, scores
+from fastzs.decoders import (
+    CrossAttention,
+    DecoderLayer,
+    HeadMeanScores,
+    Layers,
+    RelationDescriptor,
+    blocks,
+    scores,
+)
+from fastzs.kernels.dispatch import watch
 
 f64 = torch.float64
 DIM, HEADS = 24, 4
@@ -80,6 +89,16 @@ def test_dropout_only_in_training():
     assert not torch.equal(layer(x, memory), layer(x, memory))
     layer.eval()
     assert torch.equal(layer(x, memory), layer(x, memory))
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_without_the_library_dropout_is_pytorchs(compiled, monkeypatch):
+    """In place of the references, whose integers take 8 bytes for each weight of a map."""
+    monkeypatch.setattr(blocks, "COMPILED", compiled)
+    with watch() as choices:
+        DecoderLayer(DIM, HEADS, 40)(torch.randn(2, 7, DIM), torch.randn(2, 15, DIM))
+    ops = [choice.op for choice in choices]
+    assert ops == (["dropout_attention", "dropout", "dropout", "dropout"] if compiled else [])
 
 
 def test_scores_are_fp32_under_autocast():

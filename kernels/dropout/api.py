@@ -1,0 +1,42 @@
+"""Dropout in one pass over memory, for training on CPUs."""
+
+import torch
+from torch import Tensor
+
+from fastzs.trace import traced
+
+from ..dispatch import choose
+from .compiled import why_not_cpu
+from .reference import dropout_reference
+
+
+@traced("ops.dropout")
+def dropout(x: Tensor, rate: float, *, relu: bool = False, impl: str = "auto") -> Tensor:
+    """``F.dropout(x, rate)``, or with ``relu`` ``F.dropout(F.relu(x), rate)``, of x ``[..., C]``; the same shape.
+
+    On GPUs take those. On CPUs PyTorch draws a number for each element, one after the other, and keeps a mask; the
+    compiled library finds the dropped elements again in backward from a seed, the one number drawn from torch's default
+    generator, and keeps the result only where there is a relu.
+
+    Args:
+        x: fp32, bf16 or fp16 (the reference: also fp64).
+        rate: share of the elements to drop, 0 to below 1; the others are multiplied by ``1 / (1 - rate)``.
+        impl: backend, see :mod:`fastzs.kernels.dispatch`: ``"cpu"``, differentiable once, or ``"reference"``, whose
+            integers take 8 bytes an element. Both drop the same elements for one state of the generator.
+
+    Raises:
+        TypeError: x is not floating.
+        ValueError: x has no dimension, ``rate`` is out of range.
+        RuntimeError: ``impl`` cannot run here.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"dropout: x is {x.dtype}; wanted a floating dtype")
+    if x.ndim == 0:
+        raise ValueError("dropout: x has no dimension; wanted [..., C]")
+    if not 0 <= rate < 1:
+        raise ValueError(f"dropout: rate={rate}; wanted 0 to below 1")
+    backend = choose("dropout", impl, {"cpu": why_not_cpu(x), "reference": None})
+    seed = torch.randint(1 << 62, ())
+    if backend == "cpu":
+        return torch.ops.fastzs.dropout(x.contiguous(), relu, float(rate), seed)
+    return dropout_reference(x, relu, rate, seed)
