@@ -36,7 +36,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 
 
 class Unavailable(Exception):
-    """Raised by a rival that cannot run on this machine; the message says why."""
+    """A rival that has no row; the message says why. Rivals raise it where that shows in their first call only."""
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Rival:
         bound: largest error it may have.
         answer: what is judged, where that is not what ``run`` returns; takes the same inputs.
         judge: of this answer, where the rivals compute different things.
+        unavailable: why it cannot run on this machine or is left out; it has no row then.
         prepare: makes what ``run`` needs, in place of a first call, where a contest is ``fresh``. The next call is then
             measured for memory, and the one after it is timed, since memory measured cold costs time.
         once: one call after ``prepare`` is both timed and measured for memory: for calls of many seconds.
@@ -62,6 +63,7 @@ class Rival:
     bound: float | None = None
     answer: Callable[..., Any] | None = None
     judge: Callable[..., Any] | None = None
+    unavailable: str | None = None
     prepare: Callable[[], object] | None = None
     once: bool = False
     details: Callable[[], dict[str, Any]] | None = None
@@ -168,6 +170,9 @@ def hold(contest: Callable[..., Contest], args: tuple) -> dict[str, dict[str, An
     right: dict[torch.dtype, Sequence[Tensor]] = {}
     sets: dict[torch.dtype, list[tuple]] = {}
     for name, rival in it.rivals.items():
+        if rival.unavailable:
+            problems[name] = Unavailable(rival.unavailable)
+            continue
         if rival.dtype not in sets:
             first = it.inputs(0, rival.dtype)
             count = sets_beyond_cache(sum(x.nbytes for x in first if isinstance(x, Tensor)), it.device)

@@ -27,7 +27,7 @@ from fastzs.predict import Segmenter, native_bf16
 from fastzs.vocabulary import Vocabulary
 
 from .baselines import maskclip, prompt_tuned
-from .rivals import Contest, Rival, Unavailable, compete
+from .rivals import Contest, Rival, compete
 
 SIZES = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
 KINDS = {"clip_rc": ClipRC, "zegclip": ZegCLIP}
@@ -114,30 +114,33 @@ def contest(name, classes, crop, device):
     def published(compiled=False, autocast=False):
         def call(what):
             def run(picture):
-                check_bf16(device, autocast)
                 with torch.autocast(device, torch.bfloat16, enabled=autocast):
                     return getattr(baseline(compiled), what)(picture)
 
             return run
 
-        return Rival(call("labels"), answer=call("maps"), bound=5e-2 if autocast else None)
+        return Rival(
+            call("labels"),
+            answer=call("maps"),
+            bound=5e-2 if autocast else None,
+            unavailable=why_no_bf16(device) if autocast else None,
+        )
 
     def ours(dtype=torch.float32, impl="auto"):
         def labels(picture):
-            check_bf16(device, dtype == torch.bfloat16)
-            if impl == "reference" and (name, classes, device) == ("clip_rc", 20, "cpu"):
-                raise Unavailable("left out for time: MaskCLIP has it, and 171 classes do")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("FASTZS_IMPL", impl)
                 return segmenter(dtype)(picture, vocabulary).labels
 
         def maps(picture):
-            labels(picture)  # refuses what cannot run
             window = torch.tensor([[0, 0, crop, crop]])
             with torch.inference_mode():
                 return segmenter(dtype).logits(picture, window, vocabulary)
 
-        return Rival(labels, answer=maps, bound=5e-2 if dtype == torch.bfloat16 else None)
+        why = why_no_bf16(device) if dtype == torch.bfloat16 else None
+        if impl == "reference" and (name, classes, device) == ("clip_rc", 20, "cpu"):
+            why = "left out for time: MaskCLIP has it, and 171 classes do"
+        return Rival(labels, answer=maps, bound=5e-2 if dtype == torch.bfloat16 else None, unavailable=why)
 
     rivals = {
         "published": published(),
@@ -167,9 +170,8 @@ def contest(name, classes, crop, device):
     )
 
 
-def check_bf16(device, wanted):
-    if wanted and not native_bf16(torch.device(device)):
-        raise Unavailable("this processor has no bf16 instructions")
+def why_no_bf16(device):
+    return None if native_bf16(torch.device(device)) else "this processor has no bf16 instructions"
 
 
 ROWS = [

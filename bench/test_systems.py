@@ -35,7 +35,7 @@ from fastzs.windows import resize_size
 
 from . import systems
 from .baselines import prompt_tuned, two_stage
-from .rivals import Contest, Rival, Unavailable, compete
+from .rivals import Contest, Rival, compete
 from .systems import ONE_STAGE, TWO_STAGE
 
 SLOW = (*TWO_STAGE, "lseg", "maskclip_plus")
@@ -184,12 +184,8 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
         with autocast(device, low and order == "published"):
             return made().labels(picture)
 
-    def answer(picture: Tensor) -> Tensor:
-        if device == "cpu" and low and not native_bf16(torch.device(device)):
-            raise Unavailable("this processor has no bf16 matrix instructions")
-        return judged(picture)
-
-    judged, right = answers(name, order, device, dtype)
+    answer, right = answers(name, order, device, dtype)
+    why = "this processor has no bf16 instructions" if low and not native_bf16(torch.device(device)) else None
     parameters, multiply_adds = systems.COSTS[name]
     kind = str(dtype).removeprefix("torch.")
     size = f"{systems.SIZE[1]} x {systems.SIZE[0]}"
@@ -204,7 +200,9 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
         "headline": name not in ("maskclip", "clip_rc") and not low,  # bench/test_models.py has these
     }
     bound = 0.1 if low else None
-    return Rival(run, bound=bound, answer=answer, judge=right, prepare=made, once=name in SLOW, info=info)
+    return Rival(
+        run, bound=bound, answer=answer, judge=right, unavailable=why, prepare=made, once=name in SLOW, info=info
+    )
 
 
 def contest(dtype: torch.dtype, device: str, rivals: tuple[str, ...]) -> Contest:

@@ -34,7 +34,7 @@ from fastzs.predict import native_bf16
 
 from .baselines.prompt_tuned import Published
 from .machine import in_fresh_process, synchronize
-from .rivals import Contest, Rival, Unavailable, compete
+from .rivals import Contest, Rival, compete
 
 KINDS = {"clip_rc": ClipRC, "zegclip": ZegCLIP}
 # system, classes, pictures, side of a picture
@@ -178,12 +178,6 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
             return step
 
         def gradients(*_: Tensor) -> list[Tensor]:
-            if low and not native_bf16(torch.device(device)):
-                raise Unavailable("this processor has no bf16 instructions")
-            if compiled and (name, classes, pictures, side) in CASES[:3]:
-                raise Unavailable("compiling takes minutes: with 171 classes only")
-            if again and (name, classes, pictures, side) == CASES[0]:
-                raise Unavailable("not in the quick case")
             twin = Step(name, 20, 64, device, ours=ours, low=low, twin=True, again=again)
             if compiled:
                 twin.loss_of = torch.compile(twin.loss, dynamic=False)
@@ -194,8 +188,16 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
             parts = in_fresh_process(stages, *args) if device == "cpu" else stages(*args)
             return ({"parts": parts} if parts else {}) | {"loader pictures per second": loader_rate(side)}
 
+        why = None
+        if low and not native_bf16(torch.device(device)):
+            why = "this processor has no bf16 instructions"
+        elif compiled and (name, classes, pictures, side) in CASES[:3]:
+            why = "compiling takes minutes: with 171 classes only"
+        elif again and (name, classes, pictures, side) == CASES[0]:
+            why = "not in the quick case"
         return Rival(
             lambda *inputs: made()(*inputs),
+            unavailable=why,
             bound=3e-2 if low else None,
             answer=gradients,
             details=details if ours and not again else None,

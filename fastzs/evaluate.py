@@ -67,7 +67,7 @@ def evaluate(
         For each constant the confusion matrix over the whole data set.
 
     Raises:
-        ValueError: the data set's classes or the vocabulary are not the protocol's.
+        ValueError: the data set's classes or the vocabulary are not the protocol's, ``workers`` is negative.
         DataError, PictureError: a file cannot be used.
     """
     protocol.check_classes(dataset.classes, "the data set")
@@ -79,6 +79,8 @@ def evaluate(
     constants = [own_calibration(segmenter.model, protocol)] if calibrations is None else list(calibrations)
     if not constants:
         raise ValueError("calibrations has no constant in it")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}; wanted at least 0")
     matrices = {constant: ConfusionMatrix(len(protocol.classes)) for constant in constants}
     names = dataset.names
     for index, (picture, truth) in _samples(dataset, workers):

@@ -92,6 +92,8 @@ def test_another_vocabulary(segmenter, tmp_path):
         evaluate(segmenter, dataset, SHAPES)
     with pytest.raises(ValueError, match="no constant"):
         evaluate(segmenter, dataset, own, words, calibrations=[])
+    with pytest.raises(ValueError, match="workers is -1; wanted at least 0"):
+        evaluate(segmenter, dataset, own, words, workers=-1)
 
 
 def test_worker_processes_change_nothing(segmenter, scenes):

@@ -42,7 +42,8 @@ def contest(order=()):
         group="squares",
         device="cpu",
         inputs=lambda seed, dtype: (torch.rand(SIZE, generator=torch.Generator().manual_seed(seed)).to(dtype),),
-        rivals={name: Rival(logged(name, run)) for name, run in runs.items()},
+        rivals={name: Rival(logged(name, run)) for name, run in runs.items()}
+        | {"left out": Rival(logged("left out", slow), unavailable="too slow")},
         judge=torch.square,
         nbytes=8 * SIZE,
         operations=SIZE,
@@ -80,6 +81,14 @@ def test_a_rival_that_disagrees_with_the_judge_has_no_row(found):
 def test_a_rival_that_cannot_run_says_why(found):
     assert isinstance(found["not here"], Unavailable)
     assert str(found["not here"]) == "nobody has it"
+
+
+def test_a_rival_that_is_left_out_is_not_called():
+    order = []
+    left_out = hold(contest, (order,))["left out"]
+    assert isinstance(left_out, Unavailable)
+    assert str(left_out) == "too slow"
+    assert "left out" not in order
 
 
 def test_rows_have_times_per_round_and_the_distance_to_the_floor(found):
