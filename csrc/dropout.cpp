@@ -28,7 +28,8 @@ struct Rows {
 };
 
 template <int LANES, typename T>
-FASTZS_INLINE void drop_vector(const T* x, const T* gate, const RowBits& bits, int64_t at, const Dropout& dropout, T* out) {
+FASTZS_INLINE void drop_vector(
+    const T* x, const T* gate, const RowBits& bits, int64_t at, const Dropout& dropout, T* out) {
   using V = Simd<LANES>;
   using F = typename V::F;
   const F value = V::load(x) * dropout.enlarged;

@@ -1,6 +1,6 @@
 // pixel_text_logits on the CPU: scale * <f, t> / |f| and its gradient for the features.
 //
-// A thread owns 32 pixels of an image. It copies their features to a panel [D, 32] in fp32, which stays in its
+// A thread owns 64 pixels of an image. It copies their features to a panel [D, 32] in fp32, which stays in its
 // cache: the only read of the features from memory, whatever their dtype and strides. From the panel come the norms
 // and, 12 classes at a time, the products, whose sums stay in registers; the norm divides the sums, not the features.
 // Backward is the same product with the text transposed, less its part along the feature: a cosine does not change
