@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastzs.predict import native_bf16
+
 VERSIONS = ("triton", "xformers", "openvino", "onnxruntime")
 PRELOADED = [
     "pytest",
@@ -60,6 +62,11 @@ def _gpu_clocks() -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return "not readable"
+
+
+def why_no_bf16(device: str) -> str | None:
+    """None if ``device`` has instructions that multiply bf16, else that it has none."""
+    return None if native_bf16(torch.device(device)) else "this processor has no bf16 instructions"
 
 
 @functools.cache

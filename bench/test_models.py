@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from fastzs import clip
 from fastzs.clip.packed import pack
 from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
-from fastzs.predict import Segmenter, native_bf16
+from fastzs.predict import Segmenter
 from fastzs.vocabulary import Vocabulary
 
 from .baselines import maskclip, prompt_tuned
+from .machine import why_no_bf16
 from .rivals import Contest, Rival, compete
 
 SIZES = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
@@ -168,10 +169,6 @@ def contest(name, classes, crop, device):
         | {"headline": classes == 20 and crop == 512},
         seconds=10,
     )
-
-
-def why_no_bf16(device):
-    return None if native_bf16(torch.device(device)) else "this processor has no bf16 instructions"
 
 
 ROWS = [

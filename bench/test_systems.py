@@ -29,12 +29,13 @@ from torch import Tensor
 
 from fastzs import clip, models
 from fastzs.clip.packed import pack
-from fastzs.predict import Segmenter, native_bf16
+from fastzs.predict import Segmenter
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import resize_size
 
 from . import systems
 from .baselines import prompt_tuned, two_stage
+from .machine import why_no_bf16
 from .rivals import Contest, Rival, compete
 from .systems import ONE_STAGE, TWO_STAGE
 
@@ -185,7 +186,7 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
             return made().labels(picture)
 
     answer, right = answers(name, order, device, dtype)
-    why = "this processor has no bf16 instructions" if low and not native_bf16(torch.device(device)) else None
+    why = why_no_bf16(device) if low else None
     parameters, multiply_adds = systems.COSTS[name]
     kind = str(dtype).removeprefix("torch.")
     size = f"{systems.SIZE[1]} x {systems.SIZE[0]}"

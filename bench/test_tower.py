@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from fastzs.clip import VisionTransformer, packed, prompted
 from fastzs.clip.prompted import PromptedVisionTransformer
-from fastzs.predict import native_bf16
 
 from .baselines.prompt_tuned import Tower
+from .machine import why_no_bf16
 from .rivals import Contest, Rival, Unavailable, compete, largest_error
 
 SIZES: dict[str, Any] = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, "output_dim": 512}
@@ -204,8 +204,8 @@ def contest(dtype, device):
 @pytest.mark.parametrize("rival", RIVALS["cpu"])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
 def test_cpu(benchmark, dtype, rival):
-    if dtype == BF16 and not native_bf16(torch.device("cpu")):
-        pytest.skip("this processor has no bf16 matrix instructions")
+    if dtype == BF16 and (why := why_no_bf16("cpu")):
+        pytest.skip(why)
     compete(benchmark, rival, contest, dtype, "cpu")
 
 

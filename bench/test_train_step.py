@@ -30,10 +30,9 @@ from fastzs.data.batches import batches
 from fastzs.data.datasets import ShapesDataset
 from fastzs.data.transforms import training_transform
 from fastzs.models import ClipRC, ZegCLIP
-from fastzs.predict import native_bf16
 
 from .baselines.prompt_tuned import Published
-from .machine import in_fresh_process, synchronize
+from .machine import in_fresh_process, synchronize, why_no_bf16
 from .rivals import Contest, Rival, compete
 
 KINDS = {"clip_rc": ClipRC, "zegclip": ZegCLIP}
@@ -188,10 +187,8 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
             parts = in_fresh_process(stages, *args) if device == "cpu" else stages(*args)
             return ({"parts": parts} if parts else {}) | {"loader pictures per second": loader_rate(side)}
 
-        why = None
-        if low and not native_bf16(torch.device(device)):
-            why = "this processor has no bf16 instructions"
-        elif compiled and (name, classes, pictures, side) in CASES[:3]:
+        why = why_no_bf16(device) if low else None
+        if compiled and (name, classes, pictures, side) in CASES[:3]:
             why = "compiling takes minutes: with 171 classes only"
         elif again and (name, classes, pictures, side) == CASES[0]:
             why = "not in the quick case"
