@@ -28,31 +28,17 @@ struct Rows {
 };
 
 template <int LANES, typename T>
-FASTZS_INLINE void drop_vector(
-    const T* x, const T* gate, const RowBits& bits, int64_t at, const Dropout& dropout, T* out) {
+FASTZS_INLINE void drop_rows(const Rows<T>& a) {
   using V = Simd<LANES>;
   using F = typename V::F;
-  const F value = V::load(x) * dropout.enlarged;
-  typename V::I keep = kept<LANES>(bits, at, dropout.least);
-  if (gate != nullptr) keep &= ~(V::load(gate) <= 0.0f);  // NaN is let through, as relu does
-  V::store(out, (F)((typename V::I)value & keep));
-}
-
-template <int LANES, typename T>
-FASTZS_INLINE void drop_rows(const Rows<T>& a) {
   for (int64_t row = a.begin; row < a.end; ++row) {
     const RowBits bits(a.dropout.seed, row);
-    const int64_t start = row * a.length, whole = a.length / LANES * LANES, left = a.length - whole;
-    for (int64_t at = 0; at < whole; at += LANES) {
-      const T* gate = a.gate == nullptr ? nullptr : a.gate + start + at;
-      drop_vector<LANES>(a.x + start + at, gate, bits, at, a.dropout, a.out + start + at);
-    }
-    if (left > 0) {
-      T x[LANES] = {}, gate[LANES] = {}, out[LANES];
-      __builtin_memcpy(static_cast<void*>(x), a.x + start + whole, left * sizeof(T));
-      if (a.gate != nullptr) __builtin_memcpy(static_cast<void*>(gate), a.gate + start + whole, left * sizeof(T));
-      drop_vector<LANES>(x, a.gate == nullptr ? nullptr : gate, bits, whole, a.dropout, out);
-      __builtin_memcpy(static_cast<void*>(a.out + start + whole), out, left * sizeof(T));
+    for (int64_t at = 0; at < a.length; at += LANES) {
+      const int64_t here = row * a.length + at, left = a.length - at;
+      const F value = V::load(a.x + here, 1, left) * a.dropout.enlarged;
+      typename V::I keep = kept<LANES>(bits, at, a.dropout.least);
+      if (a.gate != nullptr) keep &= ~(V::load(a.gate + here, 1, left) <= 0.0f);  // NaN is let through, as relu does
+      V::store(a.out + here, (F)((typename V::I)value & keep), left);
     }
   }
 }

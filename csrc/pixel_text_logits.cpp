@@ -50,41 +50,22 @@ struct Tile {
   float* straight;       // [D rounded up to ROWS, PIXELS], backward only
 };
 
-// LANES values, `step` apart; zeros behind the first `count`.
-template <int LANES, class T>
-FASTZS_INLINE typename Simd<LANES>::F read_typed(const T* data, int64_t step, int64_t count) {
-  if (step == 1 && count >= LANES) return Simd<LANES>::load(data);
-  alignas(T) char values[LANES * sizeof(T)] = {};
-  for (int64_t k = 0; k < (count < LANES ? count : LANES); ++k) {
-    __builtin_memcpy(values + k * sizeof(T), data + k * step, sizeof(T));
-  }
-  return Simd<LANES>::load(reinterpret_cast<const T*>(values));
-}
-
+// As the loads and stores of Simd, of any dtype.
 template <int LANES>
 FASTZS_INLINE typename Simd<LANES>::F read_lanes(const Map& map, int64_t at, int64_t step, int64_t count) {
   switch (map.type) {
-    case ScalarType::BFloat16: return read_typed<LANES>(static_cast<const BFloat16*>(map.data) + at, step, count);
-    case ScalarType::Half: return read_typed<LANES>(static_cast<const Half*>(map.data) + at, step, count);
-    default: return read_typed<LANES>(static_cast<const float*>(map.data) + at, step, count);
+    case ScalarType::BFloat16: return Simd<LANES>::load(static_cast<const BFloat16*>(map.data) + at, step, count);
+    case ScalarType::Half: return Simd<LANES>::load(static_cast<const Half*>(map.data) + at, step, count);
+    default: return Simd<LANES>::load(static_cast<const float*>(map.data) + at, step, count);
   }
-}
-
-// Writes the first `count` of LANES values.
-template <int LANES, class T>
-FASTZS_INLINE void write_typed(T* data, typename Simd<LANES>::F v, int64_t count) {
-  if (count >= LANES) return Simd<LANES>::store(data, v);
-  alignas(T) char values[LANES * sizeof(T)];
-  Simd<LANES>::store(reinterpret_cast<T*>(values), v);
-  __builtin_memcpy(static_cast<void*>(data), values, count * sizeof(T));
 }
 
 template <int LANES>
 FASTZS_INLINE void write_lanes(void* data, ScalarType type, int64_t at, typename Simd<LANES>::F v, int64_t count) {
   switch (type) {
-    case ScalarType::BFloat16: return write_typed<LANES>(static_cast<BFloat16*>(data) + at, v, count);
-    case ScalarType::Half: return write_typed<LANES>(static_cast<Half*>(data) + at, v, count);
-    default: return write_typed<LANES>(static_cast<float*>(data) + at, v, count);
+    case ScalarType::BFloat16: return Simd<LANES>::store(static_cast<BFloat16*>(data) + at, v, count);
+    case ScalarType::Half: return Simd<LANES>::store(static_cast<Half*>(data) + at, v, count);
+    default: return Simd<LANES>::store(static_cast<float*>(data) + at, v, count);
   }
 }
 

@@ -74,6 +74,24 @@ struct Simd {
     const S half = __builtin_convertvector(v | ((bits >> 16) & 0x8000), S);
     __builtin_memcpy(p, &half, sizeof half);
   }
+  // `count` values, `step` apart, at most LANES; zeros behind them.
+  template <class T>
+  static FASTZS_INLINE F load(const T* p, int64_t step, int64_t count) {
+    if (step == 1 && count >= LANES) return load(p);
+    alignas(T) char values[LANES * sizeof(T)] = {};
+    for (int64_t k = 0; k < (count < LANES ? count : LANES); ++k) {
+      __builtin_memcpy(values + k * sizeof(T), static_cast<const void*>(p + k * step), sizeof(T));
+    }
+    return load(reinterpret_cast<const T*>(values));
+  }
+  // The first `count` values.
+  template <class T>
+  static FASTZS_INLINE void store(T* p, F v, int64_t count) {
+    if (count >= LANES) return store(p, v);
+    alignas(T) char values[LANES * sizeof(T)];
+    store(reinterpret_cast<T*>(values), v);
+    __builtin_memcpy(static_cast<void*>(p), values, count * sizeof(T));
+  }
   static FASTZS_INLINE F splat(float x) { return x - F{}; }
   // -1 in the lanes below n, 0 in the others.
   static FASTZS_INLINE I first(int n) {

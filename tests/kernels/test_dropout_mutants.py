@@ -13,16 +13,14 @@ pytestmark = NEEDS_COMPILER
 MUTATIONS = {
     "nothing": ([], set()),
     "all rows have one row's bits": ([("bits(a.dropout.seed, row)", "bits(a.dropout.seed, 0)")], {"relu", "alone"}),
-    "the last elements repeat a row's first bits": (
-        [("gate, bits, whole, a.dropout, out);", "gate, bits, 0, a.dropout, out);")],
-        {"relu", "alone"},
-    ),
-    "nothing is enlarged": ([("* dropout.enlarged", "")], {"relu", "alone"}),
+    "all vectors have a row's first bits": ([("kept<LANES>(bits, at,", "kept<LANES>(bits, 0,")], {"relu", "alone"}),
+    "nothing is enlarged": ([("* a.dropout.enlarged", "")], {"relu", "alone"}),
     "there is no relu": ([("relu ? &x : nullptr", "nullptr")], {"relu"}),
     "the last elements have no relu": (
-        [("a.gate == nullptr ? nullptr : gate, bits", "(const T*)nullptr, bits")],
+        [("if (a.gate != nullptr)", "if (a.gate != nullptr && left >= LANES)")],
         {"relu"},
     ),
+    "what the relu stopped counts as let through": ([("<= 0.0f)", "< 0.0f)")], {"its gradient"}),
     "the gradient passes where the relu did not": (
         [("out.has_value() ? &*out : nullptr", "nullptr")],
         {"its gradient"},
