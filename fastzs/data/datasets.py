@@ -6,6 +6,7 @@ laid out as mmsegmentation's documentation of its data sets has them. A data set
 that they were found good is kept in the cache, so that large ones are read once.
 """
 
+import copy
 import difflib
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -104,6 +105,23 @@ class PairsDataset(Dataset[Sample]):
         if picture.shape[1:] != labels.shape:
             raise DataError(f"{self.what}: {_sizes(pair, tuple(picture.shape[1:]), labels.shape)}")
         return tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(labels))
+
+    def without(self, classes: Sequence[int]) -> Self:
+        """The pictures that show none of ``classes``; every mask is read.
+
+        Raises:
+            DataError: no picture is left, or a mask is no longer good.
+        """
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            shown = pool.map(lambda pair: np.isin(self._labels(pair.mask), classes).any(), self.pairs)
+            kept = tuple(pair for pair, hit in zip(self.pairs, shown, strict=True) if not hit)
+        if not kept:
+            names = ", ".join(self.classes[i] for i in classes)
+            raise DataError(f"{self.what}: every picture shows one of {names}; there is none to train on")
+        out = copy.copy(self)
+        out.pairs = kept
+        out.__dict__.pop("names", None)
+        return out
 
     def _labels(self, path: Path) -> np.ndarray:
         labels = self.table[read_mask(path)]
@@ -272,17 +290,30 @@ class PascalContext(PairsDataset):
             converted to the labels 0 to 59 by mmsegmentation's script) and ``ImageSets/SegmentationContext``.
         split: "train" (4,996) or "val" (5,104).
         background: make the background a class.
+        classes: some of the 59, in the order of the labels wanted; all other pixels are then ignored.
     """
 
-    def __init__(self, root: str | Path, split: str = "val", *, background: bool = False):
+    def __init__(
+        self,
+        root: str | Path,
+        split: str = "val",
+        *,
+        background: bool = False,
+        classes: Sequence[str] = CONTEXT,
+    ):
         root = _home(root, "JPEGImages", "VOCdevkit/VOC2010", "VOC2010")
         folder = root / "SegmentationClassContext"
         pairs = [
             Pair(name, root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png")
             for name in _ids([root / "ImageSets" / "SegmentationContext" / f"{split}.txt"])
         ]
-        classes = ("background", *CONTEXT) if background else CONTEXT
-        super().__init__(pairs, classes, reduce_zero_label=not background, what=f"PASCAL-Context {split}")
+        whole = ("background", *CONTEXT) if background else tuple(CONTEXT)
+        super().__init__(pairs, whole, reduce_zero_label=not background, what=f"PASCAL-Context {split}")
+        if not background and tuple(classes) != whole:
+            self.classes = tuple(classes)
+            kept = np.array([classes.index(name) if name in classes else IGNORE for name in whole], np.int16)
+            inside = (self.table >= 0) & (self.table < len(whole))
+            self.table[inside] = kept[self.table[inside]]
 
 
 class ADE20K150(PairsDataset):
@@ -372,7 +403,8 @@ def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> Pai
 
     Args:
         root: its folder; not needed for shapes.
-        split: as the data set calls it.
+        split: as the data set calls it; under a protocol with ``drop_unseen``, "train" and "trainaug" are without
+            the pictures that show unseen classes.
 
     Raises:
         ValueError: the protocol is not about one of the data sets here, or ``root`` is missing.
@@ -385,7 +417,9 @@ def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> Pai
     kinds: dict[str, Callable[..., PairsDataset]] = {
         "voc2012": partial(VOC2012, background=background),
         "coco_stuff164k": CocoStuff164k,
-        "pascal_context": partial(PascalContext, background=background),
+        "pascal_context": partial(
+            PascalContext, background=background, classes=CONTEXT if background else protocol.classes
+        ),
         "ade20k": ADE20K150,
         "camvid": CamVid,
     }
@@ -396,7 +430,8 @@ def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> Pai
         )
     if root is None:
         raise ValueError(f"protocol {protocol.name} needs the folder of its data set")
-    return kinds[protocol.dataset](root, split)
+    found = kinds[protocol.dataset](root, split)
+    return found.without(protocol.unseen) if protocol.drop_unseen and split.startswith("train") else found
 
 
 def seed_of(*parts: int | str) -> int:

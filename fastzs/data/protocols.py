@@ -8,6 +8,11 @@ A number without its protocol means little: PASCAL-Context alone is used in thre
 ``pascal5i-0`` to ``-3`` are PASCAL-5i's folds (Shaban et al., "One-Shot Learning for Semantic Segmentation", BMVC
 2017): VOC with its background as a class, five classes unseen in each. They are scored one class at a time, see
 :mod:`fastzs.folds`.
+
+``zs3-voc-2`` to ``-10`` and ``zs3-context-2`` to ``-10`` are ZS3's (Bucher et al., NeurIPS 2019): 21 and 60 classes
+with the background as a seen class, two to ten of them unseen, each list the next one's beginning; pictures that show
+an unseen class are left out of training. ``context33-4`` is CaGNet's (Gu et al., ACM MM 2020): VOC's classes and 13
+more of PASCAL-Context's, all other pixels ignored.
 """
 
 import difflib
@@ -36,6 +41,8 @@ class Protocol:
         background: what becomes of pixels of no class: "ignored", "class" (they are one of the classes) or "none"
             (every pixel has a class).
         reduce_zero_label: 0 in the mask files means "no class" and all labels there are one higher than here.
+        drop_unseen: pictures that show an unseen class are left out of training; otherwise they are trained on, and
+            these pixels are ignored.
 
     Raises:
         ValueError: no classes, a name twice, an index out of range or twice, more than 255 classes.
@@ -47,6 +54,7 @@ class Protocol:
     dataset: str = "folder"
     background: str = "ignored"
     reduce_zero_label: bool = False
+    drop_unseen: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
@@ -95,16 +103,36 @@ def _indices(classes: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
     return tuple(classes.index(name) for name in names)
 
 
-# "cow", "motorbike" ...: the ten of MaskCLIP+, also OTSeg's
-_CONTEXT_UNSEEN = (
-    "cow", "motorbike", "sofa", "cat", "boat", "fence", "bird", "tvmonitor", "keyboard", "aeroplane"
+# in ZS3's order; all ten are those of MaskCLIP+, also OTSeg's
+_ZS3_CONTEXT = (
+    "cow", "motorbike", "sofa", "cat", "boat", "fence", "bird", "tvmonitor", "aeroplane", "keyboard"
 )  # fmt: skip
 _CASCADE_UNSEEN = (
     "aeroplane", "bed", "bedclothes", "boat", "bottle", "car", "cloth", "cow", "keyboard", "plate"
 )  # fmt: skip
 _VOC_21 = ("background", *VOC)
 _CONTEXT_60 = ("background", *CONTEXT)
+_ZS3_VOC = ("cow", "motorbike", "aeroplane", "sofa", "cat", "tvmonitor", "train", "bottle", "chair", "pottedplant")
+_CONTEXT_33 = (
+    *("table" if name == "diningtable" else name for name in VOC), "sky", "grass", "ground", "road", "building", "tree", "water", "mountain", "wall", "floor", "track",
+    "keyboard", "ceiling"
+)  # fmt: skip
 _SHAPES = (*PAIRS, *GROUNDS)
+
+
+def _zs3(name: str, classes: tuple[str, ...], unseen: Sequence[str], dataset: str) -> list[Protocol]:
+    return [
+        Protocol(
+            f"zs3-{name}-{count}",
+            classes,
+            _indices(classes, unseen[:count]),
+            dataset,
+            background="class",
+            drop_unseen=True,
+        )
+        for count in (2, 4, 6, 8, 10)
+    ]
+
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
@@ -121,13 +149,22 @@ PROTOCOLS: dict[str, Protocol] = {
             "coco_stuff164k",
         ),
         Protocol(
-            "context50-10-bg", _CONTEXT_60, _indices(_CONTEXT_60, _CONTEXT_UNSEEN), "pascal_context", background="class"
+            "context50-10-bg", _CONTEXT_60, _indices(_CONTEXT_60, _ZS3_CONTEXT), "pascal_context", background="class"
         ),
-        Protocol("context49-10", CONTEXT, _indices(CONTEXT, _CONTEXT_UNSEEN), "pascal_context", reduce_zero_label=True),
+        Protocol("context49-10", CONTEXT, _indices(CONTEXT, _ZS3_CONTEXT), "pascal_context", reduce_zero_label=True),
         Protocol(
             "context49-10-cascade",
             CONTEXT,
             _indices(CONTEXT, _CASCADE_UNSEEN),
+            "pascal_context",
+            reduce_zero_label=True,
+        ),
+        *_zs3("voc", _VOC_21, _ZS3_VOC, "voc2012"),
+        *_zs3("context", _CONTEXT_60, _ZS3_CONTEXT, "pascal_context"),
+        Protocol(
+            "context33-4",
+            _CONTEXT_33,
+            _indices(_CONTEXT_33, _ZS3_CONTEXT[:4]),
             "pascal_context",
             reduce_zero_label=True,
         ),
@@ -142,7 +179,8 @@ def protocol(name: str | Path) -> Protocol:
     """A protocol by its name, or one's own from a YAML file.
 
     The file holds ``classes`` (a list of names) and, as far as needed, ``name`` (the file's name if omitted),
-    ``unseen`` (names or indices), ``background`` and ``reduce_zero_label`` as in :class:`Protocol`.
+    ``unseen`` (names or indices), ``background``, ``reduce_zero_label`` and ``drop_unseen`` as in
+    :class:`Protocol`.
 
     Raises:
         ValueError: unknown name (the nearest known are given); the file cannot be read, has an unknown key (the
@@ -160,7 +198,7 @@ def protocol(name: str | Path) -> Protocol:
         raise ValueError(f"protocol {path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
         raise ValueError(f"protocol {path}: want a mapping with a list of names under 'classes'")
-    known = ("name", "classes", "unseen", "background", "reduce_zero_label")
+    known = ("name", "classes", "unseen", "background", "reduce_zero_label", "drop_unseen")
     for key in content:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
@@ -172,6 +210,7 @@ def protocol(name: str | Path) -> Protocol:
         unseen=_unseen(path, classes, content.get("unseen") or ()),
         background=str(content.get("background", "ignored")),
         reduce_zero_label=bool(content.get("reduce_zero_label", False)),
+        drop_unseen=bool(content.get("drop_unseen", False)),
     )
 
 

@@ -81,6 +81,29 @@ def test_pascal_context_with_and_without_background(tmp_path):
     assert open_dataset(protocol("context49-10"), tmp_path, "val").classes == without.classes
 
 
+def test_context_with_33_classes_ignores_the_others(tmp_path):
+    root, found = tmp_path / "VOC2010", protocol("context33-4")
+    put_picture(root / "JPEGImages" / "x.jpg")
+    place = protocol("context49-10").classes.index
+    put_mask(root / "SegmentationClassContext" / "x.png", [0, *(1 + place(name) for name in ("bag", "sofa", "wall"))])
+    put_list(root / "ImageSets" / "SegmentationContext" / "val.txt", ["x"])
+    dataset = open_dataset(found, tmp_path, "val")
+    assert dataset.classes == found.classes
+    assert values(dataset) == {255, found.classes.index("sofa"), found.classes.index("wall")}
+
+
+def test_pictures_with_unseen_classes_can_be_left_out_of_training(tmp_path):
+    root, zs3 = voc(tmp_path), protocol("zs3-voc-2")  # a and b show aeroplane and tvmonitor, d bicycle
+    put_mask(root / "SegmentationClass" / "b.png", [0, 1, 10, 255])  # a cow
+    assert open_dataset(zs3, root, "train").names == ("a",)
+    assert open_dataset(zs3, root, "trainaug").names == ("a", "d")
+    assert VOC2012(root, "train").names == ("a", "b")
+    put_mask(root / "SegmentationClass" / "c.png", [10])
+    assert open_dataset(zs3, root, "val").names == ("c",)
+    with pytest.raises(DataError, match="every picture shows one of aeroplane"):
+        VOC2012(root, "train", background=True).without([1])
+
+
 def test_ade20k(tmp_path):
     for split in ("training", "validation"):
         put_picture(tmp_path / "images" / split / "ADE_1.jpg")

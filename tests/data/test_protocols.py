@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from fastzs.data.protocols import PROTOCOLS, Protocol, protocol
@@ -11,6 +13,10 @@ PUBLISHED = {
     "context50-10-bg": (60, [20, 34, 49, 15, 8, 25, 7, 55, 32, 1]),
     "context49-10": (59, [19, 33, 48, 14, 7, 24, 6, 54, 31, 0]),
     "context49-10-cascade": (59, [0, 2, 3, 7, 9, 13, 17, 19, 31, 37]),
+    "zs3-voc-2": (21, [10, 14]),
+    "zs3-voc-10": (21, [10, 14, 1, 18, 8, 20, 19, 5, 9, 16]),
+    "zs3-context-4": (60, [20, 34, 49, 15]),
+    "context33-4": (33, [9, 13, 17, 7]),
     "camvid": (11, []),
     "ade150": (150, []),
 }
@@ -48,6 +54,21 @@ def test_the_three_context_protocols_differ():
     assert len({str(p) for p in (first, second, third)}) == 3
 
 
+@pytest.mark.parametrize("name", ["voc", "context"])
+def test_the_unseen_classes_of_zs3_grow(name):
+    lists = [set(protocol(f"zs3-{name}-{count}").unseen) for count in (2, 4, 6, 8, 10)]
+    assert [len(each) for each in lists] == [2, 4, 6, 8, 10]
+    assert all(small < large for small, large in pairwise(lists))
+    found = protocol(f"zs3-{name}-6")
+    assert found.drop_unseen
+    assert found.background == "class"
+    assert 0 in found.seen
+
+
+def test_context33_has_classes_of_context():
+    assert set(protocol("context33-4").classes) < set(protocol("context49-10").classes)
+
+
 def test_shapes_hold_out_a_quarter_of_the_pairs():
     found = protocol("shapes")
     assert len(found.classes) == 68
@@ -63,8 +84,9 @@ def test_own_protocol(tmp_path):
     path = tmp_path / "pets.yaml"
     path.write_text("classes: [cat, dog, bird]\nunseen: [bird]\nreduce_zero_label: true\n")
     assert protocol(path) == Protocol("pets", ("cat", "dog", "bird"), (2,), reduce_zero_label=True)
-    path.write_text("name: three\nclasses: [cat, dog, bird]\nunseen: [0, dog]\nbackground: class\n")
-    assert protocol(str(path)) == Protocol("three", ("cat", "dog", "bird"), (0, 1), background="class")
+    path.write_text("name: three\nclasses: [cat, dog, bird]\nunseen: [0, dog]\nbackground: class\ndrop_unseen: true\n")
+    wanted = Protocol("three", ("cat", "dog", "bird"), (0, 1), background="class", drop_unseen=True)
+    assert protocol(str(path)) == wanted
 
 
 @pytest.mark.parametrize(
