@@ -29,10 +29,16 @@
 
 namespace fastzs {
 
+// The target of functions with the instruction that multiplies pairs of bf16 numbers.
+#if FASTZS_X86_ASM
+#define FASTZS_BF16_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
+#endif
+
 enum class Isa { portable, avx2, avx512, avx512_bf16 };
 
 // The widest instruction set this CPU has and FASTZS_CPU_ISA (portable, avx2, avx512 or avx512_bf16) allows.
-inline Isa isa() {
+// An op asks once, before its threads start: getenv must not meet a write to the environment.
+inline Isa cpu_isa() {
 #if defined(__x86_64__)
   const char* limit = std::getenv("FASTZS_CPU_ISA");
   if (limit && std::strcmp(limit, "portable") == 0) return Isa::portable;
@@ -49,9 +55,11 @@ inline Isa isa() {
   return Isa::portable;
 }
 
-// FASTZS_MULTIVERSION(name, body, Arguments) defines void name(const Arguments&), which calls body<LANES>(arguments)
-// compiled for the CPU it runs on: 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, NEON). The body and all it
-// calls must be FASTZS_INLINE, and it must call nothing of the standard library.
+inline bool has_pairs(Isa isa) { return FASTZS_X86_ASM && isa == Isa::avx512_bf16; }
+
+// FASTZS_MULTIVERSION(name, body, Arguments) defines void name(Isa, const Arguments&), which calls
+// body<LANES>(arguments) compiled for that instruction set: 16 lanes with AVX-512, 8 with AVX2, else 4 (SSE2, NEON).
+// The body and all it calls must be FASTZS_INLINE, and it must call nothing of the standard library.
 #if defined(__x86_64__)
 #define FASTZS_MULTIVERSION(name, body, Arguments)                                                               \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void name##_avx512(const Arguments& a) { \
@@ -59,8 +67,8 @@ inline Isa isa() {
   }                                                                                                              \
   __attribute__((target("avx2,fma"))) void name##_avx2(const Arguments& a) { body<8>(a); }                       \
   void name##_portable(const Arguments& a) { body<4>(a); }                                                       \
-  void name(const Arguments& a) {                                                                                \
-    switch (::fastzs::isa()) {                                                                                   \
+  void name(::fastzs::Isa isa, const Arguments& a) {                                                             \
+    switch (isa) {                                                                                               \
       case ::fastzs::Isa::avx512_bf16:                                                                           \
       case ::fastzs::Isa::avx512: return name##_avx512(a);                                                       \
       case ::fastzs::Isa::avx2: return name##_avx2(a);                                                           \
@@ -69,7 +77,7 @@ inline Isa isa() {
   }
 #else
 #define FASTZS_MULTIVERSION(name, body, Arguments) \
-  void name(const Arguments& a) { body<4>(a); }
+  void name(::fastzs::Isa, const Arguments& a) { body<4>(a); }
 #endif
 
 // Calls f with a null pointer of the tensor's element type: fp32, bf16 or fp16.

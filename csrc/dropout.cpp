@@ -60,8 +60,9 @@ Tensor drop(const Tensor& x, const Tensor* gate, double rate, const Tensor& seed
     const auto* from = static_cast<const T*>(x.const_data_ptr());
     const auto* through = gate == nullptr ? nullptr : static_cast<const T*>(gate->const_data_ptr());
     auto* to = static_cast<T*>(out.mutable_data_ptr());
+    const Isa isa = cpu_isa();
     torch::stable::parallel_for(0, x.numel() / length, ELEMENTS / length + 1, [&](int64_t begin, int64_t end) {
-      run(Rows<T>{from, through, to, begin, end, length, dropout});
+      run(isa, Rows<T>{from, through, to, begin, end, length, dropout});
     });
   });
   return out;

@@ -723,6 +723,7 @@ void label_map_cpu(
   job.wide = labels.scalar_type() == ScalarType::Short;
   job.scores = scores.has_value() ? scores->mutable_data_ptr<float>() : nullptr;
   choose_tiles(job);
+  const Isa isa = cpu_isa();
   const int64_t tiles = ((job.out_h + job.tile_h - 1) / job.tile_h) * ((job.out_w + job.tile_w - 1) / job.tile_w);
   dispatch_floating(logits, "label_map", [&](const auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
@@ -732,8 +733,8 @@ void label_map_cpu(
       for (int64_t i = begin; i < end; ++i) {
         const Block tile = tile_at(job, i);
         scratch.prepare(job, tile);
-        run_fill(Fill<T>{&job, &scratch, values});
-        run_tile(Tile{&job, &scratch, tile});
+        run_fill(isa, Fill<T>{&job, &scratch, values});
+        run_tile(isa, Tile{&job, &scratch, tile});
       }
     });
   });

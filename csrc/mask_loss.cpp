@@ -328,6 +328,7 @@ std::tuple<Tensor, Tensor> mask_sums(
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const T* data = static_cast<const T*>(logits.const_data_ptr());
     const int64_t sb = logits.stride(0), sc = logits.stride(1), sy = logits.stride(2), sx = logits.stride(3);
+    const Isa isa = cpu_isa();
     torch::stable::parallel_for(0, B * C, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> plane_logits(h * w), scratch((2 + 2 * FIELDS) * (padded + PAD));
       for (int64_t n = begin; n < end; ++n) {
@@ -345,7 +346,7 @@ std::tuple<Tensor, Tensor> mask_sums(
             plane_logits.data(), label.data() + b * H * padded, &rows, &columns, padded, W, scratch.data(),
             static_cast<float>(alpha), static_cast<float>(gamma), static_cast<int>(c), counts[n] > 0,
             skips[b] != 0, plane_sums, node};
-        with_nodes ? run_plane_gradients(plane) : run_plane_values(plane);
+        with_nodes ? run_plane_gradients(isa, plane) : run_plane_values(isa, plane);
         for (int f = 0; f < FIELDS; ++f) out[f] = static_cast<float>(plane_sums[f]);
       }
     });

@@ -243,12 +243,13 @@ void check(const Tensor& features, const Tensor& text) {
 
 void run_tiles(const Job& job, int64_t images, bool backward) {
   const int64_t tiles = (job.pixels + PIXELS - 1) / PIXELS;
+  const Isa isa = cpu_isa();
   torch::stable::parallel_for(0, images * tiles, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> panel(job.D * PIXELS), grad_panel, straight;
     if (backward) grad_panel.resize(job.C * PIXELS), straight.resize((job.D + ROWS) * PIXELS);
     for (int64_t n = begin; n < end; ++n) {
       const Tile tile{&job, n / tiles, n % tiles * PIXELS, panel.data(), grad_panel.data(), straight.data()};
-      backward ? run_gradient_tile(tile) : run_score_tile(tile);
+      backward ? run_gradient_tile(isa, tile) : run_score_tile(isa, tile);
     }
   });
 }

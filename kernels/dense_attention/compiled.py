@@ -1,4 +1,4 @@
-"""``dense_attention`` on the CPU: the operator ``fastzs::dense_attention`` (csrc/bridged_attention.cpp), no gradient.
+"""``dense_attention`` on the CPU: the operator ``fastzs::dense_attention`` (csrc/dense_attention.cpp), no gradient.
 
 It is of the schema of ``fastzs::dense_attention_triton``, but for the scores' ``scale`` and a ``std`` of 0 without the
 Gaussian.

@@ -1,4 +1,4 @@
-"""``dropout_attention`` on the CPU: the operator ``fastzs::dropout_attention`` (csrc/bridged_attention.cpp).
+"""``dropout_attention`` on the CPU: the operator ``fastzs::dropout_attention`` (csrc/dropout_attention.cpp).
 
 ``out`` and ``dq`` are ``[B, H, Q, d]`` in memory ``[B, Q, H, d]``, so that joining the heads is a view; ``dk`` and
 ``dv`` alike. ``lse`` is ``[B, H, Q]`` fp32: of every row the logarithm of its softmax's denominator.

@@ -19,43 +19,60 @@ Change = tuple[str, str]  # what stands in the file, what shall stand there
 
 def compile_variants(
     folder: Path,
-    source: str,
+    sources: str | Sequence[str],
     variants: Sequence[Sequence[Change]],
     everywhere: Sequence[Change] = (),
     optimisation: str = "-O1",
 ) -> list:
-    """Compile variants of a file of ``csrc`` and load them.
+    """Compile variants of files of ``csrc`` and load them.
 
     All are one library from one file, so that torch's headers are read once; each has a C++ namespace of its own.
 
     Args:
         folder: for what is written, empty.
-        variants: of each, what is changed; every text must stand in the file exactly once.
-        everywhere: changes of headers and all variants; every text must stand in one of these files at least.
+        sources: the files of an op, which become one text together with our headers.
+        variants: of each, what is changed; every text must stand in the files exactly once.
+        everywhere: changes of all variants; every text must stand in the files at least once.
 
     Returns:
         The variants' operators, each a namespace as ``torch.ops.fastzs`` is.
     """
-    files = {path.name: path.read_text() for path in (*CSRC.glob("*.h"), CSRC / source)}
+    system: dict[str, None] = {}
+    seen: set[str] = set()
+    text = "\n".join(_expanded(name, system, seen) for name in ([sources] if isinstance(sources, str) else sources))
     for right, wrong in everywhere:
-        assert any(right in text for text in files.values()), right
-        files = {name: text.replace(right, wrong) for name, text in files.items()}
-    includes, opening, body = files[source].partition("\nnamespace ")
+        assert right in text, right
+        text = text.replace(right, wrong)
     names = [f"fastzs_variant{next(_NUMBERS)}" for _ in variants]
-    whole = includes
+    whole = "\n".join(system)
     for name, changes in zip(names, variants, strict=True):
-        text = opening + body
-        own = [("\nnamespace {\n", f"\nnamespace {name} {{ namespace {{\n"), ("\n}  // namespace\n", "\n}}\n")]
-        for right, wrong in (*own, *changes):
-            assert text.count(right) == 1, right
-            text = text.replace(right, wrong)
-        text = re.sub(r"&(fastzs::(\w+::)*)", rf"&\1{name}::", text)
-        whole += text.replace("(fastzs, ", f"({name}, ")
-    for name, text in (files | {source: whole}).items():
-        (folder / name).write_text(text)
-    torch_folder, library = Path(torch.__file__).parent, folder / "variants.so"
+        changed = text
+        for right, wrong in changes:
+            assert changed.count(right) == 1, right
+            changed = changed.replace(right, wrong)
+        whole += re.sub(r"\bfastzs\b", name, changed)
+    source, library = folder / "variants.cpp", folder / "variants.so"
+    source.write_text(whole)
+    torch_folder = Path(torch.__file__).parent
     command = ["g++", "-std=c++17", optimisation, "-w", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
-    command += [f"-I{torch_folder}/include", str(folder / source), f"-L{torch_folder}/lib", "-ltorch_cpu"]
+    command += [f"-I{torch_folder}/include", str(source), f"-L{torch_folder}/lib", "-ltorch_cpu"]
     subprocess.run([*command, "-o", str(library)], check=True)
     torch.ops.load_library(str(library))
     return [getattr(torch.ops, name) for name in names]
+
+
+def _expanded(name: str, system: dict[str, None], seen: set[str]) -> str:
+    """The text of a file with our headers where they are included first; other headers are added to ``system``."""
+    if name in seen:
+        return ""
+    seen.add(name)
+    lines = []
+    for line in (CSRC / name).read_text().splitlines():
+        ours = re.match(r'#include "(.+)"', line)
+        if ours:
+            lines.append(_expanded(ours[1], system, seen))
+        elif line.startswith("#include"):
+            system[line] = None
+        elif line != "#pragma once":
+            lines.append(line)
+    return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""csrc/bridged_attention.cpp compiled by the tests: broken on purpose, and with the bf16 instruction spelt out.
+"""Attention of csrc compiled by the tests: broken on purpose, and with the bf16 instruction spelt out.
 
 Broken, its comparison with the reference must fail. Spelt out, the code for processors that multiply pairs of bf16
 numbers runs on those that do not.
@@ -16,6 +16,9 @@ from .mutants import NEEDS_COMPILER, compile_variants
 from .test_bridged_attention import errors, inputs
 
 pytestmark = NEEDS_COMPILER
+
+OPS = ("bridged_attention", "dense_attention", "dropout_attention")
+SOURCES = ["attention_forward.cpp", "attention_backward.cpp", *(f"{op}.cpp" for op in OPS)]
 
 MUTATIONS = {
     "nothing": [],
@@ -70,12 +73,12 @@ def bridged_by_reference(tensors, weights):
 def mutants(tmp_path_factory):
     portable = ("#if defined(__x86_64__)", "#if 0")
     without_pairs = [
-        ("void run_forward_pairs(const Forward<BFloat16>& a) { run_forward(a); }", ""),
-        ("void run_backward_pairs(const Backward<BFloat16>& a) { run_backward(a); }", ""),
+        ("void run_forward_pairs(const Forward<BFloat16>& a) { run_forward(Isa::portable, a); }", ""),
+        ("void run_backward_pairs(const Backward<BFloat16>& a) { run_backward(Isa::portable, a); }", ""),
     ]
     everywhere = [portable, *without_pairs, *only("float")]
     folder = tmp_path_factory.mktemp("mutants")
-    return compile_variants(folder, "bridged_attention.cpp", list(MUTATIONS.values()), everywhere)
+    return compile_variants(folder, SOURCES, list(MUTATIONS.values()), everywhere)
 
 
 def dropped(ops) -> float:
@@ -121,7 +124,7 @@ def test_bf16_pairs(tmp_path, monkeypatch):
         ("#if defined(__x86_64__)\n#define FASTZS_MULTIVERSION", "#if 0\n#define FASTZS_MULTIVERSION"),
         *only("BFloat16"),
     ]
-    (ops,) = compile_variants(tmp_path, "bridged_attention.cpp", [[]], everywhere)
+    (ops,) = compile_variants(tmp_path, SOURCES, [[]], everywhere)
     tensors = inputs(LAYOUT, PROMPTS, torch.bfloat16)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = bridged_by_reference([t.double() for t in tensors], weights.double())

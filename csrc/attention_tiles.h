@@ -1,4 +1,4 @@
-// bridged_attention on the CPU: what forward and backward share. Operands, their packing, and the matrix products.
+// Attention on the CPU: what forward and backward share. Operands, their packing, and the matrix products.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #include "cpu.h"
 #include "simd.h"
 
-namespace fastzs::bridged_attention {
+namespace fastzs::attention {
 
 constexpr int MAX_D = 128;
 constexpr int STRIDE = MAX_D + 16;  // of buffers with a token per row: not a power of two, whose lines would collide
@@ -334,4 +334,4 @@ class Floats {
   float* data_;
 };
 
-}  // namespace fastzs::bridged_attention
+}  // namespace fastzs::attention

@@ -1,0 +1,304 @@
+// Attention on the CPU, backward.
+//
+// A thread owns a head. It computes weights anew from the saved log-sum-exps, in blocks of rows and keys that stay in
+// the second cache, in a fixed order.
+#include "attention.h"
+
+#include <type_traits>
+
+namespace fastzs::attention {
+namespace {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+
+constexpr int64_t BACKWARD_ROWS = 48, BACKWARD_KEYS = 192;  // of a block
+constexpr int64_t BLOCK_STRIDE = BACKWARD_KEYS + 16;
+
+template <typename T>
+struct Backward {
+  const Inputs<T>* in;
+  Operand<T> grad, out;  // [B, H, L, d]
+  const float* lse;      // [B, H, L]
+  T *dq, *dk, *dv;       // [B, L, H, d]; dk and dv [B, P, H, d] where the prompts are the keys
+  float *dprompt_k, *dprompt_v;  // [B, H, P, d], not where they are
+  int64_t begin, end;    // of the heads
+  float* memory;
+};
+
+// How much memory a backward thread wants, in floats.
+template <typename T>
+int64_t backward_memory(const Inputs<T>& in) {
+  const int64_t keys = round_up(in.keys(), VECTORS<16> * 16), columns = round_up(in.d, 16), length = in.layout.length();
+  return 3 * keys * columns + (3 * (length + ROWS) + 2 * in.prompts) * columns + 3 * BACKWARD_ROWS * STRIDE +
+      4 * BACKWARD_ROWS * BLOCK_STRIDE + round_up(in.layout.shared(), 16);
+}
+
+template <bool PAIRS>
+struct BackwardScratch {
+  using U = typename Unit<PAIRS>::Type;
+  int64_t keys;                             // filled up to whole panels
+  U *keys_turned, *values_turned;           // see pack_transposed
+  U* keys_packed;                           // see pack_rows
+  float* dq;                                // [L + ROWS, columns]
+  float *dk, *dv;                           // [P + L + ROWS, columns]
+  float* delta;                             // [S]: sum of the gradient times the output
+  U *query, *grad;                          // [BACKWARD_ROWS, STRIDE]
+  U *query_pairs, *grad_pairs;              // [BACKWARD_ROWS / 2, STRIDE]: pairs of rows; the rows unless PAIRS
+  float *weights, *dscores;                 // [BACKWARD_ROWS, BLOCK_STRIDE]
+  U* dscore_rows;                           // dscores as units along the keys
+  U *weight_pairs, *dscore_pairs;           // weights and dscores as units along the rows
+
+  FASTZS_INLINE BackwardScratch(float* memory, int64_t keys, int64_t prompts, int columns, const Layout& layout)
+      : keys(keys) {
+    const int64_t block = BACKWARD_ROWS * BLOCK_STRIDE, rows = BACKWARD_ROWS * STRIDE;
+    keys_turned = reinterpret_cast<U*>(take(memory, keys * columns));
+    values_turned = reinterpret_cast<U*>(take(memory, keys * columns));
+    keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
+    dq = take(memory, (layout.length() + ROWS) * columns);
+    dk = take(memory, (prompts + layout.length() + ROWS) * columns);
+    dv = take(memory, (prompts + layout.length() + ROWS) * columns);
+    delta = take(memory, layout.shared());
+    query = reinterpret_cast<U*>(take(memory, rows));
+    grad = reinterpret_cast<U*>(take(memory, rows));
+    query_pairs = PAIRS ? reinterpret_cast<U*>(take(memory, rows / 2)) : query;
+    grad_pairs = PAIRS ? reinterpret_cast<U*>(take(memory, rows / 2)) : grad;
+    weights = take(memory, block);
+    dscores = take(memory, block);
+    dscore_rows = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : dscores);
+    weight_pairs = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : weights);
+    dscore_pairs = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : dscores);
+  }
+};
+
+// Adds the part of one row's one key to the gradients.
+template <int LANES>
+FASTZS_INLINE void backward_weight(
+    const float* q, const float* grad, const float* key_row, const float* value_row, float lse, float delta,
+    float scale, int columns, float* dq, float* dk, float* dv) {
+  using V = Simd<LANES>;
+  const float score = dot<LANES>(q, key_row, columns) * scale;
+  const float p = V::exp_negative(V::splat(score - lse))[0];
+  const float dscore = p * (dot<LANES>(grad, value_row, columns) - delta) * scale;
+  add_row<LANES>(dq, dscore, key_row, columns);
+  add_row<LANES>(dk, dscore, q, columns);
+  add_row<LANES>(dv, p, grad, columns);
+}
+
+// What has few keys: delta and the bridge key of every shared row, and the bridge rows.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h) {
+  const Inputs<T>& in = *a.in;
+  const Layout& layout = in.layout;
+  const int64_t shared = layout.shared(), cell = layout.cell();
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
+  const float* lse = a.lse + (b * in.heads + h) * layout.length();
+  float q[MAX_D], grad[MAX_D], out[MAX_D], key_row[MAX_D], value_row[MAX_D];
+  for (int64_t token = 0; token < layout.length(); ++token) {
+    read<LANES>(a.grad.row(b, h, token), a.grad.channel, d, grad);
+    read<LANES>(a.out.row(b, h, token), a.out.channel, d, out);
+    const float delta = dot<LANES>(grad, out, columns);
+    if (token < shared) s.delta[token] = delta;
+    // A patch has one key here, its bridge token; a bridge token itself and its region's patches.
+    const int64_t region = layout.region(token), own = token - shared;
+    const int64_t count = token >= shared ? 1 + cell : region >= 0;
+    if (count > 0) read<LANES>(in.q.row(b, h, token), in.q.channel, d, q);
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t key = token < shared ? shared + region : n < cell ? layout.patch(own, n) : token;
+      read<LANES>(in.k.row(b, h, key), in.k.channel, d, key_row);
+      read<LANES>(in.v.row(b, h, key), in.v.channel, d, value_row);
+      const int64_t at = (in.prompts + key) * columns;
+      backward_weight<LANES>(
+          q, grad, key_row, value_row, lse[token], delta, in.scale, columns, s.dq + token * columns, s.dk + at,
+          s.dv + at);
+    }
+  }
+}
+
+// Rows r and r + 1 of a block of `rows` rows as pairs; row r is x's row `at`.
+template <int LANES, typename T>
+FASTZS_INLINE void pair_tokens(
+    const Operand<T>& x, int64_t b, int64_t h, int64_t at, int64_t r, int64_t rows, int d, int32_t* out) {
+  float low[MAX_D] = {}, high[MAX_D] = {};
+  if (r < rows) read<LANES>(x.row(b, h, at), x.channel, d, low);
+  if (r + 1 < rows) read<LANES>(x.row(b, h, at + 1), x.channel, d, high);
+  pair_rows<LANES>(low, high, static_cast<int>(round_up(d, LANES)), out);
+}
+
+// Rows [first, first + BACKWARD_ROWS) against keys [from, from + n).
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void backward_block(
+    const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first, int64_t from, int64_t n) {
+  using V = Simd<LANES>;
+  using U = typename Unit<PAIRS>::Type;
+  constexpr int STEP = PAIRS ? 2 : 1;
+  const Inputs<T>& in = *a.in;
+  const int64_t left = in.layout.shared() - first, rows = left < BACKWARD_ROWS ? left : BACKWARD_ROWS;
+  const int64_t rounded = round_up(rows, ROWS);  // a multiple of STEP
+  const int64_t real = in.keys() - from < n ? in.keys() - from : n, whole = round_up(real, ROWS);
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = d / STEP;
+  const float* lse = a.lse + (b * in.heads + h) * in.layout.length() + first;
+
+  for (int64_t r = 0; r < rounded; ++r) {
+    if (r < rows) {
+      read_units<LANES, PAIRS>(in.q.row(b, h, first + r), in.q.channel, d, s.query + r * STRIDE);
+      read_units<LANES, PAIRS>(a.grad.row(b, h, first + r), a.grad.channel, d, s.grad + r * STRIDE);
+    } else {
+      __builtin_memset(s.query + r * STRIDE, 0, columns * sizeof(U));
+      __builtin_memset(s.grad + r * STRIDE, 0, columns * sizeof(U));
+    }
+  }
+  if constexpr (PAIRS) {
+    for (int64_t r = 0; r < rounded; r += 2) {
+      pair_tokens<LANES>(in.q, b, h, first + r, r, rows, d, s.query_pairs + r / 2 * STRIDE);
+      pair_tokens<LANES>(a.grad, b, h, first + r, r, rows, d, s.grad_pairs + r / 2 * STRIDE);
+    }
+  }
+
+  const int64_t panel = from * depth;
+  score<LANES, PAIRS>(s.query, rounded, s.keys_turned + panel, n, depth, s.weights, BLOCK_STRIDE, in.scale);
+  score<LANES, PAIRS>(s.grad, rounded, s.values_turned + panel, n, depth, s.dscores, BLOCK_STRIDE, 1.0f);
+
+  for (int64_t r = 0; r < rounded; ++r) {
+    float *weights = s.weights + r * BLOCK_STRIDE, *dscores = s.dscores + r * BLOCK_STRIDE;
+    if (r < rows) {
+      const float delta = s.delta[first + r];
+      const RowBits bits = in.bits(b, h, first + r);
+      for (int64_t k = 0; k < n; k += LANES) {
+        const auto p = V::exp_negative(V::load(weights + k) - lse[r]);
+        auto dropped = p, dweight = V::load(dscores + k);
+        if (in.dropout.least > 0) {
+          const auto keep = kept<LANES>(bits, from + k, in.dropout.least);
+          const auto factor = (typename V::F)((typename V::I)V::splat(in.dropout.enlarged) & keep);
+          dropped *= factor, dweight *= factor;
+        }
+        V::store(weights + k, dropped);
+        V::store(dscores + k, p * (dweight - delta) * in.scale);
+      }
+    }
+    const int64_t filled = r < rows ? real : 0;
+    __builtin_memset(weights + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
+    __builtin_memset(dscores + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
+  }
+  if constexpr (PAIRS) {
+    for (int64_t r = 0; r < rounded; ++r)
+      for (int64_t k = 0; k < n; k += LANES)
+        V::store(reinterpret_cast<T*>(s.dscore_rows + r * (BLOCK_STRIDE / 2)) + k, V::load(s.dscores + r * BLOCK_STRIDE + k));
+    for (int64_t r = 0; r < rounded; r += 2) {
+      const int64_t low = r * BLOCK_STRIDE, high = low + BLOCK_STRIDE, to = r / 2 * BLOCK_STRIDE;
+      pair_rows<LANES>(s.weights + low, s.weights + high, BLOCK_STRIDE, s.weight_pairs + to);
+      pair_rows<LANES>(s.dscores + low, s.dscores + high, BLOCK_STRIDE, s.dscore_pairs + to);
+    }
+  }
+
+  multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(
+      s.dscore_rows, rounded, s.keys_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.dq + first * columns,
+      columns);
+  for (int64_t k = 0; k < whole; k += ROWS) {
+    const int64_t at = (from + k) * columns;
+    multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
+        s.weight_pairs + k, s.grad_pairs, rounded / STEP, columns, s.dv + at, columns);
+    multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
+        s.dscore_pairs + k, s.query_pairs, rounded / STEP, columns, s.dk + at, columns);
+  }
+}
+
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void backward_heads(const Backward<T>& a) {
+  const Inputs<T>& in = *a.in;
+  const int64_t length = in.layout.length(), shared = in.layout.shared();
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
+  BackwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS<LANES> * LANES), in.prompts, columns, in.layout);
+  for (int64_t head = a.begin; head < a.end; ++head) {
+    const int64_t b = head / in.heads, h = head % in.heads;
+    pack_transposed<LANES, PAIRS>(in.keys_of(b, h), d, s.keys_turned);
+    pack_transposed<LANES, PAIRS>(in.values_of(b, h), d, s.values_turned);
+    pack_rows<LANES, PAIRS>(in.keys_of(b, h), d, s.keys / (PAIRS ? 2 : 1), s.keys_packed);
+    __builtin_memset(s.dq, 0, (length + ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dk, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
+    __builtin_memset(s.dv, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
+    backward_bridge<LANES, PAIRS>(a, s, b, h);
+    const int64_t keys = round_up(in.keys(), LANES);
+    for (int64_t from = 0; from < keys; from += BACKWARD_KEYS) {
+      const int64_t n = keys - from < BACKWARD_KEYS ? keys - from : BACKWARD_KEYS;
+      for (int64_t first = 0; first < shared; first += BACKWARD_ROWS)
+        backward_block<LANES, PAIRS>(a, s, b, h, first, from, n);
+    }
+    for (int64_t n = 0; n < length; ++n) {
+      const int64_t to = ((b * length + n) * in.heads + h) * d, key = (in.prompts + n) * columns;
+      write<LANES>(s.dq + n * columns, 1.0f, d, a.dq + to);
+      if (in.apart) continue;
+      write<LANES>(s.dk + key, 1.0f, d, a.dk + to);
+      write<LANES>(s.dv + key, 1.0f, d, a.dv + to);
+    }
+    for (int64_t n = 0; n < in.prompts; ++n) {
+      if (in.apart) {
+        const int64_t to = ((b * in.prompts + n) * in.heads + h) * d;
+        write<LANES>(s.dk + n * columns, 1.0f, d, a.dk + to);
+        write<LANES>(s.dv + n * columns, 1.0f, d, a.dv + to);
+      } else {
+        const int64_t to = (head * in.prompts + n) * d;
+        __builtin_memcpy(a.dprompt_k + to, s.dk + n * columns, d * sizeof(float));
+        __builtin_memcpy(a.dprompt_v + to, s.dv + n * columns, d * sizeof(float));
+      }
+    }
+  }
+}
+
+template <int LANES, typename T>
+FASTZS_INLINE void backward_floats(const Backward<T>& a) {
+  backward_heads<LANES, false>(a);
+}
+
+FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<float>)
+FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<BFloat16>)
+FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<Half>)
+
+// ---- with the instruction that multiplies pairs of bf16 numbers ---------------------------------------------------
+
+#if FASTZS_X86_ASM
+FASTZS_BF16_PAIRS void run_backward_pairs(const Backward<BFloat16>& a) { backward_heads<16, true>(a); }
+#else
+void run_backward_pairs(const Backward<BFloat16>& a) { run_backward(Isa::portable, a); }
+#endif
+
+template <typename T>
+void run(Isa isa, const Backward<T>& a) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (has_pairs(isa)) return run_backward_pairs(a);
+  }
+  run_backward(isa, a);
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Call& call, const Tensor& grad, const Tensor& out, const Tensor& lse) {
+  call.check();
+  const Tensor& q = call.q;
+  const int64_t B = q.size(0), H = q.size(1), L = q.size(2), d = q.size(3);
+  const int64_t P = call.prompt_k.has_value() ? call.prompt_k->size(2) : 0;
+  call.fits(grad, B, L);
+  call.fits(out, B, L);
+  STD_TORCH_CHECK(lse.is_contiguous() && lse.numel() == B * H * L && lse.scalar_type() == ScalarType::Float,
+      call.op, ": lse must be contiguous fp32 [B, H, rows]");
+  const int64_t keys = call.apart ? P : L, others = call.apart ? 0 : P;
+  Tensor dq = torch::stable::new_empty(q, {B, L, H, d}), dk = torch::stable::new_empty(q, {B, keys, H, d}), dv = torch::stable::new_empty(q, {B, keys, H, d});
+  Tensor dprompt_k = torch::stable::new_empty(q, {B, H, others, d}, ScalarType::Float);
+  Tensor dprompt_v = torch::stable::new_empty(q, {B, H, others, d}, ScalarType::Float);
+  dispatch_floating(q, call.op, [&](auto* type) {
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
+    const Inputs<T> in = call.inputs<T>({});
+    const Isa isa = cpu_isa();
+    torch::stable::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+      const Floats memory(backward_memory(in));
+      run(isa, Backward<T>{
+          &in, operand<T>(grad), operand<T>(out), static_cast<const float*>(lse.const_data_ptr()), data<T>(dq),
+          data<T>(dk), data<T>(dv), data<float>(dprompt_k), data<float>(dprompt_v), begin, end, memory.data()});
+    });
+  });
+  return {torch::stable::transpose(dq, 1, 2), torch::stable::transpose(dk, 1, 2), torch::stable::transpose(dv, 1, 2), dprompt_k, dprompt_v};
+}
+
+}  // namespace fastzs::attention
