@@ -1,5 +1,6 @@
 """bridged_attention: every backend against the dense mask, forward and every gradient, and the layout itself."""
 
+import math
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def errors(actual, reference):
 
 
 def assert_no_worse_than_eager(layout, prompts, dtype, impl="split", extreme=False, **options):
-    """``impl`` is within twice the error of the dense mask in the same dtype plus a rounding band; against fp64.
+    """``impl`` is within twice the error of the dense mask in the same dtype plus a band for the order of its sums.
 
     Every backward that keeps only the log-sum-exp takes a weight as exp(score - log-sum-exp), off by the rounding of
     the score: with ``extreme`` the gradients' band is that of the largest score.
@@ -64,7 +65,9 @@ def assert_no_worse_than_eager(layout, prompts, dtype, impl="split", extreme=Fal
     exact = run([t.double() for t in tensors], layout, "reference", weights)
     eager = run(tensors, layout, "reference", weights)
     ours = run(tensors, layout, impl, weights)
-    band = 1e-14 if dtype == f64 else torch.finfo(dtype).eps  # fp64 measured: 1.8e-15
+    # an fp32 sum of n products in another order is off by a share of sqrt(n) eps of the largest magnitude
+    sums = 0.5 * math.sqrt(layout.length + prompts) * torch.finfo(torch.float32).eps
+    band = 1e-14 if dtype == f64 else max(torch.finfo(dtype).eps, sums)  # fp64 measured: 1.8e-15
     for name, mine, theirs, reference in zip(NAMES, ours, eager, exact, strict=False):
         assert mine.dtype == dtype
         assert mine.isfinite().all(), name
