@@ -258,7 +258,8 @@ std::tuple<Tensor, Tensor> forward(const Call& call) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Inputs<T> in = call.inputs<T>(near);
     // A thread gets a run of units, and so packs each head that it works on once.
-    const int64_t work = FORWARD_ROWS * in.keys() * d, grain = std::max<int64_t>(1, (1 << 18) / work);
+    const int64_t work = std::max<int64_t>(1, FORWARD_ROWS * in.keys() * d);
+    const int64_t grain = std::max<int64_t>(1, (1 << 18) / work);
     const Isa isa = cpu_isa();
     torch::stable::parallel_for(0, B * H * forward_units_per_head(in), grain, [&](int64_t begin, int64_t end) {
       const Floats memory(forward_memory(in));

@@ -28,6 +28,7 @@ template <int LANES>
 struct Math : Simd<LANES> {
   using F = typename Simd<LANES>::F;
   using I = typename Simd<LANES>::I;
+  using U = typename Vectors<LANES>::U;
 
   static FASTZS_INLINE I load_int(const int* p) {
     I v;
@@ -51,7 +52,7 @@ struct Math : Simd<LANES> {
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    return p * (F)(((I)shifted + 127) << 23);
+    return p * (F)(((U)shifted + 127u) << 23);  // unsigned: NaN may overflow
   }
 
   // 1 / x for 1 <= x < 2^127: a guess from the exponent and three steps of Newton, quicker than dividing.

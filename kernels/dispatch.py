@@ -11,7 +11,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-BACKENDS = ("reference", "split", "xformers", "cpu", "triton", "cuda")
+# reference: the specification; torch: PyTorch's own operators; split, xformers: attention by groups of rows; cpu, cuda:
+# the compiled library; triton.
+BACKENDS = ("reference", "torch", "split", "xformers", "cpu", "triton", "cuda")
 
 
 class Choice(NamedTuple):

@@ -3,7 +3,7 @@
 The programs along axis 0 are of two sorts. The first own a block of rows (or, backward, of keys) of prefix and
 patches: plain attention over the shared keys, after which each patch's one further key, its region's bridge token, is
 folded in from registers. The others own one bridge token each, which meets only the patches of its region. Sums are
-fp32; the softmax's denominators are kept as logarithms to base 2.
+fp32. Exponentials are taken in base 2; the softmax's denominators are kept as natural logarithms, as by every backend.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
@@ -25,6 +25,8 @@ BACKWARD_Q = {(2, 64): (64, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 16, 8),
 BACKWARD_KV = {(2, 64): (32, 64, 8), (2, 128): (32, 64, 8), (4, 64): (16, 32, 8), (4, 128): (16, 16, 8)}
 CELLS = 32  # patches of a region that its bridge token meets at a time
 LOG2_E = math.log2(math.e)
+LN_2 = tl.constexpr(math.log(2))
+PER_LN_2 = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def bridged_attention_fwd_kernel(
             acc = acc * shrink[:, None] + weight[:, None] * v
             top = highest
         _put(out_ptr, row, out_stride_l, d, inside, acc / total[:, None], D)
-        tl.store(lse_ptr + row, top + tl.log2(total), mask=inside)
+        tl.store(lse_ptr + row, (top + tl.log2(total)) * LN_2, mask=inside)
     elif BRIDGE:
         region = block - row_blocks
         own = shared + region
@@ -167,7 +169,7 @@ def bridged_attention_fwd_kernel(
             acc1 = acc1 * shrink1 + tl.sum(weights[:, None] * v1, 0)
             top1 = highest1
         tl.store(out_ptr + own.to(tl.int64) * out_stride_l + d, acc1 / total1, mask=d < D)
-        tl.store(lse_ptr + own, top1 + tl.log2(total1))
+        tl.store(lse_ptr + own, (top1 + tl.log2(total1)) * LN_2)
 
 
 @triton.jit
@@ -240,7 +242,7 @@ def bridged_attention_bwd_q_kernel(
         out = _rows(out_ptr, row, out_stride_l, d, inside, D, UPCAST)
         delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)  # [ROWS]
         tl.store(delta_ptr + row, delta, mask=inside)
-        lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * PER_LN_2
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
         prompt_k = prompt_k_ptr + b * prompt_k_stride_b + h * prompt_k_stride_h
         prompt_v = prompt_v_ptr + b * prompt_v_stride_b + h * prompt_v_stride_h
@@ -265,7 +267,7 @@ def bridged_attention_bwd_q_kernel(
         grad1 = _row(grad_ptr, own, grad_stride_l, d, D)
         delta1 = tl.sum(grad1 * _row(out_ptr, own, out_stride_l, d, D))
         tl.store(delta_ptr + own, delta1)
-        lse1 = tl.load(lse_ptr + own)
+        lse1 = tl.load(lse_ptr + own) * PER_LN_2
         k1 = _row(k_ptr, own, k_stride_l, d, D)
         weight1 = tl.exp2(tl.sum(q1 * k1) * scale - lse1)
         acc1 = weight1 * (tl.sum(grad1 * _row(v_ptr, own, v_stride_l, d, D)) - delta1) * k1
@@ -292,7 +294,7 @@ def _key_gradient(
         inside = row < count
         q = _rows(q_ptr, row, q_stride, d, inside, D, UPCAST)  # [ROWS, BLOCK_D]
         grad = _rows(grad_ptr, row, grad_stride, d, inside, D, UPCAST)
-        lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+        lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * PER_LN_2
         delta = tl.load(delta_ptr + row, mask=inside, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale  # [KEYS, ROWS]
         weights = tl.exp2(scores - lse[None, :])  # rows past the end have grad and delta 0
@@ -362,7 +364,7 @@ def bridged_attention_bwd_kv_kernel(
             token, owned = _region(key, prefix, shared, w, cell_h, cell_w, bridge_h, bridge_w)
             q = _rows(q_ptr, token, q_stride_l, d, owned, D, UPCAST).to(tl.float32)  # [KEYS, BLOCK_D]
             grad = _rows(grad_ptr, token, grad_stride_l, d, owned, D, UPCAST).to(tl.float32)
-            lse = tl.load(lse_ptr + token, mask=owned, other=0.0)
+            lse = tl.load(lse_ptr + token, mask=owned, other=0.0) * PER_LN_2
             delta = tl.load(delta_ptr + token, mask=owned, other=0.0)
             weight = tl.where(owned, tl.exp2(tl.sum(k.to(tl.float32) * q, 1) * scale - lse), 0.0)  # [KEYS]
             dv += weight[:, None] * grad
@@ -389,14 +391,14 @@ def bridged_attention_bwd_kv_kernel(
         v1 = _row(v_ptr, own, v_stride_l, d, D)
         q1 = _row(q_ptr, own, q_stride_l, d, D)
         grad1 = _row(grad_ptr, own, grad_stride_l, d, D)
-        weight1 = tl.exp2(tl.sum(q1 * k1) * scale - tl.load(lse_ptr + own))
+        weight1 = tl.exp2(tl.sum(q1 * k1) * scale - tl.load(lse_ptr + own) * PER_LN_2)
         dv1 = weight1 * grad1
         dk1 = weight1 * (tl.sum(v1 * grad1) - tl.load(delta_ptr + own)) * q1
         for start in range(0, cell_h * cell_w, CELLS):
             token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
             qs = _rows(q_ptr, token, q_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
             grads = _rows(grad_ptr, token, grad_stride_l, d, there, D, UPCAST).to(tl.float32)
-            lses = tl.load(lse_ptr + token, mask=there, other=0.0)
+            lses = tl.load(lse_ptr + token, mask=there, other=0.0) * PER_LN_2
             deltas = tl.load(delta_ptr + token, mask=there, other=0.0)
             weights = tl.where(there, tl.exp2(tl.sum(qs * k1[None, :], 1) * scale - lses), 0.0)  # [CELLS]
             dv1 += tl.sum(weights[:, None] * grads, 0)
@@ -468,7 +470,7 @@ def forward(
     layout: TokenLayout,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [B, H, L, d], [B, H, L]
-    """``bridged_attention`` as in ``operator.py``; the logarithms ``lse`` are to base 2."""
+    """``bridged_attention`` as in ``operator.py``."""
     q, k, v = _dense(q), _dense(k), _dense(v)
     pk, pv = _prompts(k, prompt_k), _prompts(k, prompt_v)
     out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)

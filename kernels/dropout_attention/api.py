@@ -34,7 +34,7 @@ def dropout_attention(
 
     Raises:
         TypeError: dtypes differ or are not floating.
-        ValueError: shapes or devices do not fit each other, ``dropout`` is out of range.
+        ValueError: shapes or devices do not fit each other, there are no keys, or ``dropout`` is out of range.
         RuntimeError: ``impl`` cannot run here.
     """
     check_alike("dropout_attention", {"q": q, "k": k, "v": v})
@@ -44,6 +44,8 @@ def dropout_attention(
             f"dropout_attention: q, k and v are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
             "wanted [B, H, Q, d] and twice [B, H, N, d]"
         )
+    if k.shape[2] == 0:
+        raise ValueError(f"dropout_attention: k and v are {list(k.shape)}; expected at least 1 key")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout_attention: dropout={dropout}; wanted 0 to below 1")
     backend = choose("dropout_attention", impl, {"cpu": why_not_cpu(q), "reference": None})

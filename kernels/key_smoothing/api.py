@@ -117,17 +117,14 @@ def pairs_are_quicker(keys: Tensor, probs: Tensor) -> bool:
 def _reasons(keys: Tensor, probs: Tensor, pairs: bool) -> dict[str, str | None]:
     """Of each backend, best first, why it cannot run.
 
-    ``cuda`` and ``cpu`` are matrix products of PyTorch in fp32 or fp64. A compiled kernel of ours could save only one
-    read of the keys, for their norms. On a GPU Triton multiplies bf16 and fp16 on tensor cores without an fp32 copy of
-    the keys; exact fp32 products are cuBLAS's.
+    ``torch`` is matrix products of PyTorch in fp32 or fp64, on any device. A compiled kernel of ours could save only
+    one read of the keys, for their norms. On a GPU Triton multiplies bf16 and fp16 on tensor cores without an fp32 copy
+    of the keys; exact fp32 products are cuBLAS's.
     """
-    triton, cuda = _why_not_triton(keys, probs, pairs), None if keys.is_cuda else f"the keys are on {keys.device}"
-    narrow = torch.float32 not in (keys.dtype, probs.dtype)
-    return {
-        **({"triton": triton, "cuda": cuda} if narrow else {"cuda": cuda, "triton": triton}),
-        "cpu": None if keys.device.type == "cpu" else f"the keys are on {keys.device}",
-        "reference": None,
-    }
+    reasons = {"torch": None, "triton": _why_not_triton(keys, probs, pairs), "reference": None}
+    if keys.is_cuda and torch.float32 not in (keys.dtype, probs.dtype):
+        reasons = {"triton": reasons.pop("triton"), **reasons}
+    return reasons
 
 
 def _why_not_triton(keys: Tensor, probs: Tensor, pairs: bool) -> str | None:

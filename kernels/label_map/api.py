@@ -72,7 +72,8 @@ def label_map(
             low-resolution maps at its centre, one bilinear step: cheaper, and not the same numbers when
             ``output_size`` differs from ``picture_size``.
         return_scores: also give the winning scores.
-        impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`.
+        impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. Devices without a backend of their own copy
+            the logits to the host, where the compiled library (``"cpu"``) labels the picture.
 
     Returns:
         :class:`LabelMap`: labels, uint8, or int16 where there are more than 255 labels (the background
@@ -113,12 +114,6 @@ def label_map(
         )
     count = classes + (background is not None and background >= classes)
     penalty = None if seen is None else calibration * _seen_mask(seen, classes, logits)
-    reasons = {
-        "cpu": why_not_cpu(logits),
-        "cuda": why_not_cuda(logits, top_k),
-        "triton": _why_not_triton(logits, top_k),
-        "reference": None,
-    }
     labels, scores = torch.ops.fastzs.label_map(
         logits.detach(),
         _windows(windows, logits.shape[0]),
@@ -132,11 +127,19 @@ def label_map(
         resize,
         count > 255 or last > 255,
         return_scores,
-        choose("label_map", impl, reasons),
+        choose("label_map", impl, reasons(logits, top_k)),
     )
     if top_k == 1:
         labels, scores = labels[0], scores[0] if return_scores else None
     return LabelMap(labels, scores if return_scores else None)
+
+
+def reasons(logits: Tensor, top_k: int) -> dict[str, str | None]:
+    """For each backend, best first, why it cannot label a picture from these logits, or None."""
+    on_cpu = {"cpu": why_not_cpu(logits)}
+    on_gpu = {"cuda": why_not_cuda(logits, top_k), "triton": _why_not_triton(logits, top_k)}
+    host = logits.device.type == "cpu"
+    return {**on_cpu, **on_gpu, "reference": None} if host else {**on_gpu, **on_cpu, "reference": None}
 
 
 def _why_not_triton(logits: Tensor, top_k: int) -> str | None:

@@ -15,9 +15,7 @@ ACTIVATION_CODES = {"sigmoid": 0, "softmax": 1, "none": 2}
 
 
 def why_not_cpu(logits: Tensor) -> str | None:
-    """None if it can take these logits, else the reason."""
-    if logits.device.type != "cpu":
-        return f"the logits are on {logits.device}"
+    """None if it can take these logits, else the reason. Logits of another device are copied, they are small."""
     if logits.dtype == torch.float64:
         return "the logits are float64"
     return MISSING
@@ -39,7 +37,8 @@ def label_map_cpu(
     windows,  # W x (top, left, height, width)
     options: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """Labels ``[k, H', W']`` and, if asked for, scores alike."""
+    """Labels ``[k, H', W']`` and, if asked for, scores alike, on the logits' device."""
+    device, logits = logits.device, logits.cpu()
     labels, scores = options.empty(logits.device)
     torch.ops.fastzs.label_map_cpu(
         logits.contiguous(),
@@ -47,13 +46,13 @@ def label_map_cpu(
         *options.picture_size,
         options.resize == "single",
         ACTIVATION_CODES[options.activation],
-        options.penalty,
+        None if options.penalty is None else options.penalty.cpu(),
         options.threshold,
         options.background,
         labels,
         scores,
     )
-    return labels, scores
+    return labels.to(device), None if scores is None else scores.to(device)
 
 
 def label_map_cuda(

@@ -193,33 +193,46 @@ def label_map_triton(
     labels, scores = options.empty(device)
     span_y, span_x = tables.rows_lo.shape[1], tables.cols_lo.shape[1]
     norm = logits
-    if options.activation == "softmax":
-        norm = torch.empty((count, span_y, span_x), device=device)
-        label_map_norm_kernel[(count * span_y, triton.cdiv(span_x, PIXELS))](
-            logits, *tables[3:7], norm, classes, h, w, span_y, span_x, CLASSES, PIXELS, num_warps=WARPS
+    with torch.cuda.device(device.index if device.type == "cuda" else -1):
+        if options.activation == "softmax":
+            norm = torch.empty((count, span_y, span_x), device=device)
+            label_map_norm_kernel[(count * span_y, triton.cdiv(span_x, PIXELS))](
+                logits,
+                *tables[3:7],
+                norm,
+                classes,
+                h,
+                w,
+                span_y,
+                span_x,
+                CLASSES,
+                PIXELS,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
+            )
+        label_map_fwd_kernel[(options.output_size[0], triton.cdiv(options.output_size[1], PIXELS))](
+            logits,
+            logits if options.penalty is None else options.penalty,
+            norm,
+            *tables,
+            labels,
+            labels if scores is None else scores,
+            classes,
+            h,
+            w,
+            span_y,
+            span_x,
+            *options.output_size,
+            most,
+            options.threshold,
+            options.background,
+            TAPS=4 if options.resized else 1,
+            ACTIVATION=ACTIVATION_CODES[options.activation],
+            PENALTY=options.penalty is not None,
+            SCORES=scores is not None,
+            CLASSES=CLASSES,
+            PIXELS=PIXELS,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
         )
-    label_map_fwd_kernel[(options.output_size[0], triton.cdiv(options.output_size[1], PIXELS))](
-        logits,
-        logits if options.penalty is None else options.penalty,
-        norm,
-        *tables,
-        labels,
-        labels if scores is None else scores,
-        classes,
-        h,
-        w,
-        span_y,
-        span_x,
-        *options.output_size,
-        most,
-        options.threshold,
-        options.background,
-        TAPS=4 if options.resized else 1,
-        ACTIVATION=ACTIVATION_CODES[options.activation],
-        PENALTY=options.penalty is not None,
-        SCORES=scores is not None,
-        CLASSES=CLASSES,
-        PIXELS=PIXELS,
-        num_warps=WARPS,
-    )
     return labels, scores

@@ -13,7 +13,7 @@ from ..pixel_text_logits.api import reasons as logits_reasons
 from ..triton_runtime import why_not_triton
 from . import pixel_text as pixel_text  # registers the operator
 from .compiled import MISSING
-from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference
+from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference, wide
 
 TARGET_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -143,7 +143,7 @@ def pixel_text_mask_loss(
 def _pixels(target: torch.Tensor, ignore_index: int, skip: bool) -> int | torch.Tensor:
     """How many pixels the mean of an image runs over; a tensor ``[B, 1]`` where that differs between images."""
     if skip:
-        return (target != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)
+        return (wide(target) != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)
     return target.shape[1] * target.shape[2]
 
 

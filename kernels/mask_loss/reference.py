@@ -31,6 +31,7 @@ def mask_sums_reference(
     if logits.dtype != torch.float64:
         logits = logits.float()
     z = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)  # [B, C, H, W]
+    target = wide(target)
     counted = (target != ignore_index).unsqueeze(1)  # [B, 1, H, W]
     classes = torch.arange(C, device=target.device).view(1, C, 1, 1)
     y = (target.unsqueeze(1) == classes) & counted  # [B, C, H, W]
@@ -46,8 +47,14 @@ def mask_sums_reference(
     return terms.sum((2, 3))
 
 
+def wide(target: torch.Tensor) -> torch.Tensor:
+    """The labels as 32-bit integers at least: a Python number beside a narrower tensor wraps around."""
+    return target.to(torch.promote_types(target.dtype, torch.int32))
+
+
 def check_labels(target: torch.Tensor, C: int, ignore_index: int) -> None:
     """Raise RuntimeError if a label is neither a class nor ``ignore_index``."""
+    target = wide(target)
     wrong = ((target < 0) | (target >= C)) & (target != ignore_index)
     if target.is_cuda or torch.compiler.is_compiling():
         # Neither a tracer nor a GPU's queue can stop for the value that is wrong.

@@ -163,7 +163,7 @@ def mask_sums_fwd_kernel(
             g2 += dp_hit
             g2_wy += dp_hit * wy
 
-    size = images.to(tl.int64) * (h + 1) * C * (w + 1)  # cells of a launch
+    size = tl.cast(images, tl.int64) * (h + 1) * C * (w + 1)  # cells of a launch
     out = cells_ptr + (image * (h + 1) + band) * C * (w + 1) + n
     tl.store(out, tl.sum(tl.where(inside, focal, 0.0), 1), mask=exists)
     tl.store(out + size, tl.sum(tl.where(inside, prob, 0.0), 1), mask=exists)
@@ -209,7 +209,7 @@ def mask_sums_nodes_kernel(
     i = (n // w) % h
     c = n // (h * w)
     band = C * (w + 1)  # cells of a band
-    size = images.to(tl.int64) * (h + 1) * band
+    size = tl.cast(images, tl.int64) * (h + 1) * band
     cell = cells_ptr + (4 + 4 * field) * size + (image * (h + 1) + i) * band + c * (w + 1) + j
     # cell (i, j) ends at node (i, j): its bottom right corner; cell (i + 1, j + 1) begins there
     total = tl.load(cell + 3 * size, mask=exists, other=0.0)

@@ -149,6 +149,26 @@ def test_follows_the_generator(impl):
     assert torch.equal(one, dropout_attention(q, k, v, 0.3, impl=impl))
 
 
+@pytest.mark.parametrize("impl", BACKENDS)
+def test_no_queries(impl):
+    _, k, v = inputs(dim=8)
+    leaves = [t.requires_grad_() for t in (torch.empty(2, 3, 0, 8), k, v)]
+    out = dropout_attention(*leaves, 0.3, impl=impl)
+    assert out.shape == (2, 3, 0, 8)
+    for leaf, grad in zip(leaves, torch.autograd.grad(out.sum(), leaves), strict=True):
+        assert grad.shape == leaf.shape
+        assert not grad.any()
+
+
+@pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+def test_the_library_itself_refuses_no_keys():
+    """A division by their number ended the process."""
+    q, _, _ = inputs(dim=8)
+    none = torch.empty(2, 3, 0, 8)
+    with pytest.raises(RuntimeError, match="there are no keys"):
+        torch.ops.fastzs.dropout_attention(q, none, none, 0.3, 0.1, torch.tensor(1))
+
+
 # ---- bad input -----------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +180,7 @@ def test_follows_the_generator(impl):
         ({"v": torch.ones(2, 3, 4, 8).half()}, TypeError, "v is torch.float16; wanted torch.float32"),
         ({"q": torch.ones(2, 3, 4, 8).int()}, TypeError, "q is torch.int32"),
         ({"k": torch.ones(2, 3, 4, 8, device="meta")}, ValueError, "k is on meta, q on cpu"),
+        (dict.fromkeys("kv", torch.ones(2, 3, 0, 8)), ValueError, r"\[2, 3, 0, 8\]; expected at least 1 key"),
         ({"dropout": 1.0}, ValueError, "dropout=1.0; wanted 0 to below 1"),
         ({"dropout": -0.1}, ValueError, "dropout=-0.1"),
         ({"dropout": float("nan")}, ValueError, "dropout=nan"),

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from bench.baselines.label_map import published_scores, slide_windows, smooth_logits
+from fastzs.kernels.dispatch import choose
 from fastzs.kernels.label_map import compiled, reference
 from fastzs.kernels.label_map.api import label_map
+from fastzs.kernels.label_map.options import Options
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
@@ -330,6 +333,41 @@ def test_large_picture_in_little_memory(impl, classes, nodes, bound):
     command = [sys.executable, "-c", MEMORY, impl, str(classes), str(nodes)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert float(done.stdout) < bound
+
+
+# ---- other devices -
+
+
+class Elsewhere:
+    """Logits of a device that is not here: all that is known of them is what the host may ask."""
+
+    def __init__(self, logits, device):
+        self.logits, self.device, self.dtype, self.shape = logits, torch.device(device), logits.dtype, logits.shape
+
+    def cpu(self):
+        return self.logits
+
+
+@pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
+@pytest.mark.parametrize("device", ["mps", "xpu", "cuda"])
+def test_a_device_without_a_backend_of_its_own_takes_the_library(device, monkeypatch):
+    from fastzs.kernels.label_map import api
+
+    monkeypatch.delenv("FASTZS_IMPL", raising=False)
+    monkeypatch.setattr(api, "why_not_triton", lambda what, device: "Triton is not installed")
+    monkeypatch.setattr(compiled, "MISSING_CUDA", "no nvcc when it was built")
+    assert choose("label_map", "auto", api.reasons(Elsewhere(torch.zeros(1, 2, 2, 2), device), 1)) == "cpu"
+    assert (
+        choose("label_map", "auto", api.reasons(Elsewhere(torch.zeros(1, 2, 2, 2).double(), device), 1)) == "reference"
+    )
+
+
+@pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
+def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypatch):
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+    options = Options((40, 40), (40, 40), "sigmoid", torch.ones(9), -math.inf, 0, 1, "two-stage", torch.uint8, True)
+    labels, scores = compiled.label_map_cpu(Elsewhere(logits, "meta"), windows, options)
+    assert (labels.device.type, scores.device.type) == ("meta", "meta")
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,10 @@ from .test_label_map import CASES, adversarial_logits, assert_agrees, random_cas
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 no_cuda = pytest.mark.skipif(compiled.MISSING_CUDA is not None, reason=str(compiled.MISSING_CUDA))
-backends = pytest.mark.parametrize("impl", ["triton", pytest.param("cuda", marks=no_cuda)])
+no_library = pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
+backends = pytest.mark.parametrize(
+    "impl", ["triton", pytest.param("cuda", marks=no_cuda), pytest.param("cpu", marks=no_library)]
+)
 
 
 @backends

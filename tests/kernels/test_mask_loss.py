@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from fastzs.kernels.mask_loss import mask_loss
+from fastzs.kernels.mask_loss.compiled import MISSING
 
 from .tolerances import assert_close
 
@@ -171,3 +172,18 @@ def test_label_out_of_range(label):
     target[1, 2, 3] = label
     with pytest.raises(RuntimeError, match=f"target holds label {label}; wanted labels in"):
         mask_loss(logits, target, impl="reference")
+
+
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("classes", "ignore_index"), [(300, 255), (300, -100), (300, 299), (4, -100), (40000, 255)])
+def test_labels_narrower_than_the_numbers_beside_them(labels, classes, ignore_index):
+    """A Python number wraps around beside a tensor too narrow for it: 300 is 44 in uint8, -100 is 156."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, classes, 2, 2, generator=g, dtype=torch.float64)
+    target = torch.randint(0, min(classes, 250), (1, 4, 4), generator=g)
+    target[0, 0] = min(classes - 1, 156)
+    want = mask_loss(logits, target, ignore_index=ignore_index, impl="reference")
+    assert mask_loss(logits, target.to(labels), ignore_index=ignore_index, impl="reference") == want
+    for impl in ["cpu"] if MISSING["cpu"] is None and classes < 32767 else []:
+        got = mask_loss(logits.float(), target.to(labels), ignore_index=ignore_index, impl=impl)
+        torch.testing.assert_close(torch.stack(got), torch.stack(want).float())

@@ -81,6 +81,14 @@ def test_images_in_several_launches(monkeypatch):
 
 
 @interpreted
+def test_uint8_labels_of_many_classes():
+    logits, target = case(1, 300, 1, 2, 4, 8, ignored=0.0)
+    target.clamp_(max=250)[0, 0, 0] = 156
+    check(logits, target.to(torch.uint8))
+    check(logits, target.to(torch.uint8), ignore_index=-100)
+
+
+@interpreted
 @pytest.mark.parametrize("spread", [0.0, 30.0, 100.0])
 def test_extreme_logits(spread):
     logits, target = case(B=1, C=2, H=12, W=16, spread=spread)
