@@ -414,11 +414,12 @@ FASTZS_INLINE void take_best(const float* score, int n, int c, int64_t k, int64_
       continue;
     }
     x = x == x ? x : M::splat(-INFINITY);
-    auto id = M::splat_int(c);
+    auto id = M::splat_int(c), better = M::splat_int(0);
     for (int64_t j = 0; j < k; ++j) {
       const auto most = M::load(best + j * step + i);
       const auto of = M::load_int(label + j * step + i);
-      const auto better = (x > most) | (of < 0);  // below 0: still empty
+      // below 0: still empty; what was moved down is a lower class than its equals there, so it moves those too
+      better = better | (x > most) | (of < 0);
       M::store(best + j * step + i, better ? x : most);
       M::store_int(label + j * step + i, better ? id : of);
       x = better ? most : x, id = better ? of : id;

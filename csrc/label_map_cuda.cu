@@ -172,9 +172,11 @@ __global__ void __launch_bounds__(THREADS) label_map_fwd_kernel(Problem a) {
         continue;
       }
       int id = c;
+      bool better = false;
 #pragma unroll
       for (int j = 0; j < K; ++j) {
-        const bool better = score > best[j] || label[j] < 0;
+        // what was moved down is a lower class than its equals there, so it moves those too
+        better = better || score > best[j] || label[j] < 0;
         const float other = best[j];
         const int other_id = label[j];
         if (better) best[j] = score, label[j] = id, score = other, id = other_id;

@@ -234,6 +234,12 @@ def test_equal_scores_give_the_lowest_class(impl):
     logits[:, 200:] = 0.8
     got = label_map(logits, [(0, 0, 20, 20)], (20, 20), impl=impl)
     assert got.labels.unique().tolist() == [200]
+    # classes that a better one moves down stay before their equals
+    got = label_map(logits, [(0, 0, 20, 20)], (20, 20), top_k=3, impl=impl)
+    assert [got.labels[k].unique().tolist() for k in range(3)] == [[200], [201], [202]]
+    logits[:, 201:] = 0.7
+    got = label_map(logits, [(0, 0, 20, 20)], (20, 20), top_k=3, impl=impl)
+    assert [got.labels[k].unique().tolist() for k in range(3)] == [[200], [0], [1]]
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
