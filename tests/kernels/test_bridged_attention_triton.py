@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from fastzs.ops import TokenLayout, bridged_attention
 
 from .interpreter import INTERPRETED, interpreted, run_interpreted
-from .test_bridged_attention import LAYOUTS, NAMES, inputs, run
-from .tolerances import errors
+from .test_bridged_attention import LAYOUTS, assert_within_bounds, inputs, run
 
 pytest.importorskip("triton")
 
@@ -26,30 +25,7 @@ def test_in_the_interpreter():
 
 
 def check(layout, prompts, dtype, device="cpu", **options):
-    """Within twice the error of the dense mask in the same dtype plus one rounding, against fp64.
-
-    The rounding is the result's and, since weights are exponentials, the largest score's.
-    """
-    tensors = [t.to(device) for t in inputs(layout, prompts, dtype, **options)]
-    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0), dtype=f64).to(device)
-    exact = run([t.double() for t in tensors], layout, "reference", weights)
-    eager = run(tensors, layout, "reference", weights)
-    ours = run(tensors, layout, "triton", weights)
-    q, k = (t.double() for t in tensors[:2])
-    largest = (q @ k.transpose(-1, -2)).abs().max().item() * q.shape[-1] ** -0.5
-    band = torch.finfo(dtype).eps + torch.finfo(f32).eps * largest
-    sizes = {name: reference.abs().max().item() for name, reference in zip(NAMES, exact, strict=False)}
-    # prompts are keys among the others: where one key has all the weight, theirs is a difference that cancels
-    sizes["dpk"], sizes["dpv"] = (max(sizes.get(f"d{of}", 0), sizes.get(f"dp{of}", 0)) for of in "kv")
-    for name, mine, theirs, reference in zip(NAMES, ours, eager, exact, strict=False):
-        assert mine.dtype == dtype
-        assert mine.isfinite().all(), name
-        if sizes[name] == 0:
-            assert mine.abs().max() == 0
-            continue
-        found = (errors(tensor, reference, sizes[name]) for tensor in (mine, theirs))
-        for mine_error, eager_error in zip(*found, strict=True):
-            assert mine_error <= 2 * eager_error + band, name
+    assert_within_bounds(layout, prompts, dtype, impl="triton", device=device, **options)
 
 
 @interpreted

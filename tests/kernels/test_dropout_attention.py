@@ -11,6 +11,8 @@ from fastzs.kernels.dropout_attention.compiled import MISSING
 from fastzs.kernels.dropout_attention.reference import dropout_attention_reference
 from fastzs.ops import dropout_attention
 
+from .attention_bounds import assert_within, attention_errors
+
 f64, f32, bf16, f16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 BACKENDS = ["reference", pytest.param("cpu", marks=pytest.mark.skipif(MISSING is not None, reason=str(MISSING)))]
 ISAS = ["avx512_bf16", "avx512", "avx2", "portable"] if platform.machine() == "x86_64" else ["portable"]
@@ -22,33 +24,28 @@ def inputs(dtype=f32, queries=70, keys=53, dim=24, heads=3):
     return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
 
 
-def run(tensors, dropout, impl, seed=4):
-    """The result and the gradients of q, k and v under fixed weights."""
+def run(tensors, dropout, impl, seed=4, rounded=None):
+    """The result and the gradients of q, k and v under fixed weights, which are rounded to the dtype ``rounded``."""
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     torch.manual_seed(seed)
     out = dropout_attention(*leaves, dropout, impl=impl)
-    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=f64).to(out.dtype)
-    return [out, *torch.autograd.grad(out, leaves, upstream)]
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(6), dtype=f64).to(rounded or out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
 def assert_agrees(tensors, dropout, impl="cpu"):
-    """Within twice the error of the reference in the same dtype and a step of rounding or of a sum's order; fp64 judges.
-
-    Gradients: of steps of 1 and of the largest score, for their weights come from the rows' log-sum-exps.
-    """
-    q, k = (x.double() for x in tensors[:2])
-    largest = (q @ k.transpose(2, 3)).abs().max().item() * q.shape[3] ** -0.5
-    # an fp32 sum of n products in another order is off by a share of sqrt(n) eps of the largest magnitude
-    sums = 0.5 * max(q.shape[2], k.shape[2]) ** 0.5 * torch.finfo(torch.float32).eps
-    exact = run([t.double() for t in tensors], dropout, "reference")
-    eager = run(tensors, dropout, "reference")
+    """Within what the roundings allow of the reference in fp64, with the same weights dropped."""
+    exact = run([t.double() for t in tensors], dropout, "reference", rounded=tensors[0].dtype)
     ours = run(tensors, dropout, impl)
-    for name, mine, theirs, right in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
-        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape), name
-        size = right.abs().max()
-        step = max(torch.finfo(mine.dtype).eps, sums) * (1.0 if name == "out" else 1.0 + largest)
-        allowed = 2 * (theirs.double() - right).abs().max() / size + step
-        assert (mine.double() - right).abs().max() / size <= allowed, name
+    q, k, v = (t.double() for t in tensors)
+    torch.manual_seed(4)
+    seed = torch.randint(1 << 62, ())  # as the op draws it
+    keep = kept((*q.shape[:3], k.shape[2]), dropout, seed) / (1 - dropout) if dropout else 1.0
+    upstream = torch.randn(q.shape, generator=torch.Generator().manual_seed(6), dtype=f64).to(tensors[0].dtype)
+    allowed = attention_errors(q, k, v, upstream.double(), tensors[0].dtype, scale=q.shape[3] ** -0.5, kept=keep)
+    for name, mine, right in zip(("out", "dq", "dk", "dv"), ours, exact, strict=True):
+        assert mine.dtype == tensors[0].dtype, name
+        assert_within(name, mine, right, allowed[name])
 
 
 # ---- the specification ---------------------------------------------------------------------------------------------
@@ -135,8 +132,10 @@ class TestCompiled:
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_without_dropout_it_is_attention(impl):
     q, k, v = inputs()
-    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
-    assert (dropout_attention(q, k, v, 0.0, impl=impl) - expected).abs().max() < 2e-6
+    wide = [t.double() for t in (q, k, v)]
+    allowed = attention_errors(*wide, torch.zeros_like(wide[0]), f32, scale=q.shape[3] ** -0.5)
+    expected = F.scaled_dot_product_attention(*wide)
+    assert_within("out", dropout_attention(q, k, v, 0.0, impl=impl), expected, allowed["out"])
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
