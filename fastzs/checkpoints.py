@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
+import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
+from fastzs.files import temporary_beside
 from fastzs.runs import OutputError
 
 LINKS = ("last", "best")
-_TEMPORARY = ".tmp-"
+_STEP = re.compile(r"step_\d{7,}")
 
 
 class CheckpointError(ValueError):
@@ -48,7 +49,8 @@ def save(
         OutputError: it cannot be written, as on a full disk; what was there before still is.
     """
     folder = output / "checkpoints"
-    final, temporary = folder / name_of(step), folder / f"{_TEMPORARY}{secrets.token_hex(6)}"
+    final = folder / name_of(step)
+    temporary = temporary_beside(final)
     try:
         temporary.mkdir(parents=True)
         write_model(temporary)
@@ -117,7 +119,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _point(link: Path, target: Path) -> None:
-    temporary = link.with_name(f"{_TEMPORARY}{secrets.token_hex(6)}")
+    temporary = temporary_beside(link)
     temporary.symlink_to(target, target_is_directory=True)
     try:
         os.replace(temporary, link)
@@ -130,5 +132,5 @@ def _remove_old(output: Path, keep: Collection[int]) -> None:
     held = {name_of(step) for step in keep}
     held |= {os.path.basename(os.readlink(output / link)) for link in LINKS if (output / link).is_symlink()}
     for path in (output / "checkpoints").iterdir():
-        if path.name not in held:
+        if _STEP.fullmatch(path.name) and path.name not in held:
             shutil.rmtree(path, ignore_errors=True)

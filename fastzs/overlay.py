@@ -1,7 +1,9 @@
 """Colours of labels, and a picture with its labels and a legend drawn on it."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from fastzs.fonts import draw_text, text_width
 
 # Above, below and between the entries of the legend, in units of the letter size.
 MARGIN, GAP = 0.6, 0.5
@@ -81,10 +83,9 @@ def draw_overlay(
 def _legend(entries: list[tuple[str, tuple[int, ...] | None]], width: int, height: int) -> Image.Image:
     """A white canvas with the legend below the ``height`` rows that are left to the picture."""
     letter = min(max(min(width, height) // 28, 12), 96)
-    font = ImageFont.load_default(letter)
     margin, gap = round(letter * MARGIN), round(letter * GAP)
     # Each entry is a square of the letter size, half a letter of space and the name.
-    widths = [letter + gap + round(font.getlength(name)) for name, _ in entries]
+    widths = [letter + gap + text_width(name, letter) for name, _ in entries]
     width = max(width, 2 * margin + max(widths))
 
     rows, free = [[]], width - 2 * margin
@@ -102,7 +103,7 @@ def _legend(entries: list[tuple[str, tuple[int, ...] | None]], width: int, heigh
         top = height + margin + step * i
         for name, colour, left in row:
             draw.rectangle((left, top, left + letter - 1, top + letter - 1), fill=colour, outline="black")
-            draw.text((left + letter + gap, top + letter / 2), name, fill="black", font=font, anchor="lm")
+            draw_text(draw, left + letter + gap, top + letter / 2, name, letter)
     return canvas
 
 

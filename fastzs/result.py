@@ -11,12 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from fastzs.files import write_atomically
+from fastzs.files import open_file, replacing, write_atomically
 from fastzs.overlay import draw_overlay, label_colours, labels_present
-from fastzs.pictures import Picture, read_picture
-
-# The text chunk of a saved label map that holds its names, a JSON list.
-NAMES_KEY = "fastzs.names"
+from fastzs.pictures import NAMES_KEY, OVERLAY_MARK, Picture, read_picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +25,10 @@ class Segmentation:
         names: the classes in their order, then ``"background"`` where there is one.
         scores: fp32 ``[H, W]``, the score of the label each pixel got, or None when not asked for.
         picture: uint8 RGB ``[3, H, W]``, the picture the labels are of, for :meth:`overlay`.
+        probabilities: fp16 or fp32 ``[C, H, W]``, the score of every class (of the background, where it has one of its
+            own), or None when not asked for.
+
+    All are ordinary tensors, which may be changed and take part in training.
 
     Raises:
         ValueError: a shape, dtype or label does not fit.
@@ -37,9 +38,14 @@ class Segmentation:
     names: tuple[str, ...]
     scores: torch.Tensor | None = field(default=None, repr=False)
     picture: torch.Tensor | None = field(default=None, repr=False)
+    probabilities: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "names", tuple(self.names))
+        for name in ("labels", "scores", "picture", "probabilities"):
+            if (tensor := getattr(self, name)) is not None and tensor.is_inference():
+                with torch.inference_mode(False):
+                    object.__setattr__(self, name, tensor.clone())
         want = torch.uint8 if len(self.names) <= 255 else torch.int16
         if self.labels.ndim != 2 or self.labels.numel() == 0 or self.labels.dtype != want:
             raise ValueError(
@@ -57,6 +63,13 @@ class Segmentation:
             )
         if self.picture is not None and self.picture.shape != (3, *size):
             raise ValueError(f"picture has shape {list(self.picture.shape)}; want {[3, *size]} like the labels")
+        if (every := self.probabilities) is not None and not (
+            every.is_floating_point() and every.ndim == 3 and every.shape[1:] == size and len(every) <= len(self.names)
+        ):
+            raise ValueError(
+                f"probabilities have shape {list(every.shape)} and dtype {every.dtype}; "
+                f"expected floating point [{len(self.names)}, {size[0]}, {size[1]}]"
+            )
 
     @property
     def background(self) -> int | None:
@@ -99,22 +112,54 @@ class Segmentation:
         text.add_text(NAMES_KEY, json.dumps(self.names))
         write_atomically(path, _encoded(image, format="PNG", pnginfo=text))
 
+    def save_scores(self, path: str | os.PathLike) -> None:
+        """Write :attr:`scores` as a grey PNG of 16 bits: 0 to 65535 for 0 to 1, rounded.
+
+        Raises:
+            ValueError: there are no scores, or ``path`` does not end in .png.
+            OSError: it cannot be written; nothing half-written is left.
+        """
+        if self.scores is None:
+            raise ValueError("this segmentation has no scores; segment with scores=True")
+        if Path(path).suffix.lower() != ".png":
+            raise ValueError(f"{os.fspath(path)}: score maps are saved as .png")
+        levels = (self.scores.clamp(0, 1) * 65535).round().numpy().astype(np.uint16)
+        text = PngImagePlugin.PngInfo()
+        text.add_text(OVERLAY_MARK, "scores")
+        write_atomically(path, _encoded(Image.fromarray(levels), format="PNG", pnginfo=text))
+
+    def save_probabilities(self, path: str | os.PathLike) -> None:
+        """Write :attr:`probabilities` as a compressed NumPy file: float16 ``[C, H, W]``, with the ``names``.
+
+        ``numpy.load(path)["probabilities"]`` gives them back.
+
+        Raises:
+            ValueError: there are no probabilities, or ``path`` does not end in .npz.
+            OSError: it cannot be written; nothing half-written is left.
+        """
+        if self.probabilities is None:
+            raise ValueError("this segmentation has no probabilities; segment with probabilities=True")
+        if Path(path).suffix.lower() != ".npz":
+            raise ValueError(f"{os.fspath(path)}: probabilities are saved as .npz")
+        names = np.array(self.names[: len(self.probabilities)])
+        with replacing(path) as stream:
+            np.savez_compressed(stream, probabilities=self.probabilities.half().numpy(), names=names)
+
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Segmentation":
         """Read what :meth:`save` wrote: the same labels and names (scores and picture are not in the file).
 
         Raises:
-            ValueError: the file was not written by :meth:`save`.
+            ValueError: the file was not written by :meth:`save`, or is damaged.
             OSError: it cannot be read.
         """
-        with Image.open(path) as image:
-            image.load()
-            names = image.info.get(NAMES_KEY)
-            if names is None:
-                raise ValueError(f"{os.fspath(path)}: has no names in it, so Segmentation.save did not write it")
-            names = tuple(json.loads(names))
-            labels = np.array(image)
-        return cls(torch.from_numpy(labels.astype(np.uint8 if len(names) <= 255 else np.int16)), names)
+        names, values = read_labels(path)
+        if names is None or values.ndim != 2:
+            raise ValueError(f"{os.fspath(path)}: has no names in it, so Segmentation.save did not write it")
+        try:
+            return cls(torch.from_numpy(values.astype(np.uint8 if len(names) <= 255 else np.int16)), names)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def overlay(
         self,
@@ -158,13 +203,16 @@ class Segmentation:
             opacity,
         )
         if path is not None:
-            write_atomically(path, _encoded(image, format=kind, quality=92))
+            text = PngImagePlugin.PngInfo()
+            text.add_text(OVERLAY_MARK, "overlay")
+            write_atomically(path, _encoded(image, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text))
         return image
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """COCO annotations with run-length masks, one for each label that occurs.
 
-        ``category_id`` is the label. ``pycocotools.mask.decode(annotation["segmentation"])`` gives the mask back.
+        ``category_id`` is the label plus one, since COCO counts from 1; the background is no category.
+        ``pycocotools.mask.decode(annotation["segmentation"])`` gives the mask back.
 
         Raises:
             ModuleNotFoundError: pycocotools is not installed.
@@ -179,12 +227,14 @@ class Segmentation:
         by_column = np.ascontiguousarray(labels.T)  # the order in which COCO counts its runs
         annotations = []
         for i in labels_present(labels, len(self.names)):
+            if i == self.background:
+                continue
             runs: Any = coco.encode((by_column == i).view(np.uint8).T)
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": image_id,
-                    "category_id": i,
+                    "category_id": i + 1,
                     "segmentation": {"size": list(self.labels.shape), "counts": runs["counts"].decode("ascii")},
                     "area": int(coco.area(runs)),
                     "bbox": coco.toBbox(runs).tolist(),
@@ -192,6 +242,35 @@ class Segmentation:
                 }
             )
         return annotations
+
+
+def read_labels(path: str | os.PathLike) -> tuple[tuple[str, ...] | None, np.ndarray]:
+    """The names that :meth:`Segmentation.save` put into a file, or None, and its pixels, ``[H, W]`` of a label map.
+
+    Raises:
+        ValueError: it is damaged, or its names are no list of texts.
+        OSError: it cannot be read.
+    """
+    what = os.fspath(path)
+    try:
+        with open_file(path) as stream, Image.open(stream) as image:
+            image.load()
+            text, values = image.info.get(NAMES_KEY), np.array(image)
+    except (OSError, MemoryError) as error:
+        if isinstance(error, Image.UnidentifiedImageError):
+            raise ValueError(f"{what}: is no picture") from None
+        raise
+    except Exception as error:  # decoders raise whatever comes to them on broken files
+        raise ValueError(f"{what}: cannot be read: {error}") from error
+    if text is None:
+        return None, values
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{what}: the names in it are damaged")
+    return tuple(names), values
 
 
 def _encoded(image: Image.Image, **options) -> bytes:

@@ -1,22 +1,34 @@
 """Many pictures into one folder: names that do not collide, a manifest to go on from, a record of the run."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastzs.files import write_atomically
-from fastzs.pictures import PictureError
+from fastzs.files import open_file, replacing, write_atomically
+from fastzs.pictures import PictureError, is_result
 from fastzs.result import Segmentation
 from fastzs.trace import traced
 
 MANIFEST = "manifest{}.jsonl"
 RECORD = "run{}.json"
+COCO = "coco.json"
+COCO_HEAD = b'{"info": {"description": "label maps of fastzs"}'
+# What can be written beside a label map, and how its name ends.
+EXTRAS = {
+    "overlay": "_overlay.jpg",
+    "coco": "_coco.json",
+    "scores": "_scores.png",
+    "probabilities": "_probabilities.npz",
+}
+LONGEST = 255 - max(map(len, EXTRAS.values()))  # bytes of a name, as most file systems have it, less the ending
+FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class OutputError(Exception):
@@ -51,34 +63,51 @@ class Attempt(NamedTuple):
     Attributes:
         picture: its path.
         state: its size and time of change, from before it was read; None if it was not there.
+        digest: SHA-256 of its content, or "" where it could not be read.
         problem: why it did not come out, or None.
         ends: what ends the run: an OutputError at once, a ValueError (settings that do not fit) if no picture came out.
     """
 
     picture: Path
     state: list[int] | None
+    digest: str = ""
     problem: str | None = None
     ends: OutputError | ValueError | None = None
 
 
 class Manifest:
-    """What is done in an output folder: one JSON line for each picture, the last one of a picture counts.
+    """What is done in an output folder: one JSON line for each picture, that of the last run counts.
 
-    A line says which file it was (path, size, time of change), under which settings it was segmented, and what
+    A line says which file it was (path, size, time of change, SHA-256), under which settings it was segmented, and what
     was written. A line cut short by a crash is ignored, so that its picture is done again. Of several processes each
-    writes a file of its own, since not every file system lets them add to one, and reads all.
+    writes a file of its own, since not every file system lets them add to one, and reads all. Two pictures never have
+    one name: where a damaged folder says so, the later line counts and the other picture is done again.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
         self.folder, self.rank = folder, rank
         self.lines: dict[str, dict[str, Any]] = {}
+        fields = ("state", "digest", "settings", "name", "files", "run")
+        entries = []
         for path in sorted(folder.glob(MANIFEST.format("*"))):
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 try:
                     entry = json.loads(line)
-                    self.lines[entry["picture"]] = {key: entry[key] for key in ("state", "settings", "name", "files")}
+                    entries.append((int(entry["run"]), entry["picture"], {key: entry[key] for key in fields}))
                 except (ValueError, KeyError, TypeError):
                     continue
+        owners: dict[str, str] = {}
+        # The files of several processes are in no order of time, but the numbers of the runs are.
+        for _, picture, entry in sorted(entries, key=lambda item: item[0]):
+            self._set(picture, entry, owners)
+        self.run = 1 + max((line["run"] for line in self.lines.values()), default=0)
+
+    def _set(self, picture: str, entry: dict[str, Any], owners: dict[str, str]) -> None:
+        before = owners.get(entry["name"].casefold())
+        if before is not None and before != picture:
+            self.lines.pop(before, None)
+        owners[entry["name"].casefold()] = picture
+        self.lines[picture] = entry
 
     def has(self, picture: Path, settings: str, endings: Iterable[str]) -> bool:
         """Whether the files with these endings were written for this picture, unchanged since, and are there."""
@@ -88,30 +117,74 @@ class Manifest:
         wanted = [line["name"] + ending for ending in endings]
         return all(file in line["files"] and (self.folder / file).is_file() for file in wanted)
 
-    def add(self, picture: Path, state: list[int] | None, settings: str, name: str, files: list[str]) -> None:
+    def add(self, attempt: Attempt, settings: str, name: str, files: list[str]) -> None:
         """Record a picture as done.
 
         Raises:
             OutputError: the manifest cannot be written.
         """
-        entry = {"state": state, "settings": settings, "name": name, "files": files}
-        key = os.path.abspath(picture)
+        entry = {"state": attempt.state, "digest": attempt.digest, "settings": settings, "name": name, "files": files}
+        self._write({os.path.abspath(attempt.picture): entry})
+
+    def void(self, pictures: Iterable[Path]) -> None:
+        """Record that pictures are about to be done again, so that a crash leaves no line that speaks of other files.
+
+        Raises:
+            OutputError: the manifest cannot be written.
+        """
+        places = map(os.path.abspath, pictures)
+        self._write({place: self.lines[place] | {"settings": ""} for place in places if place in self.lines})
+
+    def _write(self, entries: dict[str, dict[str, Any]]) -> None:
+        if not entries:
+            return
+        entries = {place: entry | {"run": self.run} for place, entry in entries.items()}
         path = self.folder / of_rank(MANIFEST, self.rank)
         try:
             with open(path, "a+b") as stream:
                 # A crash may have left half a line.
                 if stream.seek(0, os.SEEK_END) and stream.seek(-1, os.SEEK_END) and stream.read() != b"\n":
                     stream.write(b"\n")
-                stream.write(json.dumps({"picture": key, **entry}).encode() + b"\n")
+                for place, entry in entries.items():
+                    stream.write(json.dumps({"picture": place, **entry}).encode() + b"\n")
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
-        self.lines[key] = entry
+        self.lines |= entries
+
+    def follow(self, pictures: Iterable[Path]) -> None:
+        """Recognise pictures whose folder was moved or mounted elsewhere since an earlier run.
+
+        A picture that is not in the manifest is the one of a line whose file is gone, if it has the same file name and
+        the same content. From each such pair it follows which folder became which, and all the pictures below them
+        are the same ones, even those that were edited after the move.
+        """
+        new = [os.path.abspath(picture) for picture in pictures]
+        unknown = [place for place in new if place not in self.lines]
+        if not unknown or not self.lines:
+            return
+        known: dict[str, list[str]] = {}
+        for place in self.lines.keys() - set(new):
+            known.setdefault(os.path.basename(place), []).append(place)
+        moves: dict[tuple[str, str], None] = {}
+        for place in unknown:
+            if any(old in self.lines for old in _before(place, moves)):
+                continue
+            for before in known.get(os.path.basename(place), ()):
+                if not os.path.lexists(before) and _is_same(Path(place), self.lines[before]):
+                    moves[_roots(before, place)] = None
+                    break
+        for place in unknown:
+            for old in _before(place, moves):
+                if old in self.lines and not os.path.lexists(old):
+                    self.lines[place] = self.lines.pop(old)
+                    break
 
     def names(self, pictures: Iterable[Path]) -> dict[Path, str]:
         """A name in the output folder for each picture, without ending, no two the same.
 
         A picture keeps the name it has in the manifest. Others are named by their path below the folder that
-        all of them share; where that is taken (``a.jpg`` beside ``a.png``), ``-2``, ``-3`` ... is added.
+        all of them share; where that is taken (``a.jpg`` beside ``a.png``, or a file that is no result), ``-2``, ``-3``
+        ... is added. Names too long for a file system, with the endings, are cut and end in a hash.
         """
         pictures = list(pictures)
         places = {picture: os.path.abspath(picture) for picture in pictures}
@@ -123,14 +196,19 @@ class Manifest:
             if place in self.lines:
                 names[picture] = self.lines[place]["name"]
                 continue
-            stem = os.path.splitext(os.path.relpath(place, shared))[0]
+            stem = _short(os.path.splitext(os.path.relpath(place, shared))[0])
             name, number = stem, 1
-            while name.casefold() in taken:
+            while name.casefold() in taken or self._is_foreign(f"{name}.png"):
                 number += 1
                 name = f"{stem}-{number}"
             taken.add(name.casefold())
             names[picture] = name
         return names
+
+    def _is_foreign(self, file: str) -> bool:
+        """Whether a file that no run has written stands there, such as somebody's photograph."""
+        path = self.folder / file
+        return os.path.lexists(path) and not is_result(path)
 
 
 def of_rank(name: str, rank: int) -> str:
@@ -138,34 +216,25 @@ def of_rank(name: str, rank: int) -> str:
     return name.format(f"-{rank}" if rank else "")
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the output folder and see that files can be made in it.
-
-    Raises:
-        OutputError: they cannot.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OutputError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-
-
 def settings_hash(settings: dict[str, Any]) -> str:
     """Identifies settings that decide what a label map looks like; results under other ones are done again."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_record(folder: Path, record: dict[str, Any], rank: int = 0) -> None:
-    """Write ``run.json``, or that of another process.
+def write_record(folder: Path, record: dict[str, Any], share: tuple[int, int] = (0, 1)) -> None:
+    """Write ``run.json``, or that of another process; the first removes those of more processes in an earlier run.
 
     Raises:
         OutputError: it cannot be written.
     """
+    rank, world = share
     path = folder / of_rank(RECORD, rank)
+    kept = {of_rank(RECORD, other) for other in range(world)}
     try:
         write_atomically(path, (json.dumps(record, indent=2) + "\n").encode())
+        for other in folder.glob(RECORD.format("-*")) if rank == 0 else ():
+            if other.name not in kept and other.stem.removeprefix("run-").isdigit():
+                other.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
@@ -176,22 +245,22 @@ def segment_pictures(
     folder: Path,
     settings: str,
     *,
-    overlay: bool = False,
-    coco: bool = False,
+    also: Collection[str] = (),
     start: Callable[[Outcome], None] = lambda outcome: None,
     step: Callable[[Path, str | None], None] = lambda picture, problem: None,
     outcome: Outcome | None = None,
     share: tuple[int, int] = (0, 1),
-    through: Callable[[Callable[[tuple[Path, Path]], Attempt], list[tuple[Path, Path]]], Iterable[Attempt]] = map,
+    through: Callable[[Callable[[tuple[Path, Path, list[Path]]], Attempt], list], Iterable[Attempt]] = map,
 ) -> Outcome:
-    """Segment what is not done yet, and write ``NAME.png`` and on request ``NAME_overlay.jpg``, ``NAME_coco.json``.
+    """Segment what is not done yet, and write ``NAME.png`` and what is wanted ``also``.
 
     Args:
         pictures: files, the same for all processes.
         segment: gives the result for one of them.
-        folder: an existing output folder.
+        folder: an existing output folder, see :func:`fastzs.locks.hold`.
         settings: hash of everything that decides the results, see :func:`settings_hash`.
-        overlay, coco: what to write beside the label map.
+        also: what to write beside the label map, of :data:`EXTRAS`; ``"coco"`` also writes ``coco.json`` for all the
+            pictures of these settings together.
         start: called once, when it is known what is done already.
         step: called after each picture, with what went wrong or None.
         outcome: kept up to date on the way, so that an interrupted caller has it.
@@ -208,70 +277,154 @@ def segment_pictures(
     mine = pictures[rank::world]
     outcome = Outcome(0) if outcome is None else outcome
     outcome.found = len(mine)
-    endings = [".png", *["_overlay.jpg"] * overlay, *["_coco.json"] * coco]
+    endings = [".png", *(EXTRAS[extra] for extra in EXTRAS if extra in also)]
     manifest = Manifest(folder, rank)
+    manifest.follow(pictures)
     todo = [picture for picture in mine if not manifest.has(picture, settings, endings)]
     outcome.skipped = len(mine) - len(todo)
     # of all pictures, so that no two processes take one name
     names = manifest.names(pictures) if todo else {}
     start(outcome)
-    work = partial(_attempt, segment, overlay, coco)
-    for picture, state, problem, ends in through(work, [(picture, folder / names[picture]) for picture in todo]):
+    manifest.void(todo)
+
+    def job(picture: Path) -> tuple[Path, Path, list[Path]]:
+        name, line = names[picture], manifest.lines.get(os.path.abspath(picture))
+        wanted = {name + ending for ending in endings}
+        # An overlay of other settings would be taken for one of these.
+        stale = [folder / file for file in (line["files"] if line else ()) if file not in wanted]
+        return picture, folder / name, stale
+
+    work = partial(_attempt, segment, tuple(also))
+    for attempt in through(work, [job(picture) for picture in todo]):
+        picture, ends = attempt.picture, attempt.ends
         if isinstance(ends, OutputError) or (ends is not None and not outcome.done):
             raise ends
-        if problem is None:
-            manifest.add(picture, state, settings, names[picture], [names[picture] + ending for ending in endings])
+        if attempt.problem is None:
+            name = names[picture]
+            manifest.add(attempt, settings, name, [name + ending for ending in endings])
             outcome.done += 1
         else:
-            outcome.failed[str(picture)] = problem
-        step(picture, problem)
+            outcome.failed[str(picture)] = attempt.problem
+        step(picture, attempt.problem)
+    if "coco" in also:
+        _join_coco(folder, settings)
+    elif outcome.done:
+        _remove_coco(folder / COCO)
     return outcome
 
 
 def _attempt(
-    segment: Callable[[Path], Segmentation], overlay: bool, coco: bool, picture_and_target: tuple[Path, Path]
+    segment: Callable[[Path], Segmentation], also: Collection[str], job: tuple[Path, Path, list[Path]]
 ) -> Attempt:
-    """Segment a picture and write its files, named by a path without ending."""
-    picture, target = picture_and_target
+    """Segment a picture and write its files, named by a path without ending, after removing the stale ones."""
+    picture, target, stale = job
     state = _state(picture)
     try:
-        _write_result(segment(picture), picture, target, overlay, coco)
+        result, digest = segment(picture), _digest(picture)
+        for path in stale:
+            path.unlink(missing_ok=True)
+        _write_result(result, picture, target, also)
     except OutputError as error:
-        return Attempt(picture, state, str(error), OutputError(str(error)))
+        return Attempt(picture, state, problem=str(error), ends=OutputError(str(error)))
     except PictureError as error:
-        return Attempt(picture, state, str(error))
+        return Attempt(picture, state, problem=str(error))
     except Exception as error:  # its traceback would hold on to the model's tensors
         ends = ValueError(str(error)) if isinstance(error, ValueError) else None
-        return Attempt(picture, state, f"{picture}: {_sentence(error)}", ends)
-    return Attempt(picture, state)
+        return Attempt(picture, state, problem=f"{picture}: {_sentence(error)}", ends=ends)
+    return Attempt(picture, state, digest)
 
 
 @traced("predict.save")
-def _write_result(result: Segmentation, picture: Path, target: Path, overlay: bool, coco: bool) -> None:
-    path = Path(f"{target}.png")
+def _write_result(result: Segmentation, picture: Path, target: Path, also: Collection[str]) -> None:
+    path, begun = Path(f"{target}.png"), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path)
-        if overlay:
-            path = Path(f"{target}_overlay.jpg")
-            result.overlay(path)
-        if coco:
-            path = Path(f"{target}_coco.json")
-            write_atomically(path, json.dumps(coco_dataset(result, picture)).encode())
-    except OSError as error:
-        if error.errno is None:  # from an encoder, about this picture, not from the file system
+        begun = True
+        for extra in (extra for extra in EXTRAS if extra in also):
+            path = Path(f"{target}{EXTRAS[extra]}")
+            if extra == "overlay":
+                result.overlay(path)
+            elif extra == "coco":
+                write_atomically(path, json.dumps(coco_dataset(result, picture)).encode())
+            elif extra == "scores":
+                result.save_scores(path)
+            else:
+                result.save_probabilities(path)
+    except BaseException as error:
+        for ending in (".png", *EXTRAS.values()) if begun else ():  # a picture has all of its files or none
+            with contextlib.suppress(OSError):
+                Path(f"{target}{ending}").unlink(missing_ok=True)
+        if not isinstance(error, OSError) or error.errno is None:  # from an encoder, about this picture
             raise
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        if error.errno in FULL or not _writable(target.parent):
+            raise OutputError(f"cannot write {path}: {error.strerror}") from error
+        raise PictureError(f"{picture}: cannot write {path}: {error.strerror}") from error
 
 
-def coco_dataset(result: Segmentation, picture: Path) -> dict[str, Any]:
-    """A COCO data set of one picture, as ``pycocotools.coco.COCO`` reads it."""
+def _writable(folder: Path) -> bool:
+    """Whether another file can be written there, so that a failure was about that one's name or size."""
+    try:
+        write_atomically(folder / "probe", b"0" * 4096)
+        (folder / "probe").unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _remove_coco(path: Path) -> None:
+    """Remove the ``coco.json`` of an earlier run, which does not hold what this one has made."""
+    try:
+        with path.open("rb") as stream:
+            ours = stream.read(len(COCO_HEAD)) == COCO_HEAD
+        if ours:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"cannot remove {path}, which is of an earlier run: {error.strerror}") from error
+
+
+def coco_dataset(result: Segmentation, picture: Path, image_id: int = 1) -> dict[str, Any]:
+    """A COCO data set of one picture, as ``pycocotools.coco.COCO`` reads it; class ``i`` is category ``i + 1``."""
     height, width = result.labels.shape
     return {
-        "images": [{"id": 1, "file_name": str(picture), "height": height, "width": width}],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(result.names)],
-        "annotations": result.to_coco(image_id=1),
+        "images": [{"id": image_id, "file_name": str(picture), "height": height, "width": width}],
+        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(result.names) if i != result.background],
+        "annotations": result.to_coco(image_id=image_id),
     }
+
+
+def _join_coco(folder: Path, settings: str) -> None:
+    """``coco.json``: the data sets of all the pictures of these settings in one."""
+    joined: list[str] | None = None
+    # Another process that ends at the same time may have missed the last pictures of this one, or the other way round.
+    while joined != (now := _coco_parts(folder, settings)):
+        joined = now
+        try:
+            with replacing(folder / COCO) as stream:
+                stream.write(COCO_HEAD + b', "images": [')
+                categories: list[Any] = []
+                for number, file in enumerate(joined, start=1):
+                    one = json.loads((folder / file).read_bytes())
+                    categories = one["categories"]
+                    stream.write((", " * (number > 1) + json.dumps(one["images"][0] | {"id": number})).encode())
+                stream.write(f'], "categories": {json.dumps(categories)}, "annotations": ['.encode())
+                count = 0
+                for number, file in enumerate(joined, start=1):
+                    for item in json.loads((folder / file).read_bytes())["annotations"]:
+                        count += 1
+                        item |= {"id": count, "image_id": number}
+                        stream.write((", " * (count > 1) + json.dumps(item)).encode())
+                stream.write(b"]}\n")
+        except OSError as error:
+            raise OutputError(f"cannot write {folder / COCO}: {error.strerror}") from error
+
+
+def _coco_parts(folder: Path, settings: str) -> list[str]:
+    lines = Manifest(folder).lines.values()
+    files = (line["name"] + EXTRAS["coco"] for line in lines if line["settings"] == settings)
+    return sorted(file for file in files if (folder / file).is_file())
 
 
 def _state(picture: Path) -> list[int] | None:
@@ -281,6 +434,49 @@ def _state(picture: Path) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
+
+
+def _digest(picture: Path) -> str:
+    with open_file(picture) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_same(picture: Path, line: dict[str, Any]) -> bool:
+    """Whether a picture is the one of a line: the same size, and the same time of change or content."""
+    state = _state(picture)
+    if state is None or line["state"] is None or state[0] != line["state"][0]:
+        return False
+    try:
+        return state == line["state"] or _digest(picture) == line["digest"]
+    except OSError:
+        return False
+
+
+def _roots(before: str, after: str) -> tuple[str, str]:
+    """The folders, of two paths that end alike, from which on they differ."""
+    while os.path.basename(before) == os.path.basename(after) and os.path.dirname(before) != before:
+        if os.path.dirname(after) == after:
+            break
+        before, after = os.path.dirname(before), os.path.dirname(after)
+    return before, after
+
+
+def _before(place: str, moves: Iterable[tuple[str, str]]) -> list[str]:
+    """Where a picture may have been before its folder moved."""
+    folders = ((os.path.join(before, ""), os.path.join(after, "")) for before, after in moves)
+    return [before + place[len(after) :] for before, after in folders if place.startswith(after)]
+
+
+def _short(stem: str) -> str:
+    """``stem`` with file and folder names that fit into a file system's, with what comes behind them."""
+    parts = []
+    for part in stem.split(os.sep):
+        data = os.fsencode(part)
+        if len(data) > LONGEST:
+            mark = f"~{hashlib.sha256(data).hexdigest()[:12]}"
+            part = data[: LONGEST - len(mark) - 8].decode("utf-8", "ignore") + mark  # 8 for "-2" and the like
+        parts.append(part)
+    return os.sep.join(parts)
 
 
 def _sentence(error: Exception) -> str:

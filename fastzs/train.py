@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastzs import checkpoints, ranks
 from fastzs.data.batches import Batch, batches, mix
+from fastzs.locks import hold
 from fastzs.predict import native_bf16
 from fastzs.recipe import Recipe
 from fastzs.runs import OutputError
@@ -101,7 +102,7 @@ def train(
     if len(vocabulary) != len(dataset.classes):
         raise ValueError(f"the data set has {len(dataset.classes)} classes, the vocabulary {len(vocabulary)}")
     device = torch.device(device)
-    with _Signals() as signals:
+    with hold(Path(output), "train"), _Signals() as signals:
         run = _Run(model, vocabulary, recipe, Path(output), seen, losses or {}, device)
         run.restore(_settings(dataset, recipe, seen, losses, about))
         if run.outcome.step < recipe.iterations:

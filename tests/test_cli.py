@@ -211,7 +211,7 @@ class TestSegment:
 
         def full(stream):
             calls.append(stream)
-            if len(calls) > 2:  # the record and the first result fit
+            if len(calls) > 3:  # the lock, the record and the first result fit
                 raise OSError(28, "No space left on device")
 
         monkeypatch.setattr("os.fsync", full)
@@ -229,7 +229,7 @@ class TestSegment:
         data = json.loads((out / "sub" / "one_coco.json").read_text())
         labels = Segmentation.load(out / "sub" / "one.png").labels.numpy()
         for annotation in data["annotations"]:
-            wanted = labels == annotation["category_id"]
+            wanted = labels == annotation["category_id"] - 1
             assert np.array_equal(coco.decode(annotation["segmentation"]).astype(bool), wanted)
         assert sum(annotation["area"] for annotation in data["annotations"]) == labels.size
 
@@ -382,7 +382,7 @@ def test_real_model_on_real_photographs(tmp_path, capsys, monkeypatch):
         data = json.loads(found.with_name(f"{file.stem}_coco.json").read_text())
         labels = np.full(result.labels.shape, -1)
         for annotation in data["annotations"]:
-            labels[coco.decode(annotation["segmentation"]).astype(bool)] = annotation["category_id"]
+            labels[coco.decode(annotation["segmentation"]).astype(bool)] = annotation["category_id"] - 1
         assert np.array_equal(labels, result.labels.numpy())
 
 

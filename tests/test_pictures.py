@@ -1,14 +1,19 @@
 import contextlib
 import io
+import os
+import socket
 import warnings
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
 
-from fastzs.pictures import PictureError, find_pictures, read_picture
+from fastzs.pictures import PictureError, find_pictures, read_picture, split_batch
+from fastzs.result import Segmentation
 
+OLD = pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow below 13 cannot read the YCbCr TIFF that it writes")
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
@@ -52,7 +57,7 @@ GREYS = ((76,) * 3, (150,) * 3, (29,) * 3, (255,) * 3)  # 0.299 R + 0.587 G + 0.
         ("rgb.tif", "RGB", FOUR, 0),
         ("cmyk.jpg", "CMYK", FOUR, 12),
         ("cmyk.tif", "CMYK", FOUR, 1),
-        ("ycbcr.tif", "YCbCr", FOUR, 3),
+        pytest.param("ycbcr.tif", "YCbCr", FOUR, 3, marks=OLD),
         ("palette.png", "P", FOUR, 0),
         ("palette.gif", "P", FOUR, 0),
         ("grey.png", "L", GREYS, 1),
@@ -155,13 +160,18 @@ def test_does_not_share_memory_with_an_array():
 @pytest.mark.parametrize(
     ("picture", "message"),
     [
-        (np.zeros((4, 4), np.uint8), r"shape \[4, 4\] and dtype uint8; want uint8 \[H, W, 3\]"),
+        (np.zeros((4, 4), np.int32), r"expected \[H, W, 3\] or \[H, W\], uint8 or floating .* got dtype int32"),
+        (np.full((4, 4), 1.5), "expected from 0 to 1, got 1.5 to 1.5"),
+        (np.full((4, 4, 3), -0.5), "expected from 0 to 1, got -0.5 to -0.5"),
+        (np.zeros((4, 4, 4), np.uint8), r"got shape \[4, 4, 4\]"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "got dtype torch.int64"),
+        (torch.full((4, 4), 255.0), "expected from 0 to 1, got 255 to 255"),
+        (b"no picture", "the picture in memory: not a picture that Pillow can read"),
         (np.zeros((3, 4, 4), np.uint8), r"shape \[3, 4, 4\]"),
-        (np.full((4, 4, 3), np.nan, np.float32), "dtype float32"),
+        (np.full((4, 4, 3), np.nan, np.float32), "expected from 0 to 1, got nan to nan"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \[0, 4, 3\]"),
-        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"shape \[4, 4, 3\].*want uint8 \[3, H, W\]"),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8), r"expected \[3, H, W\] .*got shape \[4, 4, 3\]"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"shape \[1, 3, 4, 4\]"),
-        (torch.zeros(3, 4, 4), "dtype torch.float32"),
         (torch.zeros(3, 4, 0, dtype=torch.uint8), r"shape \[3, 4, 0\]"),
         (Image.new("RGB", (0, 4)), "the PIL image: has no pixels"),
         (3, "cannot be a int"),
@@ -268,3 +278,126 @@ def test_find_names_what_matches_nothing(tree):
         assert given.rstrip("/") in str(caught.value)
     with pytest.raises(PictureError, match="no pictures given"):
         find_pictures([])
+
+
+def test_grey_fractions_and_batches():
+    array = np.asarray(quarters())
+    grey = array[..., 1]
+    for picture in (grey, grey[..., None], torch.from_numpy(grey.copy()), Image.fromarray(grey)):
+        assert torch.equal(read_picture(picture), torch.from_numpy(grey.copy()).expand(3, -1, -1))
+    for dtype in (np.float16, np.float32, np.float64, ">f4"):
+        assert torch.equal(read_picture((array / 255).astype(dtype)), read_picture(array))
+    assert read_picture(array > 0).max() == 255
+    many = split_batch(np.stack([array, array[:, ::-1]]))
+    assert many is not None
+    assert torch.equal(read_picture(many[1]), read_picture(array[:, ::-1]))
+    assert split_batch(array) is None
+    assert split_batch([array]) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 4), (1, 4, 4), (4, 4)])
+def test_does_not_share_memory_with_a_tensor(shape):
+    given = torch.zeros(shape, dtype=torch.uint8)
+    picture = read_picture(given)
+    given.fill_(9)
+    assert picture.sum() == 0
+    picture[0] += 1
+    assert picture[1:].sum() == 0
+
+
+def test_from_memory_and_open_files(tmp_path):
+    quarters().save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    check(data, FOUR)
+    check(io.BytesIO(data), FOUR)
+    with (tmp_path / "a.png").open("rb") as stream:
+        check(stream, FOUR)
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quarters().save(tmp_path / "a.png")
+    check("~/a.png", FOUR)
+    assert find_pictures(["~/a.png", "~/*.png", "~"]) == [tmp_path / "a.png"]
+    with pytest.raises(PictureError, match="outside of ~"):
+        find_pictures(["~"], skip="~")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs FIFOs")
+    os.mkfifo(tmp_path / "p.jpg")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.jpg"))
+        for path, kind in ((tmp_path / "p.jpg", "a FIFO"), (tmp_path / "s.jpg", "a socket"), ("/dev/zero", "a device")):
+            with pytest.raises(PictureError, match=f"{path}: cannot be read: is {kind}, not a file"):
+                read_picture(path)
+        assert len(find_pictures([tmp_path])) == 2  # each is named when it fails
+
+
+def test_eight_bits_in_wider_numbers(tmp_path, caplog):
+    for dtype in (np.int32, np.uint16):
+        Image.fromarray(np.full((4, 4), 201, dtype)).save(tmp_path / "low.tif")
+        assert read_picture(tmp_path / "low.tif").unique().tolist() == [201]
+    assert not caplog.records
+    Image.fromarray(np.full((4, 4), 1023, np.uint16)).save(tmp_path / "ten bits.tif")
+    read_picture(tmp_path / "ten bits.tif")
+    assert "ten bits.tif: its 16-bit pixels reach 1023 of 65535, so it comes out nearly black" in caplog.text
+
+
+def test_heic(tmp_path, monkeypatch):
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra 'heif'")
+    heif.register_heif_opener()
+    quarters().resize((80, 48)).save(tmp_path / "a.heic", quality=100)
+    assert find_pictures([tmp_path]) == [tmp_path / "a.heic"]
+    assert read_picture(tmp_path / "a.heic").shape == (3, 48, 80)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(PictureError, match=r"a\.heic: HEIC needs pillow-heif.*fastzs\[heif\]"):
+        read_picture(tmp_path / "a.heic")
+
+
+def test_linked_folders_are_searched_once(tmp_path):
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    (tmp_path / "store" / "more").mkdir(parents=True)
+    quarters().save(tmp_path / "store" / "more" / "c.png")
+    quarters().save(tmp_path / "photos" / "deep" / "a.png")
+    (tmp_path / "photos" / "linked").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "round").symlink_to(tmp_path / "photos")
+    (tmp_path / "photos" / "gone").symlink_to(tmp_path / "nowhere")
+    found = find_pictures([tmp_path / "photos"])
+    assert sorted(path.name for path in found) == ["a.png", "c.png"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything may be read")
+def test_a_folder_that_may_not_be_read_is_named(tmp_path):
+    closed = tmp_path / "in" / "closed"
+    closed.mkdir(parents=True)
+    quarters().save(tmp_path / "in" / "a.png")
+    closed.chmod(0)
+    assert find_pictures([tmp_path / "in"]) == [tmp_path / "in" / "a.png", closed]
+    with pytest.raises(PictureError, match=r"closed.*Permission denied"):
+        read_picture(closed)
+
+
+def test_kinds_that_cannot_be_read_are_told(tmp_path, caplog):
+    quarters().save(tmp_path / "a.png")
+    for name in ("b.NEF", "c.psd", "d.psd", "notes.txt"):
+        (tmp_path / name).touch()
+    assert find_pictures([tmp_path]) == [tmp_path / "a.png"]
+    assert "3 pictures of kinds that cannot be read (.nef, .psd) are left out" in caplog.text
+
+
+def test_results_are_no_pictures(tmp_path, caplog):
+    quarters().save(tmp_path / "a.png")
+    quarters().save(tmp_path / "b_overlay.jpg")
+    result = Segmentation(torch.zeros(24, 40, dtype=torch.uint8), ("x",), picture=read_picture(quarters()))
+    result.save(tmp_path / "masks.png")
+    for ending in ("png", "jpg"):
+        result.overlay(tmp_path / f"a_overlay.{ending}")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "masks.png").read_bytes()[:20])
+    wanted = [tmp_path / name for name in ("a.png", "b_overlay.jpg", "broken.png")]
+    assert find_pictures([tmp_path]) == wanted
+    assert "3 label maps and overlays of fastzs are left out" in caplog.text
+    assert find_pictures([tmp_path / "*.png", tmp_path / "*.jpg"]) == wanted
+    with pytest.raises(PictureError, match=r"masks\.png'.*no picture in it but results of fastzs"):
+        find_pictures([tmp_path / "masks.png"])

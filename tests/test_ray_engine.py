@@ -95,7 +95,8 @@ def test_a_cluster_that_is_not_there(pictures, tmp_path, capsys, monkeypatch):
 
 
 def test_not_under_torchrun(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="without torchrun"):
         Actors(2, "cpu")
 

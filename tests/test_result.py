@@ -159,7 +159,7 @@ def test_coco_round_trip(count, size):
     for annotation in annotations:
         mask = coco.decode(annotation["segmentation"]).astype(bool)
         assert (labels[mask] == -1).all()
-        labels[mask] = annotation["category_id"]
+        labels[mask] = annotation["category_id"] - 1
         rows, columns = np.nonzero(mask)
         box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
         assert annotation["bbox"] == box

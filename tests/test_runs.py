@@ -11,10 +11,10 @@ from PIL import Image
 from fastzs.pictures import PictureError, find_pictures, read_picture
 from fastzs.result import Segmentation
 from fastzs.runs import (
+    Attempt,
     Manifest,
     Outcome,
     OutputError,
-    prepare_folder,
     segment_pictures,
     settings_hash,
     write_record,
@@ -46,12 +46,12 @@ def run(root, settings="s", segment=fake, **more):
 
 
 def test_writes_everything_and_names_by_folder(pictures):
-    outcome = run(pictures, overlay=True, coco=True)
+    outcome = run(pictures, also=["overlay", "coco"])
     assert outcome == Outcome(found=4, done=4)
     assert outcome.complete
     stems = ["a", "b", "sub/a", "sub/deep/a"]
     endings = [".png", "_coco.json", "_overlay.jpg"]
-    assert tree(pictures / "out") == sorted([*(s + e for s in stems for e in endings), "manifest.jsonl"])
+    assert tree(pictures / "out") == sorted([*(s + e for s in stems for e in endings), "manifest.jsonl", "coco.json"])
     for stem, source in zip(stems, find_pictures([pictures / "in"]), strict=True):
         result = Segmentation.load(pictures / "out" / f"{stem}.png")
         assert torch.equal(result.labels, fake(source).labels)
@@ -62,12 +62,12 @@ def test_coco_file_is_a_data_set(pictures, capsys):
     pytest.importorskip("pycocotools", reason="needs the extra 'export'")
     from pycocotools.coco import COCO
 
-    run(pictures, coco=True)
+    run(pictures, also=["coco"])
     data = COCO(pictures / "out" / "sub" / "a_coco.json")
     labels = Segmentation.load(pictures / "out" / "sub" / "a.png").labels.numpy()
     rebuilt = np.full(labels.shape, 9)
     for annotation in data.loadAnns(data.getAnnIds(imgIds=[1])):
-        rebuilt[data.annToMask(annotation).astype(bool)] = annotation["category_id"]
+        rebuilt[data.annToMask(annotation).astype(bool)] = annotation["category_id"] - 1
     assert np.array_equal(rebuilt, labels)
     assert [c["name"] for c in data.loadCats(data.getCatIds())] == ["dark", "bright"]
 
@@ -95,7 +95,7 @@ def test_what_changed_is_done_again(pictures, change):
     elif change == "result gone":
         (pictures / "out" / "a.png").unlink()
     elif change == "overlay":
-        more, again = {"overlay": True}, ["a.png", "b.png", "sub/a.png", "sub/deep/a.png"]
+        more, again = {"also": ["overlay"]}, ["a.png", "b.png", "sub/a.png", "sub/deep/a.png"]
     elif change == "half a line":
         manifest = pictures / "out" / "manifest.jsonl"
         manifest.write_bytes(manifest.read_bytes()[:-9])  # the last picture's
@@ -236,33 +236,20 @@ def test_full_disk_for_the_manifest(pictures):
         pytest.skip("needs /dev/full")
     (pictures / "out" / "manifest.jsonl").symlink_to("/dev/full")
     with pytest.raises(OutputError, match=r"cannot write .*manifest\.jsonl: No space left on device"):
-        Manifest.add(_manifest_at(pictures / "out"), pictures / "in" / "a.png", [1, 2], "s", "a", ["a.png"])
+        Manifest.add(_manifest_at(pictures / "out"), Attempt(pictures / "in" / "a.png", [1, 2]), "s", "a", ["a.png"])
 
 
 def _manifest_at(folder):
     manifest = Manifest.__new__(Manifest)  # reading /dev/full would not end
-    manifest.folder, manifest.rank, manifest.lines = folder, 0, {}
+    manifest.folder, manifest.rank, manifest.lines, manifest.run = folder, 0, {}, 1
     return manifest
 
 
 def test_an_overlay_too_wide_for_jpeg_is_the_pictures_problem(pictures):
     Image.new("RGB", (65600, 1)).save(pictures / "in" / "b.jpg", format="PNG")
-    outcome = run(pictures, overlay=True)
+    outcome = run(pictures, also=["overlay"])
     assert outcome.done == 3
     assert list(outcome.failed) == [str(pictures / "in" / "b.jpg")]
-
-
-def test_prepare_folder(tmp_path):
-    prepare_folder(tmp_path / "new" / "deep")
-    assert os.listdir(tmp_path / "new" / "deep") == []
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match=r"cannot write to the output folder .*file"):
-        prepare_folder(tmp_path / "file")
-    with pytest.raises(OutputError, match=r"cannot write to the output folder .*Not a directory"):
-        prepare_folder(tmp_path / "file" / "below")
-    if os.path.isdir("/proc/self"):
-        with pytest.raises(OutputError, match="cannot write to the output folder /proc"):
-            prepare_folder(Path("/proc/fastzs"))
 
 
 def test_manifest_survives_rubbish(tmp_path):
@@ -312,3 +299,161 @@ def test_processes_share_the_pictures_and_give_the_same_files(pictures, order):
         assert (pictures / "out" / name).read_bytes() == (alone / name).read_bytes()
     assert run(pictures) == Outcome(found=7, skipped=7)
     assert run(pictures, share=(1, 2)) == Outcome(found=3, skipped=3)
+
+
+def names_in(folder):
+    return [name for name in tree(folder) if not name.startswith("manifest")]
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied", "edited", "above"])
+def test_a_moved_folder_is_recognised(pictures, how):
+    run(pictures)
+    before = names_in(pictures / "out")
+    if how == "above":
+        os.mkdir(pictures / "up")
+        (pictures / "in").rename(pictures / "up" / "in")
+        root = pictures / "up"
+    else:
+        (pictures / "in").rename(pictures / "photos")
+        root = pictures
+    moved = pictures / "photos"
+    if how == "copied":
+        for path in moved.rglob("*.*"):
+            os.utime(path, (1, 1))
+    elif how == "edited":
+        Image.new("RGB", (9, 9), "white").save(moved / "a.png")
+    found = find_pictures([root / "in" if how == "above" else moved])
+    outcome = segment_pictures(found, fake, pictures / "out", "s")
+    skipped = {"renamed": 4, "above": 4, "copied": 0, "edited": 3}[how]
+    assert (outcome.skipped, outcome.done) == (skipped, 4 - skipped)
+    assert names_in(pictures / "out") == before
+    assert segment_pictures(found, fake, pictures / "out", "other").done == 4
+    assert names_in(pictures / "out") == before
+
+
+def test_other_pictures_of_the_same_names_are_no_moved_ones(pictures):
+    run(pictures)
+    other = pictures / "other" / "a.png"
+    other.parent.mkdir()
+    Image.new("RGB", (5, 5), "white").save(other)
+    kept = (pictures / "out" / "a.png").read_bytes()
+    (pictures / "in").rename(pictures / "away")
+    segment_pictures([other], fake, pictures / "out", "s")
+    assert (pictures / "out" / "a.png").read_bytes() == kept
+    # The folder comes back, and all have their names still.
+    (pictures / "away").rename(pictures / "in")
+    assert run(pictures) == Outcome(found=4, skipped=4)
+
+
+def test_two_pictures_never_share_a_file(pictures):
+    """Also where an older manifest says so, as two runs at once could leave it, or a folder that came back."""
+    run(pictures)
+    (pictures / "in").rename(pictures / "moved")
+    moved = find_pictures([pictures / "moved"])
+    segment_pictures(moved, fake, pictures / "out", "t")
+    for path in moved:
+        target = pictures / "in" / path.relative_to(pictures / "moved")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 3), "white").save(target)
+    both = [*find_pictures([pictures / "in"]), *moved]
+    names = Manifest(pictures / "out").names(both)
+    assert len({name.casefold() for name in names.values()}) == 8
+    assert segment_pictures(both, fake, pictures / "out", "t").done == 4
+
+
+def test_the_last_run_counts_in_whichever_file_its_lines_are(pictures):
+    """Settings of a run on several processes, of a single one, and the first again."""
+    for rank in (0, 1):
+        run(pictures, settings="s", share=(rank, 2))
+    run(pictures, settings="t")
+    for rank in (0, 1):
+        assert run(pictures, settings="s", share=(rank, 2)).done == 2
+    assert run(pictures, settings="s") == Outcome(found=4, skipped=4)
+    assert run(pictures, settings="t").done == 4
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_crash_between_the_files_and_the_manifest(pictures, batch):
+    """Label maps of new settings beside lines of the old ones are not taken for those."""
+    run(pictures, settings="old", also=["overlay"])
+
+    def crash(work, items):
+        for start in range(0, len(items), batch):
+            attempts = [work(item) for item in items[start : start + batch]]
+            if start + batch >= len(items):
+                raise KeyboardInterrupt
+            yield from attempts
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pictures, settings="new", through=crash)
+    assert run(pictures, settings="old", also=["overlay"]) == Outcome(found=4, done=4)
+
+
+def test_overlays_and_coco_of_other_settings_go(pictures):
+    pytest.importorskip("pycocotools", reason="needs the extra 'export'")
+    run(pictures, also=["overlay", "coco"])
+    assert len(tree(pictures / "out")) == 4 * 3 + 2
+    run(pictures, settings="other")
+    assert tree(pictures / "out") == ["a.png", "b.png", "manifest.jsonl", "sub/a.png", "sub/deep/a.png"]
+    (pictures / "out" / "coco.json").write_text('{"images": []}')  # somebody's own
+    run(pictures, settings="third")
+    assert (pictures / "out" / "coco.json").exists()
+
+
+def test_one_coco_file_for_all(pictures):
+    pytest.importorskip("pycocotools", reason="needs the extra 'export'")
+    from pycocotools.coco import COCO
+
+    (pictures / "in" / "words.png").write_text("no picture")
+    for rank in (1, 0):
+        run(pictures, also=["coco"], share=(rank, 2))
+    data = COCO(pictures / "out" / "coco.json")
+    assert sorted(data.getImgIds()) == [1, 2, 3, 4]
+    assert sorted(data.getCatIds()) == [1, 2]
+    assert sorted(data.getAnnIds()) == list(range(1, len(data.getAnnIds()) + 1))
+    for image in data.loadImgs(data.getImgIds()):
+        labels = fake(Path(image["file_name"])).labels.numpy()
+        rebuilt = np.zeros(labels.shape, int)
+        for annotation in data.loadAnns(data.getAnnIds(imgIds=[image["id"]])):
+            rebuilt[data.annToMask(annotation).astype(bool)] = annotation["category_id"]
+        assert np.array_equal(rebuilt, labels + 1)
+    Image.new("RGB", (4, 4)).save(pictures / "in" / "c.png")
+    run(pictures, also=["coco"])
+    assert len(COCO(pictures / "out" / "coco.json").getImgIds()) == 5
+
+
+def test_names_too_long_for_the_endings(pictures):
+    for stem in ("n" * 245, "n" * 244 + "m", "ж" * 120):
+        Image.new("RGB", (4, 4), "white").save(pictures / "in" / f"{stem}.png")
+    outcome = run(pictures, also=["overlay"])
+    assert (outcome.done, outcome.failed) == (7, {})
+    assert len(names_in(pictures / "out")) == 14
+    assert run(pictures, also=["overlay"]) == Outcome(found=7, skipped=7)
+
+
+def test_a_file_that_cannot_be_written_is_one_pictures_problem(pictures):
+    """What stands in the way of one picture does not end the others, and leaves nothing half done."""
+    (pictures / "out" / "b_overlay.jpg").mkdir()
+    outcome = run(pictures, also=["overlay"])
+    assert outcome.done == 3
+    said = outcome.failed[str(pictures / "in" / "b.jpg")]
+    assert said.startswith(str(pictures / "in" / "b.jpg"))
+    assert "Is a directory" in said
+    assert not (pictures / "out" / "b.png").exists()
+
+
+def test_photographs_in_the_output_folder_are_not_overwritten(pictures):
+    photograph = pictures / "out" / "b.png"
+    Image.new("RGB", (4, 4), "red").save(photograph)
+    before = photograph.read_bytes()
+    run(pictures)
+    assert photograph.read_bytes() == before
+    assert (pictures / "out" / "b-2.png").exists()
+
+
+def test_records_of_more_processes_go(tmp_path):
+    for rank in range(3):
+        write_record(tmp_path, {}, (rank, 3))
+    (tmp_path / "run-notes.json").touch()
+    write_record(tmp_path, {}, (0, 2))
+    assert tree(tmp_path) == ["run-1.json", "run-notes.json", "run.json"]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import fastzs
 from fastzs import checkpoints
 from fastzs.checkpoints import CheckpointError
+from fastzs.files import temporary_beside
 from fastzs.models import ClipRC, ZegCLIP
 from fastzs.runs import OutputError
 from fastzs.train import TrainingError, train
@@ -258,7 +259,7 @@ class TestGoingOn:
         out = tmp_path / "a"
         (out / "last").unlink()
         (out / "last").symlink_to("checkpoints/step_0000002")
-        (out / "checkpoints" / ".tmp-abc").mkdir()
+        temporary_beside(out / "checkpoints" / "step_0000003").mkdir()
         (out / "log.csv").write_text("\n".join((out / "log.csv").read_text().splitlines()[:3]) + "\n3,0.")
         train_small(out, iterations=4, save_every=2, keep=[2])
         assert same(weights(out), weights(tmp_path / "b"))

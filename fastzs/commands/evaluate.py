@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -88,11 +89,14 @@ def run(config: Namespace) -> int:
         from fastzs import plots
 
         plots.check()
-    from fastzs.runs import prepare_folder
+    from fastzs.locks import hold
 
     folder = None if config.output is None else Path(config.output)
-    if folder is not None:
-        prepare_folder(folder)
+    with nullcontext() if folder is None else hold(folder, "evaluate"):
+        return _evaluate(config, folder)
+
+
+def _evaluate(config: Namespace, folder: Path | None) -> int:
     protocol = _protocol(config)
     from rich.console import Console
 

@@ -118,15 +118,13 @@ def run(config: Namespace) -> int:
     if not 0 <= (config.threshold or 0) <= 1:
         raise ValueError(f"--threshold {config.threshold} is compared with scores; wanted 0 to 1")
     # Before the model, so that what is asked for wrongly is said at once.
+    from fastzs.locks import hold
     from fastzs.pictures import find_pictures
-    from fastzs.runs import prepare_folder
     from fastzs.vocabulary import Vocabulary
 
     pictures = find_pictures(config.paths or _paths_in(config.config), skip=config.output)
     vocabulary = Vocabulary(entries, templates=_templates(config.templates))
     actors = _actors(config)
-    prepare_folder(Path(config.output))
-
     from fastzs import ranks
 
     options = dict(config.options)
@@ -135,7 +133,7 @@ def run(config: Namespace) -> int:
     names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
     job = Job(load, vocabulary, config.background, 0.5 if config.threshold is None else config.threshold)
-    with nullcontext() if actors is None else actors:
+    with hold(Path(config.output), "segment"), nullcontext() if actors is None else actors:
         return _segment(config, pictures, job, options, actors, ranks.started())
 
 
@@ -179,7 +177,7 @@ def _segment(
         "precision": facts["precision"].removeprefix("torch."),
         "versions": facts["versions"],
     }
-    write_record(folder, record, share[0])
+    write_record(folder, record, share)
 
     def end(how: str) -> None:
         counts = {"found": outcome.found, "done": outcome.done, "done_before": outcome.skipped}
@@ -187,7 +185,7 @@ def _segment(
         record["failed"] = outcome.failed
         record["ended"] = how
         record["finished"], record["seconds"] = _now(), round(time.monotonic() - begun, 3)
-        write_record(folder, record, share[0])
+        write_record(folder, record, share)
 
     outcome = Outcome(0)
     try:
@@ -197,8 +195,7 @@ def _segment(
                 job,
                 folder,
                 settings,
-                overlay=config.overlay,
-                coco=config.coco,
+                also=[extra for extra in ("overlay", "coco") if config[extra]],
                 start=progress.start_with,
                 step=progress.step,
                 outcome=outcome,

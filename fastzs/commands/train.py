@@ -94,11 +94,14 @@ def run(config: Namespace) -> int:
             f"protocol {protocol.name} has no unseen classes, so --setting {recipe.setting} means nothing there; "
             "use --setting supervised"
         )
-    from fastzs.runs import prepare_folder
+    from fastzs.locks import hold
 
     output = Path(config.output)
-    prepare_folder(output)
+    with hold(output, "train"):
+        return _train(config, recipe, protocol, output)
 
+
+def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path) -> int:
     import torch
 
     from fastzs import ranks
