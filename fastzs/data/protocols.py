@@ -114,7 +114,8 @@ _VOC_21 = ("background", *VOC)
 _CONTEXT_60 = ("background", *CONTEXT)
 _ZS3_VOC = ("cow", "motorbike", "aeroplane", "sofa", "cat", "tvmonitor", "train", "bottle", "chair", "pottedplant")
 _CONTEXT_33 = (
-    *("table" if name == "diningtable" else name for name in VOC), "sky", "grass", "ground", "road", "building", "tree", "water", "mountain", "wall", "floor", "track",
+    *("table" if name == "diningtable" else name for name in VOC), 
+    "sky", "grass", "ground", "road", "building", "tree", "water", "mountain", "wall", "floor", "track",
     "keyboard", "ceiling"
 )  # fmt: skip
 _SHAPES = (*PAIRS, *GROUNDS)
