@@ -22,7 +22,7 @@ def linear(keys: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
 
 
 def pairs(keys: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    return torch.ops.fastzs.key_smoothing_pairwise(keys, probs, "cosine", 1.0)
+    return torch.ops.fastzs.key_smoothing_pairwise(keys, probs)
 
 
 def main() -> None:

@@ -1,8 +1,5 @@
 """``bridged_attention``: attention of CLIP-RC's tower under its region mask, which never becomes a matrix."""
 
-import functools
-import warnings
-
 import torch
 from torch import Tensor
 
@@ -56,8 +53,8 @@ def bridged_attention(
         scale: factor on the scores, by default d^-1/2.
         impl: ``"auto"``, ``"reference"`` (dense mask), ``"split"`` (unmasked attention of the shared rows, bridge
             keys merged exactly), ``"cpu"`` (the compiled library, heads of a multiple of 8 up to 128), ``"triton"``
-            (a GPU, heads up to 128) or ``"xformers"`` (the split on xformers' attention; where that cannot run, as
-            ``"auto"``, with one notice), see :mod:`fastzs.kernels.dispatch`. All are differentiable once.
+            (a GPU, heads up to 128) or ``"xformers"`` (a GPU, the split on xformers' attention), see
+            :mod:`fastzs.kernels.dispatch`. All are differentiable once.
 
     Raises:
         TypeError: dtypes differ or are not floating.
@@ -92,9 +89,6 @@ def bridged_attention(
         split = f"the merge needs an attention that returns its log-sum-exp, taken here only on the CPU, not {q.device}"
     found = {"cpu": why_not_cpu(q), "split": split, "triton": _why_not_triton(q), "xformers": why_not_xformers(q)}
     reasons = {name: found.get(name) for name in _order(q)}
-    if impl == "xformers" and reasons[impl] is not None:
-        _notice(f"bridged_attention: impl='xformers' cannot run, so impl='auto' does: {reasons[impl]}")
-        impl = "auto"
     chosen = choose("bridged_attention", impl, reasons)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen in ("cpu", "triton"):
@@ -113,11 +107,6 @@ def _order(q: Tensor) -> tuple[str, ...]:
     if q.device.type == "cuda":
         return CUDA_ORDER
     return CPU_ORDER if WIDE_VECTORS else PORTABLE_ORDER
-
-
-@functools.cache
-def _notice(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
 
 
 def _why_not_triton(q: Tensor) -> str | None:

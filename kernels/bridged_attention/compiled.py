@@ -11,7 +11,7 @@ MISSING = why_missing("bridged_attention", "cpu")
 HEAD_SIZES = range(8, 128 + 1, 8)
 
 if MISSING is None:
-    register("fastzs::bridged_attention")
+    register("bridged_attention")
 
 
 def why_not_cpu(q: Tensor) -> str | None:

@@ -1,7 +1,7 @@
 """What makes a backend of ``bridged_attention`` a PyTorch operator: its fake implementation and its gradient.
 
 Every backend is a pair of operators of one schema: ``fastzs::bridged_attention`` with ``_backward`` in the compiled
-library (csrc/bridged_attention.cpp), and the same for a backend written in Python, see :func:`define`. ``h, w`` are
+library (csrc/bridged_attention.cpp), and the same with ``_triton`` behind it. ``h, w`` are
 the grid's rows and columns and ``rh, rw`` the bridge's, 0 and 0 without one. ``out`` is ``[B, H, L, d]`` in memory
 ``[B, L, H, d]``, so that joining the heads afterwards is a view, and so are ``dq``, ``dk`` and ``dv``. ``lse`` is
 ``[B, H, L]`` fp32: of every row the logarithm of its softmax's denominator. Prompts are ``[1 or B, H, P, d]``, their
@@ -11,6 +11,7 @@ gradients always ``[B, H, P, d]`` fp32 (P = 0 without prompts), summed over the 
 import torch
 from torch import Tensor
 
+from .. import library
 from .layout import TokenLayout
 
 FORWARD = (
@@ -24,15 +25,9 @@ BACKWARD = (
 )
 
 
-def define(name: str) -> None:
-    """Declare the operators ``name`` and ``name_backward`` of a backend written in Python."""
-    torch.library.define(name, FORWARD)
-    torch.library.define(f"{name}_backward", BACKWARD)
-
-
 def register(name: str) -> None:
     """Give the operator ``name`` its fake implementation and, through ``name_backward``, its gradient."""
-    backward = getattr(torch.ops.fastzs, name.removeprefix("fastzs::") + "_backward")
+    backward = getattr(torch.ops.fastzs, f"{name}_backward")
 
     def differentiate(ctx, grad: Tensor, _):
         *tensors, prompt_k, prompt_v, out, lse = ctx.saved_tensors
@@ -47,10 +42,8 @@ def register(name: str) -> None:
             dprompt_k, dprompt_v = dprompt_k.sum(0, keepdim=True), dprompt_v.sum(0, keepdim=True)
         return dq, dk, dv, dprompt_k.to(prompt_k.dtype), dprompt_v.to(prompt_v.dtype), *(None,) * 6
 
-    torch.library.register_fake(name, _fake)
-    torch.library.register_fake(f"{name}_backward", _fake_backward)
-    torch.library.register_autograd(name, differentiate, setup_context=_setup_context)
-    torch.library.register_autograd(f"{name}_backward", _no_second_derivative)
+    library.register(name, _fake, differentiate, _setup_context)
+    library.register_backward("bridged_attention", f"{name}_backward", _fake_backward)
 
 
 def joined_heads(q: Tensor) -> Tensor:
@@ -86,21 +79,12 @@ def _of_prompts(grad, q, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, sca
     return d_scores.transpose(2, 3) @ q, weights.transpose(2, 3) @ grad
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("bridged_attention is differentiable once: its second derivative is not implemented")
-
-
-define("fastzs::bridged_attention_triton")
-
-
-@torch.library.impl("fastzs::bridged_attention_triton", ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
 def _triton(q, k, v, prompt_k, prompt_v, prefix, h, w, rh, rw, scale):
     from .triton import forward  # imports triton, which not every machine has
 
     return forward(q, k, v, prompt_k, prompt_v, _layout(prefix, h, w, rh, rw), scale)
 
 
-@torch.library.impl("fastzs::bridged_attention_triton_backward", ("CUDA", "CPU"))
 def _triton_backward(grad, q, k, v, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, scale):
     from .triton import backward
 
@@ -111,4 +95,6 @@ def _layout(prefix: int, h: int, w: int, rh: int, rw: int) -> TokenLayout:
     return TokenLayout(prefix, (h, w), (rh, rw) if rh else None)
 
 
-register("fastzs::bridged_attention_triton")
+library.define("bridged_attention_triton", FORWARD, _triton)
+library.define("bridged_attention_triton_backward", BACKWARD, _triton_backward)
+register("bridged_attention_triton")

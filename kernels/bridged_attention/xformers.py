@@ -1,5 +1,6 @@
 """The unmasked attention of the split by xformers, which is imported when it is first asked for."""
 
+import functools
 import importlib.util
 
 from torch import Tensor
@@ -9,7 +10,13 @@ def why_not_xformers(q: Tensor) -> str | None:
     """Why xformers cannot take these queries ``[B, H, L, d]``, or None; what an import would tell is not asked here."""
     if q.device.type != "cuda":
         return f"xformers has no attention for {q.device}; wanted cuda"
-    return None if importlib.util.find_spec("xformers") else "xformers is not installed"
+    return None if _installed() else "xformers is not installed"
+
+
+@functools.cache
+def _installed() -> bool:
+    """Looked up once: a search of the path takes 30 us, and every layer asks."""
+    return importlib.util.find_spec("xformers") is not None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ Gaussian.
 import torch
 from torch import Tensor
 
+from .. import library
 from ..bridged_attention.compiled import why_not_blocked
 from ..extension import why_missing
 
@@ -20,9 +21,10 @@ def why_not_cpu(*tensors: Tensor) -> str | None:
     return why_not_blocked(tensors[0]) or ("it has no gradient, and one is wanted" if wanted else MISSING)
 
 
-if MISSING is None:
+def _fake(q, k, v, h, w, scale, std):
+    B, H, _, d = q.shape
+    return q.new_empty((B, h * w, H, d)).transpose(1, 2)
 
-    @torch.library.register_fake("fastzs::dense_attention")
-    def _(q, k, v, h, w, scale, std):
-        B, H, _, d = q.shape
-        return q.new_empty((B, h * w, H, d)).transpose(1, 2)
+
+if MISSING is None:
+    library.register("dense_attention", _fake)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .. import library
 from ..extension import why_missing
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
@@ -29,12 +30,6 @@ def _differentiate(ctx, grad: Tensor):
     return grad, None, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("dropout is differentiable once with impl='cpu': its second derivative needs impl='reference'")
-
-
 if MISSING is None:
-    torch.library.register_fake("fastzs::dropout", lambda x, relu, rate, seed: torch.empty_like(x))
-    torch.library.register_fake("fastzs::dropout_backward", lambda grad, out, rate, seed: torch.empty_like(grad))
-    torch.library.register_autograd("fastzs::dropout", _differentiate, setup_context=_setup_context)
-    torch.library.register_autograd("fastzs::dropout_backward", _no_second_derivative)
+    library.register("dropout", lambda x, relu, rate, seed: torch.empty_like(x), _differentiate, _setup_context)
+    library.register_backward("dropout", "dropout_backward", lambda grad, out, rate, seed: torch.empty_like(grad))

@@ -1,4 +1,4 @@
-"""Attention with dropout on its weights, for training decoders on CPUs."""
+"""Attention with dropout on its weights, as decoders are trained."""
 
 from .api import dropout_attention
 

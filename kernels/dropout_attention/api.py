@@ -1,6 +1,7 @@
 """Attention whose weights are dropped at random, as decoders are trained."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastzs.trace import traced
@@ -22,15 +23,17 @@ def dropout_attention(
 ) -> Tensor:  # [B, H, Q, d]
     """drop(softmax(q k^T / sqrt(d))) v, where drop zeroes a share of the weights and enlarges the others.
 
-    What ``F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)`` computes. On GPUs take that one, which keeps no
-    map; on CPUs it keeps several. The compiled library keeps ``out`` and a number a row, and finds the dropped weights
-    again in backward from a seed, the one number drawn from torch's default generator. Differentiable once.
+    What ``F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)`` computes. On GPUs that one keeps no map; on CPUs
+    it keeps several. The compiled library keeps ``out`` and a number a row, and finds the dropped weights again in
+    backward from a seed, the one number drawn from torch's default generator.
 
     Args:
-        q, k, v: fp32, bf16 or fp16 (the reference: also fp64), of any strides.
+        q, k, v: one floating dtype, of any strides.
         dropout: share of the weights to drop, 0 to below 1.
-        impl: backend, see :mod:`fastzs.kernels.dispatch`: ``"cpu"`` (d a multiple of 8 up to 128) or ``"reference"``,
-            which holds the maps. Both drop the same weights for one state of the generator.
+        impl: backend, see :mod:`fastzs.kernels.dispatch`: ``"cpu"`` (fp32, bf16 or fp16, d a multiple of 8 up to 128,
+            differentiable once); ``"torch"``, PyTorch's own, which auto takes on other devices and for what the library
+            cannot take; or ``"reference"``, which holds the maps. ``"cpu"`` and ``"reference"`` drop the same weights
+            for one state of the generator, PyTorch's own drops others.
 
     Raises:
         TypeError: dtypes differ or are not floating.
@@ -48,8 +51,11 @@ def dropout_attention(
         raise ValueError(f"dropout_attention: k and v are {list(k.shape)}; expected at least 1 key")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout_attention: dropout={dropout}; wanted 0 to below 1")
-    backend = choose("dropout_attention", impl, {"cpu": why_not_cpu(q), "reference": None})
-    seed = torch.randint(1 << 62, ())
+    backend = choose("dropout_attention", impl, {"cpu": why_not_cpu(q), "torch": None, "reference": None})
+    if backend == "torch":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=float(dropout))
+    # evaluation, which drops nothing, leaves the generator alone
+    seed = torch.randint(1 << 62, ()) if dropout else torch.zeros((), dtype=torch.int64)
     scale = q.shape[-1] ** -0.5
     if backend == "cpu":
         return torch.ops.fastzs.dropout_attention(q, k, v, scale, float(dropout), seed)[0]

@@ -7,6 +7,7 @@
 import torch
 from torch import Tensor
 
+from .. import library
 from ..bridged_attention.compiled import why_not_blocked
 from ..bridged_attention.operator import joined_heads
 from ..extension import why_missing
@@ -33,19 +34,14 @@ def _differentiate(ctx, grad: Tensor, _):
     return *grads, None, None, None
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("dropout_attention is differentiable once: its second derivative is not implemented")
+def _fake(q, k, v, scale, dropout, seed):
+    return joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _fake_backward(grad, q, k, v, out, lse, scale, dropout, seed):
+    return joined_heads(q), joined_heads(k), joined_heads(v)
 
 
 if MISSING is None:
-
-    @torch.library.register_fake("fastzs::dropout_attention")
-    def _(q, k, v, scale, dropout, seed):
-        return joined_heads(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-    @torch.library.register_fake("fastzs::dropout_attention_backward")
-    def _(grad, q, k, v, out, lse, scale, dropout, seed):
-        return joined_heads(q), joined_heads(k), joined_heads(v)
-
-    torch.library.register_autograd("fastzs::dropout_attention", _differentiate, setup_context=_setup_context)
-    torch.library.register_autograd("fastzs::dropout_attention_backward", _no_second_derivative)
+    library.register("dropout_attention", _fake, _differentiate, _setup_context)
+    library.register_backward("dropout_attention", "dropout_attention_backward", _fake_backward)

@@ -15,7 +15,6 @@ from .reference import key_smoothing_reference, prompt_denoising_reference
 
 WIDEST_TRITON = 1024  # channels that a program of its first kernel can hold
 MODES = ("paper", "official")
-WEIGHTS = ("cosine", "relu", "softmax")
 
 
 @traced("ops.key_smoothing")
@@ -25,13 +24,11 @@ def key_smoothing(
     *,
     mode: str = "paper",
     threshold: float = 1.0,
-    weights: str = "cosine",
-    temperature: float = 1.0,
     impl: str = "auto",
 ) -> Tensor:
     """Spread each position's class scores to the positions with similar keys.
 
-    ``out[c, i] = sum_j weight(k_i, k_j) probs[c, j]``, the weights not normalised unless they are a softmax.
+    ``out[c, i] = sum_j cos(k_i, k_j) probs[c, j]``, the weights not normalised.
 
     Args:
         keys: ``[B, N, D]`` floating point, of any length each; a zero vector is similar to nothing.
@@ -40,15 +37,12 @@ def key_smoothing(
             the keys normalised along the positions instead of along their own entries, and only positions
             whose largest score is below ``threshold`` replaced.
         threshold: see ``mode``; 1.0 with ``"paper"``.
-        weights: ``"cosine"``; ``"relu"``, the cosine where positive; ``"softmax"`` of cosine /
-            ``temperature`` over the positions j. The last two with ``mode="paper"`` only.
-        temperature: above 0; 1.0 unless ``weights="softmax"``.
         impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`.
 
     Returns:
-        ``[B, C, N]`` in the dtype of ``probs``, computed in fp32 at least. ``"cosine"`` is computed as
-        ``K (K^T P)``, linear in N, unless N is so small that all pairs are quicker
-        (:func:`pairs_are_quicker`); no backend but the reference holds an N x N matrix.
+        ``[B, C, N]`` in the dtype of ``probs``, computed in fp32 at least, as ``K (K^T P)``, linear in N, unless N
+        is so small that all pairs are quicker (:func:`pairs_are_quicker`); no backend but the reference holds an
+        N x N matrix.
 
     Raises:
         ValueError: shapes or options do not fit.
@@ -68,34 +62,21 @@ def key_smoothing(
         raise ValueError(f"key_smoothing: keys is on {keys.device} and probs on {probs.device}; wanted one device")
     if mode not in MODES:
         raise ValueError(f"key_smoothing: mode={mode!r} is unknown; use one of {', '.join(MODES)}")
-    if weights not in WEIGHTS:
-        raise ValueError(f"key_smoothing: weights={weights!r} is unknown; use one of {', '.join(WEIGHTS)}")
     if mode == "paper" and threshold != 1.0:
         raise ValueError(f"key_smoothing: threshold={threshold} belongs to mode='official'; mode is 'paper'")
-    if mode == "official" and weights != "cosine":
-        raise ValueError(f"key_smoothing: weights={weights!r} belongs to mode='paper'; mode is 'official'")
-    if not (math.isfinite(temperature) and temperature > 0) or (weights != "softmax" and temperature != 1.0):
-        raise ValueError(
-            f"key_smoothing: temperature={temperature} with weights={weights!r}; wanted a number above 0, "
-            "and 1.0 unless weights='softmax'"
-        )
     if not math.isfinite(threshold):
         raise ValueError(f"key_smoothing: threshold={threshold}; wanted a finite number")
-    pairs = weights != "cosine"
-    if mode == "paper" and not pairs and not torch.compiler.is_exporting():  # an exported program is for any N
-        pairs = pairs_are_quicker(keys, probs)
-    backend = choose("key_smoothing", impl, _reasons(keys, probs, pairs))
+    backend = choose("key_smoothing", impl, _reasons(keys, probs))
     with torch.autocast(keys.device.type, enabled=False):
         if backend == "triton":
-            if pairs:
-                return torch.ops.fastzs.key_smoothing_pairs_triton(keys, probs, weights, temperature)
-            return torch.ops.fastzs.key_smoothing_linear_triton(keys, probs, mode, threshold)
+            return torch.ops.fastzs.key_smoothing_triton(keys, probs, mode, threshold)
         wide = torch.promote_types(torch.promote_types(keys.dtype, probs.dtype), torch.float32)
         k, p = keys.to(wide), probs.to(wide)
         if backend == "reference":
-            out = key_smoothing_reference(k, p, mode, threshold, weights, temperature)
-        elif pairs:
-            out = torch.ops.fastzs.key_smoothing_pairwise(k, p, weights, temperature)
+            out = key_smoothing_reference(k, p, mode, threshold)
+        # an exported program is for any N
+        elif mode == "paper" and not torch.compiler.is_exporting() and pairs_are_quicker(keys, probs):
+            out = torch.ops.fastzs.key_smoothing_pairwise(k, p)
         else:
             out = key_smoothing_linear(k, p, mode, threshold)
         return out.to(probs.dtype)
@@ -114,27 +95,27 @@ def pairs_are_quicker(keys: Tensor, probs: Tensor) -> bool:
     return N * (D + C) < 1.3 * D * C
 
 
-def _reasons(keys: Tensor, probs: Tensor, pairs: bool) -> dict[str, str | None]:
+def _reasons(keys: Tensor, probs: Tensor) -> dict[str, str | None]:
     """Of each backend, best first, why it cannot run.
 
     ``torch`` is matrix products of PyTorch in fp32 or fp64, on any device. A compiled kernel of ours could save only
     one read of the keys, for their norms. On a GPU Triton multiplies bf16 and fp16 on tensor cores without an fp32 copy
     of the keys; exact fp32 products are cuBLAS's.
     """
-    reasons = {"torch": None, "triton": _why_not_triton(keys, probs, pairs), "reference": None}
+    reasons = {"torch": None, "triton": _why_not_triton(keys, probs), "reference": None}
     if keys.is_cuda and torch.float32 not in (keys.dtype, probs.dtype):
         reasons = {"triton": reasons.pop("triton"), **reasons}
     return reasons
 
 
-def _why_not_triton(keys: Tensor, probs: Tensor, pairs: bool) -> str | None:
+def _why_not_triton(keys: Tensor, probs: Tensor) -> str | None:
     if reason := why_not_triton("the keys are", keys.device):
         return reason
     for name, tensor in (("keys", keys), ("probs", probs)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"{name} is {tensor.dtype}; wanted float32, bfloat16 or float16"
-    if not pairs and keys.shape[2] > WIDEST_TRITON:
-        return f"the keys are {keys.shape[2]} wide; the linear kernel takes up to {WIDEST_TRITON}"
+    if keys.shape[2] > WIDEST_TRITON:
+        return f"the keys are {keys.shape[2]} wide; wanted at most {WIDEST_TRITON}"
     return None
 
 

@@ -8,7 +8,7 @@ the keys is made.
 import torch
 from torch import Tensor
 
-EPS = 1e-12  # as F.normalize
+from .common import EPS
 
 
 def key_smoothing_linear(keys: Tensor, probs: Tensor, mode: str, threshold: float) -> Tensor:

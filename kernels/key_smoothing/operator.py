@@ -1,44 +1,18 @@
-"""What makes the Triton backend PyTorch operators: their declarations, fake implementations and gradients.
+"""What makes the Triton backend a PyTorch operator: its declaration, fake implementation and gradient.
 
-``fastzs::key_smoothing_linear_triton`` and ``fastzs::key_smoothing_pairs_triton`` take keys ``[B, N, D]`` and probs
-``[B, C, N]``, each fp32, bf16 or fp16, and give ``[B, C, N]`` in the dtype of ``probs``. Backward keeps the two inputs,
-no more, and is matrix products of PyTorch: linear in N for the linear form, in pieces for the other.
+``fastzs::key_smoothing_triton`` takes keys ``[B, N, D]`` and probs ``[B, C, N]``, each fp32, bf16 or fp16, and gives
+``[B, C, N]`` in the dtype of ``probs``. Backward keeps the two inputs, no more, and is matrix products of PyTorch,
+linear in N.
 """
 
 import torch
 from torch import Tensor
 
-from . import pairwise
-from .linear import EPS
-
-LINEAR = "fastzs::key_smoothing_linear_triton"
-PAIRS = "fastzs::key_smoothing_pairs_triton"
-
-torch.library.define(LINEAR, "(Tensor keys, Tensor probs, str mode, float threshold) -> Tensor")
-torch.library.define(PAIRS, "(Tensor keys, Tensor probs, str weights, float temperature) -> Tensor")
+from .. import library
+from .common import EPS
 
 
-@torch.library.impl(LINEAR, ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
-def _linear(keys, probs, mode, threshold):
-    from .triton import key_smoothing_linear  # imports triton, which not every machine has
-
-    return key_smoothing_linear(keys, probs, mode, threshold)
-
-
-@torch.library.impl(PAIRS, ("CUDA", "CPU"))
-def _pairs(keys, probs, weights, temperature):
-    from .triton import key_smoothing_pairs
-
-    return key_smoothing_pairs(keys, probs, weights, temperature)
-
-
-@torch.library.register_fake(LINEAR)
-def _(keys, probs, mode, threshold):
-    return torch.empty_like(probs, memory_format=torch.contiguous_format)
-
-
-@torch.library.register_fake(PAIRS)
-def _(keys, probs, weights, temperature):
+def _fake(keys, probs, mode, threshold):
     return torch.empty_like(probs, memory_format=torch.contiguous_format)
 
 
@@ -61,16 +35,20 @@ def linear_gradients(grad: Tensor, keys: Tensor, probs: Tensor, mode: str, thres
     return ((grad_unit - unit * along) / norm).to(keys.dtype), grad_probs.to(probs.dtype)
 
 
-def _setup_linear(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     keys, probs, ctx.mode, ctx.threshold = inputs
     ctx.save_for_backward(keys, probs)
 
 
-def _backward_linear(ctx, grad):
+def _backward(ctx, grad):
     keys, probs = ctx.saved_tensors
     with torch.autocast(keys.device.type, enabled=False):
         return *linear_gradients(grad, keys, probs, ctx.mode, ctx.threshold), None, None
 
 
-torch.library.register_autograd(LINEAR, _backward_linear, setup_context=_setup_linear)
-torch.library.register_autograd(PAIRS, pairwise.backward, setup_context=pairwise.setup_context)
+library.define(
+    "key_smoothing_triton",
+    "(Tensor keys, Tensor probs, str mode, float threshold) -> Tensor",
+    library.lazily(f"{__package__}.triton", "key_smoothing"),
+)
+library.register("key_smoothing_triton", _fake, _backward, _setup_context)

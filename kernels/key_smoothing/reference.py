@@ -9,17 +9,11 @@ def key_smoothing_reference(
     probs: Tensor,  # [B, C, N]
     mode: str,
     threshold: float,
-    weights: str,
-    temperature: float,
 ) -> Tensor:  # [B, C, N]
-    """``out[c, i] = sum_j weight(k_i, k_j) p[c, j]``, through the ``[B, N, N]`` matrix of weights."""
+    """``out[c, i] = sum_j cos(k_i, k_j) p[c, j]``, through the ``[B, N, N]`` matrix of cosines."""
     # The published code normalises over the positions (axis 1), the paper means each key vector (axis 2).
     keys = F.normalize(keys, dim=2 if mode == "paper" else 1)
     similarity = keys @ keys.transpose(1, 2)  # [B, N, N]
-    if weights == "relu":
-        similarity = similarity.relu()
-    elif weights == "softmax":
-        similarity = (similarity / temperature).softmax(2)
     smooth = probs @ similarity.transpose(1, 2)
     if mode == "paper":
         return smooth

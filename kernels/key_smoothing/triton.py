@@ -1,12 +1,9 @@
-"""Key smoothing in Triton: K (K^T P) with the norms taken from the tiles on their way, and the form over pairs.
+"""Key smoothing in Triton: K (K^T P) with the norms taken from the tiles on their way.
 
-Linear, two kernels. The first adds up ``sums = P K^`` (``[C, D]``, K^ the normalised keys) over some positions: it
+Two kernels. The first adds up ``sums = P K^`` (``[C, D]``, K^ the normalised keys) over some positions: it
 holds whole keys, so it has their norms before it multiplies, and each program writes the sums of its own positions.
 The second adds those up and multiplies with the keys again; the norm of a key is a factor of its position's column,
 so it divides at the end. No normalised copy of the keys exists and no norm is stored.
-
-Over pairs, one kernel: a program owns some positions and goes through all others, keeping the weighted sums in
-registers, and for a softmax its running maximum and total.
 
 Products of fp32 are exact; bf16 and fp16 are multiplied as tf32, which holds them, or as they are.
 """
@@ -21,15 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_runtime import interpreted
-from .linear import EPS
+from .common import EPS
 
 # tests/kernels/test_key_smoothing_triton.py compiles these for sm_80, sm_90 and sm_100.
 SUMS_TILE, SUMS_POSITIONS, SUMS_WARPS = 16384, 16, 8  # classes x channels, at least 16 classes
 SPREAD_CLASSES, SPREAD_POSITIONS, SPREAD_CHANNELS, SPREAD_WARPS = 64, 64, 32, 4
-PAIR_ROWS, PAIR_CHANNELS = 64, 32
-PAIR_TILES = {"ieee": (32, 32, 8), "tf32": (64, 64, 4)}  # positions, most classes, warps: larger ones spill
 PROGRAMS = 264  # two for each of an H200's 132 SMs: positions are split so far
-WEIGHT_CODES = {"cosine": 0, "relu": 1, "softmax": 2}
 
 
 @triton.jit
@@ -140,78 +134,6 @@ def key_smoothing_spread_fwd_kernel(
     tl.store(out_ptr + place, total, mask=inside)
 
 
-@triton.jit
-def key_smoothing_pairs_fwd_kernel(
-    keys_ptr,  # [B, N, D], contiguous
-    probs_ptr,  # [B, C, N], contiguous
-    out_ptr,  # [B, C, N]
-    N,
-    C,
-    D,
-    eps,
-    per_temperature,  # 1 / temperature
-    WEIGHTS: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ROWS: tl.constexpr,
-    POSITIONS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # the program's own positions
-    c = tl.program_id(1) * CLASSES + tl.arange(0, CLASSES)
-    b = tl.program_id(2).to(tl.int64)
-    squares = tl.zeros([ROWS], tl.float32)
-    for start in range(0, D, CHANNELS):
-        d = start + tl.arange(0, CHANNELS)
-        k = tl.load(
-            keys_ptr + (b * N + i)[:, None] * D + d[None, :], mask=(i < N)[:, None] & (d < D)[None, :], other=0.0
-        ).to(tl.float32)
-        squares += tl.sum(k * k, 1)
-    norm = tl.maximum(tl.sqrt_rn(squares), eps)  # [ROWS]
-
-    total = tl.zeros([ROWS, CLASSES], tl.float32)
-    most = tl.full([ROWS], float("-inf"), tl.float32)
-    weight_sum = tl.zeros([ROWS], tl.float32)
-    for first in range(0, N, POSITIONS):
-        j = first + tl.arange(0, POSITIONS)
-        similarity = tl.zeros([ROWS, POSITIONS], tl.float32)
-        squares_j = tl.zeros([POSITIONS], tl.float32)
-        for start in range(0, D, CHANNELS):
-            d = start + tl.arange(0, CHANNELS)
-            a = tl.load(
-                keys_ptr + (b * N + i)[:, None] * D + d[None, :], mask=(i < N)[:, None] & (d < D)[None, :], other=0.0
-            )  # [ROWS, CHANNELS]
-            k = tl.load(
-                keys_ptr + (b * N + j)[None, :] * D + d[:, None], mask=(j < N)[None, :] & (d < D)[:, None], other=0.0
-            )  # [CHANNELS, POSITIONS]
-            k32 = k.to(tl.float32)
-            squares_j += tl.sum(k32 * k32, 0)
-            if UPCAST:
-                similarity = tl.dot(a.to(tl.float32), k32, similarity, input_precision=PRECISION)
-            else:
-                similarity = tl.dot(a, k, similarity, input_precision=PRECISION)
-        weight = similarity / (norm[:, None] * tl.maximum(tl.sqrt_rn(squares_j), eps)[None, :])
-        if WEIGHTS == 1:
-            weight = tl.where(weight < 0, 0.0, weight)  # NaN stays
-        if WEIGHTS == 2:
-            weight = tl.where((j < N)[None, :], weight * per_temperature, float("-inf"))
-            new = tl.maximum(most, tl.max(weight, 1))
-            shrink = tl.exp(most - new)
-            weight = tl.exp(weight - new[:, None])
-            total = total * shrink[:, None]
-            weight_sum = weight_sum * shrink + tl.sum(weight, 1)
-            most = new
-        p = tl.load(
-            probs_ptr + (b * C + c)[None, :] * N + j[:, None], mask=(c < C)[None, :] & (j < N)[:, None], other=0.0
-        ).to(tl.float32)  # [POSITIONS, CLASSES]
-        total = tl.dot(weight, p, total, input_precision=PRECISION)
-    if WEIGHTS == 2:
-        total = total / weight_sum[:, None]
-    place = (b * C + c)[None, :] * N + i[:, None]
-    tl.store(out_ptr + place, total, mask=(c < C)[None, :] & (i < N)[:, None])
-
-
 def class_tile(classes: int, most: int) -> int:
     return min(max(triton.next_power_of_2(classes), 16), most)
 
@@ -221,7 +143,7 @@ def precision(keys: Tensor, probs: Tensor) -> str:
     return "ieee" if torch.float32 in (keys.dtype, probs.dtype) else "tf32"
 
 
-def key_smoothing_linear(keys: Tensor, probs: Tensor, mode: str, threshold: float) -> Tensor:
+def key_smoothing(keys: Tensor, probs: Tensor, mode: str, threshold: float) -> Tensor:
     """``[B, N, D]``, ``[B, C, N]`` -> ``[B, C, N]`` in the dtype of ``probs``; ``D`` at most 1024."""
     keys, probs = keys.contiguous(), probs.contiguous()
     (B, N, D), C = keys.shape, probs.shape[1]
@@ -274,36 +196,6 @@ def key_smoothing_linear(keys: Tensor, probs: Tensor, mode: str, threshold: floa
             CHANNELS=SPREAD_CHANNELS,
             PRECISION=precision(keys, probs),
             num_warps=SPREAD_WARPS,
-            enable_fp_fusion=True,
-        )
-    return out.to(probs.dtype)
-
-
-def key_smoothing_pairs(keys: Tensor, probs: Tensor, weights: str, temperature: float) -> Tensor:
-    """``[B, N, D]``, ``[B, C, N]`` -> ``[B, C, N]`` in the dtype of ``probs``, over all pairs of positions."""
-    keys, probs = keys.contiguous(), probs.contiguous()
-    (B, N, D), C = keys.shape, probs.shape[1]
-    out = _empty(probs)
-    positions, most_classes, warps = PAIR_TILES[precision(keys, probs)]
-    classes = class_tile(C, most_classes)
-    with torch.cuda.device(keys.device.index if keys.is_cuda else -1):
-        key_smoothing_pairs_fwd_kernel[(triton.cdiv(N, PAIR_ROWS), triton.cdiv(C, classes), B)](
-            keys,
-            probs,
-            out,
-            N,
-            C,
-            D,
-            EPS,
-            1 / temperature,
-            WEIGHTS=WEIGHT_CODES[weights],
-            CLASSES=classes,
-            ROWS=PAIR_ROWS,
-            POSITIONS=positions,
-            CHANNELS=PAIR_CHANNELS,
-            PRECISION=precision(keys, probs),
-            UPCAST=interpreted(),
-            num_warps=warps,
             enable_fp_fusion=True,
         )
     return out.to(probs.dtype)

@@ -10,19 +10,12 @@ import warnings
 import torch
 from torch import Tensor
 
+from .. import library
 from .compiled import label_map_cpu, label_map_cuda
 from .options import Options
 from .reference import label_map_reference
 
-torch.library.define(
-    "fastzs::label_map",
-    "(Tensor logits, Tensor windows, int[] picture_size, int[] output_size, str activation, Tensor? penalty, "
-    "float? threshold, int background, int top_k, str resize, bool wide, bool return_scores, str backend) "
-    "-> (Tensor labels, Tensor scores)",
-)
 
-
-@torch.library.impl("fastzs::label_map", "CompositeExplicitAutograd")
 def label_map(
     logits: Tensor,  # [W, C, h, w]
     windows: Tensor,  # [W, 4] int64
@@ -64,8 +57,7 @@ def label_map(
     return labels, scores if scores is not None else _no_scores(logits)
 
 
-@torch.library.register_fake("fastzs::label_map")
-def _(
+def _fake(
     logits,
     windows,
     picture_size,
@@ -128,3 +120,13 @@ def check_windows(places: list[list[int]], height: int, width: int) -> None:
             f"label_map: {pixels} of the picture's {height} x {width} pixels lie in no window, among them "
             f"rows {rows[r]} to {rows[r + 1] - 1}, columns {cols[c]} to {cols[c + 1] - 1}"
         )
+
+
+library.define(
+    "label_map",
+    "(Tensor logits, Tensor windows, int[] picture_size, int[] output_size, str activation, Tensor? penalty, "
+    "float? threshold, int background, int top_k, str resize, bool wide, bool return_scores, str backend) "
+    "-> (Tensor labels, Tensor scores)",
+    label_map,
+)
+library.register("label_map", _fake)

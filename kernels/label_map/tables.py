@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .common import resize_taps, taps_at, window_spans
 from .options import Options
-from .reference import resize_taps, taps_at, window_spans
 
 
 class Places(NamedTuple):

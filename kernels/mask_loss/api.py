@@ -12,8 +12,9 @@ from ..pixel_text_logits.api import pixel_text_logits, product_dtype, validate
 from ..pixel_text_logits.api import reasons as logits_reasons
 from ..triton_runtime import why_not_triton
 from . import pixel_text as pixel_text  # registers the operator
+from .common import FOCAL, LABEL, OVERLAP, PROB, wide
 from .compiled import MISSING
-from .reference import FOCAL, LABEL, OVERLAP, PROB, mask_sums_reference, wide
+from .reference import mask_sums_reference
 
 TARGET_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
@@ -34,8 +35,6 @@ def mask_loss(
     gamma: float = 2.0,
     ignore_index: int = 255,
     ignored: str = "negative",
-    normalizer: float | torch.Tensor | None = None,
-    present_only: bool = True,
     impl: str = "auto",
 ) -> MaskLoss:
     """Sigmoid focal loss and dice loss of logits interpolated bilinearly to the target's resolution.
@@ -46,7 +45,7 @@ def mask_loss(
         dice  = 1/N sum_{b, c present} 1 - (2 sum p y + 1) / (sum p + sum y + 1)
 
     as ZegCLIP and CLIP-RC define them (``SegPlusCriterion``), where N is the number of (image, class) pairs
-    present in the target, at least 1.
+    present in the target, at least 1; when torch.distributed is initialised, its mean over the ranks.
 
     Args:
         logits: ``[B, C, h, w]``, fp32, bf16 or fp16 (fp64 with the reference), any strides. Sums are taken in
@@ -58,9 +57,6 @@ def mask_loss(
         ignore_index: the label of pixels without a class. A class of that number cannot be expressed.
         ignored: ``"negative"`` counts ignored pixels as background of every class (the published behaviour);
             ``"skip"`` leaves them out of all sums, and the mean then runs over the other pixels of the image.
-        normalizer: N, a number or a scalar tensor. By default counted as above and, when torch.distributed is
-            initialised, averaged over the ranks.
-        present_only: take dice over the pairs present in the target (published) or over all pairs.
         impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`.
 
     Raises:
@@ -68,7 +64,7 @@ def mask_loss(
         ValueError: shapes or devices do not fit, a dimension is 0, or an option is out of range.
         RuntimeError: a label is out of range (on a GPU: a device-side assertion), or ``impl`` cannot run.
     """
-    _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer)
+    _validate(logits, target, alpha, gamma, ignore_index, ignored)
     skip = ignored == "skip"
     options = (float(alpha), float(gamma), ignore_index, skip)
     with_nodes = torch.is_grad_enabled() and logits.requires_grad
@@ -80,7 +76,7 @@ def mask_loss(
     else:
         sums, _ = torch.ops.fastzs.mask_sums(logits, target, *options, with_nodes)
 
-    return _losses(sums, _pixels(target, ignore_index, skip), normalizer, present_only)
+    return _losses(sums, _pixels(target, ignore_index, skip))
 
 
 @traced("ops.pixel_text_mask_loss")
@@ -94,8 +90,6 @@ def pixel_text_mask_loss(
     gamma: float = 2.0,
     ignore_index: int = 255,
     ignored: str = "negative",
-    normalizer: float | torch.Tensor | None = None,
-    present_only: bool = True,
     impl: str = "auto",
 ) -> MaskLoss:
     """:func:`mask_loss` of :func:`pixel_text_logits`: the loss of pixel features ``[B, D, h, w]`` in one call.
@@ -109,7 +103,7 @@ def pixel_text_mask_loss(
     dtype = product_dtype(features)
     (B, _, h, w), C = features.shape, text.shape[0]
     logits = features.new_empty((), dtype=dtype).expand(B, C, h, w)  # stands for them: shape, dtype and device
-    _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer)
+    _validate(logits, target, alpha, gamma, ignore_index, ignored)
     backend = choose("mask_loss", impl, _reasons(logits, target))
     if backend == "reference":
         return mask_loss(
@@ -119,8 +113,6 @@ def pixel_text_mask_loss(
             gamma=gamma,
             ignore_index=ignore_index,
             ignored=ignored,
-            normalizer=normalizer,
-            present_only=present_only,
             impl="reference",
         )
     skip = ignored == "skip"
@@ -137,7 +129,7 @@ def pixel_text_mask_loss(
         choose("pixel_text_logits", "auto", logits_reasons(features, dtype)),
         backend,
     )
-    return _losses(sums, _pixels(target, ignore_index, skip), normalizer, present_only)
+    return _losses(sums, _pixels(target, ignore_index, skip))
 
 
 def _pixels(target: torch.Tensor, ignore_index: int, skip: bool) -> int | torch.Tensor:
@@ -170,18 +162,13 @@ def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None
 def _losses(
     sums: torch.Tensor,  # [B, C, 4]
     pixels: int | torch.Tensor,  # broadcasts against [B, C]
-    normalizer: float | torch.Tensor | None,
-    present_only: bool,
 ) -> MaskLoss:
     """The two losses from the sums over pixels."""
     present = sums[..., LABEL].detach() > 0  # [B, C]
-    if normalizer is None:
-        normalizer = _mean_over_ranks(present.sum().to(sums.dtype)).clamp_min(1)
+    pairs = _mean_over_ranks(present.sum().to(sums.dtype)).clamp_min(1)
     focal = (sums[..., FOCAL] / pixels).sum()
     dice = 1 - (2 * sums[..., OVERLAP] + 1) / (sums[..., PROB] + sums[..., LABEL] + 1)  # [B, C]
-    if present_only:
-        dice = torch.where(present, dice, 0)
-    return MaskLoss(focal / normalizer, dice.sum() / normalizer)
+    return MaskLoss(focal / pairs, torch.where(present, dice, 0).sum() / pairs)
 
 
 def _mean_over_ranks(count: torch.Tensor) -> torch.Tensor:
@@ -191,7 +178,7 @@ def _mean_over_ranks(count: torch.Tensor) -> torch.Tensor:
     return count / torch.distributed.get_world_size()
 
 
-def _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer) -> None:
+def _validate(logits, target, alpha, gamma, ignore_index, ignored) -> None:
     for name, tensor, dims in (("logits", logits, "[B, C, h, w]"), ("target", target, "[B, H, W]")):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"mask_loss: {name} is {type(tensor).__name__}; wanted a tensor {dims}")
@@ -218,8 +205,3 @@ def _validate(logits, target, alpha, gamma, ignore_index, ignored, normalizer) -
         raise ValueError(f"mask_loss: gamma is {gamma}; wanted a finite number of at least 0")
     if ignored not in ("negative", "skip"):
         raise ValueError(f"mask_loss: ignored is {ignored!r}; wanted 'negative' or 'skip'")
-    if isinstance(normalizer, torch.Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"mask_loss: normalizer has shape {list(normalizer.shape)}; wanted a scalar")
-    elif normalizer is not None and not 0 < normalizer < math.inf:
-        raise ValueError(f"mask_loss: normalizer is {normalizer}; wanted a finite number above 0")

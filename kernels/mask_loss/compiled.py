@@ -7,4 +7,4 @@ from .operator import register
 MISSING = {device: why_missing("mask_sums", device) for device in ("cpu", "cuda")}
 
 if None in MISSING.values():
-    register("fastzs::mask_sums")
+    register("mask_sums")

@@ -8,22 +8,13 @@ that backward is one small product at low resolution. Without ``with_nodes`` it 
 
 import torch
 
+from .. import library
+
 FIELDS = 3
 SCHEMA = (
     "(Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool skip, bool with_nodes)"
     " -> (Tensor sums, Tensor nodes)"
 )
-
-# logits gives shape and dtype, and makes the result depend on it: a second derivative then raises, rather than
-# leaving this loss out of it.
-torch.library.define(
-    "fastzs::mask_sums_backward", "(Tensor grad_sums, Tensor nodes, Tensor logits) -> Tensor grad_logits"
-)
-
-
-@torch.library.impl("fastzs::mask_sums_backward", "CompositeExplicitAutograd")
-def mask_sums_backward(grad_sums: torch.Tensor, nodes: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    return logits_gradient(grad_sums, nodes).to(logits.dtype)
 
 
 def logits_gradient(grad_sums: torch.Tensor, nodes: torch.Tensor) -> torch.Tensor:
@@ -31,18 +22,6 @@ def logits_gradient(grad_sums: torch.Tensor, nodes: torch.Tensor) -> torch.Tenso
     with torch.autocast(nodes.device.type, enabled=False):
         grad = grad_sums[..., None, :FIELDS] @ nodes.flatten(3)  # [B, C, 1, h * w]
     return grad.squeeze(2).unflatten(2, nodes.shape[3:])
-
-
-@torch.library.register_fake("fastzs::mask_sums_backward")
-def _(grad_sums, nodes, logits):
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _no_second_derivative(ctx, grad):
-    raise RuntimeError("mask_loss is differentiable once: its second derivative is not implemented")
-
-
-torch.library.register_autograd("fastzs::mask_sums_backward", _no_second_derivative)
 
 
 def _fake(logits, target, alpha, gamma, ignore_index, skip, with_nodes):
@@ -73,18 +52,22 @@ def _backward(ctx, grad_sums, _):
 
 def register(name: str) -> None:
     """Give the operator ``name`` its fake implementation and its gradient."""
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, _backward, setup_context=_setup_context)
+    library.register(name, _fake, _backward, _setup_context)
 
 
-torch.library.define("fastzs::mask_sums_triton", SCHEMA)
+def _mask_sums_backward(grad_sums: torch.Tensor, nodes: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    return logits_gradient(grad_sums, nodes).to(logits.dtype)
 
 
-@torch.library.impl("fastzs::mask_sums_triton", ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
-def _mask_sums_triton(logits, target, alpha, gamma, ignore_index, skip, with_nodes):
-    from .triton import mask_sums  # imports triton, which not every machine has
-
-    return mask_sums(logits, target, alpha, gamma, ignore_index, skip, with_nodes)
+def _fake_backward(grad_sums, nodes, logits):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-register("fastzs::mask_sums_triton")
+# logits gives shape and dtype, and makes the result depend on it: a second derivative then raises, rather than
+# leaving this loss out of it.
+library.define(
+    "mask_sums_backward", "(Tensor grad_sums, Tensor nodes, Tensor logits) -> Tensor grad_logits", _mask_sums_backward
+)
+library.register_backward("mask_loss", "mask_sums_backward", _fake_backward)
+library.define("mask_sums_triton", SCHEMA, library.lazily(f"{__package__}.triton", "mask_sums"))
+register("mask_sums_triton")

@@ -7,25 +7,12 @@
 
 import torch
 
+from .. import library
 from ..pixel_text_logits.api import logits_by
 from ..pixel_text_logits.operator import compiled_gradients, gradients
 from .operator import fake_sums, logits_gradient
 
-NAME = "fastzs::pixel_text_mask_sums"
 
-torch.library.define(
-    NAME,
-    "(Tensor features, Tensor text, Tensor target, float scale, float alpha, float gamma, int ignore_index, "
-    "bool skip, bool with_nodes, str logits_backend, str loss_backend) -> (Tensor sums, Tensor nodes)",
-)
-torch.library.define(
-    f"{NAME}_backward",
-    "(Tensor grad_sums, Tensor nodes, Tensor features, Tensor text, float scale, bool with_features, bool with_text, "
-    "str logits_backend) -> (Tensor grad_features, Tensor grad_text)",
-)
-
-
-@torch.library.impl(NAME, "CompositeExplicitAutograd")
 def _pixel_text_mask_sums(
     features, text, target, scale, alpha, gamma, ignore_index, skip, with_nodes, logits_backend, loss_backend
 ):
@@ -37,13 +24,11 @@ def _pixel_text_mask_sums(
         return mask_sums(logits, target, alpha, gamma, ignore_index, skip, with_nodes)
 
 
-@torch.library.register_fake(NAME)
-def _(features, text, target, scale, alpha, gamma, ignore_index, skip, with_nodes, logits_backend, loss_backend):
+def _fake(features, text, target, scale, alpha, gamma, ignore_index, skip, with_nodes, logits_backend, loss_backend):
     B, _, h, w = features.shape
     return fake_sums(features, (B, text.shape[0], h, w), with_nodes)
 
 
-@torch.library.impl(f"{NAME}_backward", "CompositeExplicitAutograd")
 def _pixel_text_mask_sums_backward(grad_sums, nodes, features, text, scale, with_features, with_text, logits_backend):
     by_products = compiled_gradients if logits_backend in ("cpu", "cuda") else gradients
     grad_logits = logits_gradient(grad_sums, nodes).to(text.dtype)
@@ -52,8 +37,7 @@ def _pixel_text_mask_sums_backward(grad_sums, nodes, features, text, scale, with
     return tuple(features.new_empty(0) if grad is None else grad for grad in found)
 
 
-@torch.library.register_fake(f"{NAME}_backward")
-def _(grad_sums, nodes, features, text, scale, with_features, with_text, logits_backend):
+def _fake_backward(grad_sums, nodes, features, text, scale, with_features, with_text, logits_backend):
     return (
         features.new_empty(features.shape if with_features else 0),
         text.new_empty(text.shape) if with_text else features.new_empty(0),
@@ -77,9 +61,17 @@ def _backward(ctx, grad_sums, _):
     return grad_features if with_features else None, grad_text if with_text else None, *[None] * 9
 
 
-def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("pixel_text_mask_loss is differentiable once: its second derivative is not implemented")
-
-
-torch.library.register_autograd(NAME, _backward, setup_context=_setup_context)
-torch.library.register_autograd(f"{NAME}_backward", _no_second_derivative)
+library.define(
+    "pixel_text_mask_sums",
+    "(Tensor features, Tensor text, Tensor target, float scale, float alpha, float gamma, int ignore_index, "
+    "bool skip, bool with_nodes, str logits_backend, str loss_backend) -> (Tensor sums, Tensor nodes)",
+    _pixel_text_mask_sums,
+)
+library.define(
+    "pixel_text_mask_sums_backward",
+    "(Tensor grad_sums, Tensor nodes, Tensor features, Tensor text, float scale, bool with_features, bool with_text, "
+    "str logits_backend) -> (Tensor grad_features, Tensor grad_text)",
+    _pixel_text_mask_sums_backward,
+)
+library.register("pixel_text_mask_sums", _fake, _backward, _setup_context)
+library.register_backward("pixel_text_mask_loss", "pixel_text_mask_sums_backward", _fake_backward)

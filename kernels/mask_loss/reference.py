@@ -7,8 +7,7 @@ Focal loss: Lin et al. 2017, equation 5. Dice loss: Milletari et al. 2016 with t
 import torch
 import torch.nn.functional as F
 
-# The last dimension of the sums. All but LABEL depend on the logits.
-FOCAL, PROB, OVERLAP, LABEL = range(4)
+from .common import check_labels, wide
 
 
 def mask_sums_reference(
@@ -45,23 +44,3 @@ def mask_sums_reference(
     if skip:
         terms = terms * counted.unsqueeze(-1)
     return terms.sum((2, 3))
-
-
-def wide(target: torch.Tensor) -> torch.Tensor:
-    """The labels as 32-bit integers at least: a Python number beside a narrower tensor wraps around."""
-    return target.to(torch.promote_types(target.dtype, torch.int32))
-
-
-def check_labels(target: torch.Tensor, C: int, ignore_index: int) -> None:
-    """Raise RuntimeError if a label is neither a class nor ``ignore_index``."""
-    target = wide(target)
-    wrong = ((target < 0) | (target >= C)) & (target != ignore_index)
-    if target.is_cuda or torch.compiler.is_compiling():
-        # Neither a tracer nor a GPU's queue can stop for the value that is wrong.
-        message = f"mask_loss: target has labels outside [0, {C}) that are not ignore_index={ignore_index}"
-        torch.ops.aten._assert_async.msg(~wrong.any(), message)
-    elif wrong.any():
-        label = target[wrong][0].item()
-        raise RuntimeError(
-            f"mask_loss: target holds label {label}; wanted labels in [0, {C}) or ignore_index={ignore_index}"
-        )

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .reference import check_labels
+from .common import check_labels
 
 FIELDS = 3  # focal, prob, overlap: the sums that have a gradient
 TILE = (

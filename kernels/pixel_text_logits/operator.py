@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import torch
 
+from .. import library
 from ..extension import why_missing
-from .reference import SMALLEST_NORM
+from .common import SMALLEST_NORM
 
 SCHEMA = "(Tensor features, Tensor text, float scale) -> Tensor"
 
@@ -88,31 +89,16 @@ def register(name: str, gradients: Callable[..., Gradients]) -> None:
     def backward(ctx, grad):
         return *gradients(grad, *ctx.saved_tensors, ctx.scale, *ctx.needs_input_grad[:2]), None
 
-    torch.library.register_fake(name, _fake)
-    torch.library.register_autograd(name, backward, setup_context=_setup_context)
+    library.register(name, _fake, backward, _setup_context)
 
 
-def _no_second_derivative(ctx, grad):
-    raise RuntimeError(
-        "pixel_text_logits is differentiable once with impl='cpu': its second derivative needs impl='reference'"
-    )
+def _fake_backward(grad, features, text, scale):
+    return torch.empty_like(features, memory_format=torch.contiguous_format)
 
 
 if None in MISSING.values():
-    register("fastzs::pixel_text_logits", compiled_gradients)
-    torch.library.register_fake("fastzs::pixel_text_logits_backward")(
-        lambda grad, features, text, scale: torch.empty_like(features, memory_format=torch.contiguous_format)
-    )
-    torch.library.register_autograd("fastzs::pixel_text_logits_backward", _no_second_derivative)
+    register("pixel_text_logits", compiled_gradients)
+    library.register_backward("pixel_text_logits", "pixel_text_logits_backward", _fake_backward)
 
-torch.library.define("fastzs::pixel_text_logits_triton", SCHEMA)
-
-
-@torch.library.impl("fastzs::pixel_text_logits_triton", ("CUDA", "CPU"))  # on the CPU: Triton's interpreter
-def _pixel_text_logits_triton(features, text, scale):
-    from .triton import pixel_text_logits  # imports triton, which not every machine has
-
-    return pixel_text_logits(features, text, scale)
-
-
-register("fastzs::pixel_text_logits_triton", gradients)
+library.define("pixel_text_logits_triton", SCHEMA, library.lazily(f"{__package__}.triton", "pixel_text_logits"))
+register("pixel_text_logits_triton", gradients)

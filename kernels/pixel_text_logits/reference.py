@@ -6,8 +6,7 @@ the product by the feature's norm, not the feature itself, gives the same cosine
 
 import torch
 
-# A feature shorter than this counts as having this norm, so a zero feature scores 0 (as F.normalize does).
-SMALLEST_NORM = 1e-12
+from .common import SMALLEST_NORM
 
 
 def pixel_text_logits_reference(features: torch.Tensor, text: torch.Tensor, scale: float) -> torch.Tensor:

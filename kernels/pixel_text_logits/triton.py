@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ..triton_runtime import interpreted
-from .reference import SMALLEST_NORM
+from .common import SMALLEST_NORM
 
 PIXELS = 64
 # By the bytes of a number of the text: classes at most, channels of a step, warps. Larger tiles spill registers on

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastzs.kernels.dispatch import watch
 from fastzs.kernels.dropout.compiled import MISSING
 from fastzs.kernels.dropout.reference import dropout_reference, kept
 from fastzs.ops import dropout
@@ -177,6 +178,30 @@ def test_follows_the_generator(impl):
     assert not torch.equal(one, dropout(x, 0.3, impl=impl))
     torch.manual_seed(1)
     assert torch.equal(one, dropout(x, 0.3, impl=impl))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [f64, f32, bf16])
+def test_torch_is_pytorchs_own(dtype, relu):
+    x = inputs(dtype)
+    ours = run(x, 0.4, relu, "torch")
+    leaf = x.clone().requires_grad_()
+    torch.manual_seed(4)
+    wanted = F.dropout(F.relu(leaf) if relu else leaf, 0.4)
+    assert torch.equal(ours[0], wanted)
+
+
+@pytest.mark.parametrize(("dtype", "rate", "taken"), [(f64, 0.1, "torch"), (f32, 0.0, "torch"), (f32, 0.1, "cpu")])
+def test_auto(dtype, rate, taken, monkeypatch):
+    """PyTorch's own where the library cannot, and where nothing is dropped: x itself, nothing drawn."""
+    monkeypatch.delenv("FASTZS_IMPL", raising=False)
+    x, before = inputs(dtype), torch.get_rng_state()
+    with watch() as choices:
+        out = dropout(x, rate)
+    assert choices[0].backend == (taken if MISSING is None else "torch")
+    if rate == 0:
+        assert out is x
+        assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

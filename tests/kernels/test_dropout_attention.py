@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastzs.kernels.dispatch import watch
 from fastzs.kernels.dropout.reference import kept
 from fastzs.kernels.dropout_attention.compiled import MISSING
 from fastzs.kernels.dropout_attention.reference import dropout_attention_reference
@@ -166,6 +167,35 @@ def test_the_library_itself_refuses_no_keys():
     none = torch.empty(2, 3, 0, 8)
     with pytest.raises(RuntimeError, match="there are no keys"):
         torch.ops.fastzs.dropout_attention(q, none, none, 0.3, 0.1, torch.tensor(1))
+
+
+# ---- PyTorch's own -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [f64, f32, bf16])
+def test_torch_is_scaled_dot_product_attention(dtype):
+    q, k, v = inputs(dtype)
+    torch.manual_seed(3)
+    ours = dropout_attention(q, k, v, 0.4, impl="torch")
+    torch.manual_seed(3)
+    assert torch.equal(ours, F.scaled_dot_product_attention(q, k, v, dropout_p=0.4))
+
+
+@pytest.mark.parametrize(("dtype", "dim"), [(f64, 16), (f32, 10)])
+def test_auto_takes_torch_where_the_library_cannot(dtype, dim, monkeypatch):
+    monkeypatch.delenv("FASTZS_IMPL", raising=False)
+    with watch() as choices:
+        dropout_attention(*inputs(dtype, dim=dim), 0.1)
+    assert choices[0].backend == "torch"
+
+
+@pytest.mark.parametrize("impl", [*BACKENDS, "torch"])
+def test_evaluation_leaves_the_generator_alone(impl):
+    q, k, v = inputs(dim=16)
+    before = torch.get_rng_state()
+    out = dropout_attention(q, k, v, 0.0, impl=impl)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (out - F.scaled_dot_product_attention(q, k, v)).abs().max() < 1e-5
 
 
 # ---- bad input -----------------------------------------------------------------------------------------------------

@@ -21,12 +21,12 @@ def test_in_the_interpreter():
 
 
 OFFICIAL = {"mode": "official", "threshold": 0.95}
-OPTIONS = [{}, OFFICIAL, {"weights": "relu"}, {"weights": "softmax", "temperature": 0.1}]
+OPTIONS = [{}, OFFICIAL]
 SHAPES = {  # B, C, N, D: tiles have 16 to 64 of each
     "one": (1, 1, 1, 1),
     "part of a tile": (2, 3, 9, 5),
     "over the edges": (1, 70, 131, 40),
-    "pairs of a cosine": (1, 40, 20, 65),
+    "few positions": (1, 40, 20, 65),
 }
 
 
@@ -55,7 +55,7 @@ def test_dtypes_mix_and_layouts(options):
 
 
 @interpreted
-@pytest.mark.parametrize("shape", [(1, 3, 70, 12), (2, 9, 4, 11)], ids=["linear", "pairs"])
+@pytest.mark.parametrize("shape", [(1, 3, 70, 12), (2, 9, 4, 11)], ids=["many positions", "few positions"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_gradients(options, shape):
     keys, probs = random_case(*shape)
@@ -80,17 +80,13 @@ def test_not_a_number_stays():
 
 
 @interpreted
-@pytest.mark.parametrize("name", ["linear", "pairs"])
-def test_opcheck(name):
+def test_opcheck():
     keys, probs = (x.requires_grad_() for x in random_case(1, 2, 4, 3, dtype=torch.float32))
-    if name == "linear":
-        torch.library.opcheck(torch.ops.fastzs.key_smoothing_linear_triton, (keys, probs, "official", 0.8))
-    else:
-        torch.library.opcheck(torch.ops.fastzs.key_smoothing_pairs_triton, (keys, probs, "softmax", 0.5))
+    torch.library.opcheck(torch.ops.fastzs.key_smoothing_triton, (keys, probs, "official", 0.8))
 
 
 @interpreted
-@pytest.mark.parametrize("options", OPTIONS[1:3], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_compile_and_export(options):
     keys, probs = random_case(1, 2, 9, 4, dtype=torch.float32)
 
@@ -132,7 +128,7 @@ def machine_code(kernel, dtype, constants, arch, warps):
     names = kernel.arg_names
     signature = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in names}
     signature.update(dict.fromkeys({"keys_ptr", "probs_ptr", "out_ptr"} & set(names), f"*{dtype}"))
-    signature.update(dict.fromkeys({"eps", "threshold", "per_temperature"} & set(names), "fp32"))
+    signature.update(dict.fromkeys({"eps", "threshold"} & set(names), "fp32"))
     signature.update(dict.fromkeys(constants, "constexpr"))
     aligned = [name for name in names if name.endswith("_ptr") or name in ("N", "D")]
     seen = resources(kernel, signature, constants, arch, warps, aligned=aligned)
@@ -180,26 +176,6 @@ def test_spread_machine_code(arch, dtype, official):
     assert machine_code(kernel, dtype, constants, arch, tiles.SPREAD_WARPS).shared <= 48 << 10
 
 
-@compiled
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize(("dtype", "weights"), [("fp32", 2), ("bf16", 2)])
-def test_pairs_machine_code(arch, dtype, weights):
-    from fastzs.kernels.key_smoothing import triton as tiles
-
-    precision = "ieee" if dtype == "fp32" else "tf32"
-    positions, classes, warps = tiles.PAIR_TILES[precision]
-    constants = {
-        "WEIGHTS": weights,
-        "CLASSES": classes,
-        "ROWS": tiles.PAIR_ROWS,
-        "POSITIONS": positions,
-        "CHANNELS": tiles.PAIR_CHANNELS,
-        "PRECISION": precision,
-        "UPCAST": False,
-    }
-    assert machine_code(tiles.key_smoothing_pairs_fwd_kernel, dtype, constants, arch, warps).shared <= 48 << 10
-
-
 # ---- a wrong kernel is noticed -------------------------------------------------------------------------------------
 
 MUTATIONS = {
@@ -207,11 +183,7 @@ MUTATIONS = {
     "one split counts": ("for split in range(splits):", "for split in range(1):", {}),
     "certain positions are smoothed": ("(most < threshold) & (unsure == 0)", "(most < 2)", OFFICIAL),
     "the other axis": ("squares += tl.sum(k * k, 0)\n        else", "squares += 1.0\n        else", OFFICIAL),
-    "negative weights count": ("tl.where(weight < 0, 0.0, weight)", "weight", {"weights": "relu"}),
-    "no running maximum": ("total = total * shrink[:, None]", "total = total * 1", {"weights": "softmax"}),
-    "positions beyond the end": ("tl.where((j < N)[None, :], weight *", "tl.where((j < N + 9)[None, :], weight *",
-                                 {"weights": "softmax", "temperature": 0.5}),
-}  # fmt: skip
+}
 
 
 @interpreted
@@ -223,13 +195,12 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     source = Path(tiles.__file__).read_text()
     assert source.count(right) == 1
     path = tmp_path / "broken.py"
-    path.write_text(source.replace(right, wrong).replace("from .linear", "from fastzs.kernels.key_smoothing.linear"))
+    path.write_text(source.replace(right, wrong))
     spec = importlib.util.spec_from_file_location("fastzs.kernels.key_smoothing.mutant", path)
     assert spec is not None
     assert spec.loader is not None
     broken = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(broken)
-    monkeypatch.setattr(tiles, "key_smoothing_linear", broken.key_smoothing_linear)
-    monkeypatch.setattr(tiles, "key_smoothing_pairs", broken.key_smoothing_pairs)
+    monkeypatch.setattr(tiles, "key_smoothing", broken.key_smoothing)
     with pytest.raises(AssertionError):
         test_agrees(SHAPES["over the edges"], options, torch.float32)

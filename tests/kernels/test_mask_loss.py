@@ -48,7 +48,7 @@ def case(B=2, C=4, h=3, w=4, s=4, ignored=0.2, dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ignored": "skip"}, {"present_only": False}, {"gamma": 0.0, "alpha": 1.0}, {"gamma": 1.5, "normalizer": 3.0}],
+    [{}, {"ignored": "skip"}, {"gamma": 0.0, "alpha": 1.0}, {"gamma": 1.5}],
     ids=str,
 )
 def test_reference_gradcheck(options):
@@ -61,10 +61,11 @@ def test_reference_gradcheck(options):
 
 def test_plain_cross_entropy_is_a_special_case():
     logits, target = case(s=1, ignored=0)
-    loss = mask_loss(logits, target, gamma=0.0, alpha=0.5, normalizer=1.0, impl="reference")
+    loss = mask_loss(logits, target, gamma=0.0, alpha=0.5, impl="reference")
     onehot = F.one_hot(target, 4).permute(0, 3, 1, 2).double()
     expected = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none").mean((2, 3)).sum() / 2
-    torch.testing.assert_close(loss.focal, expected, rtol=1e-12, atol=0)
+    pairs = onehot.amax((2, 3)).sum()  # of images and classes in them
+    torch.testing.assert_close(loss.focal * pairs, expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -81,19 +82,18 @@ def test_skip_equals_leaving_the_pixels_out(scale):
     assert abs(negative.dice - loss.dice) > 1e-3
 
 
-def test_present_only_and_normalizer():
+def test_dice_is_over_the_pairs_present():
+    """An absent class has no dice; both losses are means over the pairs of an image and a class in it."""
     logits, target = case()
     target[target == 2] = 255
     target[1] = 0
     loss = mask_loss(logits, target, impl="reference")
-    pairs = 3 + 1
-    total = mask_loss(logits, target, normalizer=1.0, impl="reference")
-    torch.testing.assert_close(tuple(loss), (total.focal / pairs, total.dice / pairs))
-    tensor = mask_loss(logits, target, normalizer=torch.tensor(1.0), impl="reference")
-    torch.testing.assert_close(tensor, total)
-    every = mask_loss(logits, target, normalizer=1.0, present_only=False, impl="reference")
-    assert every.focal == total.focal
-    assert every.dice > total.dice
+    z = F.interpolate(logits, size=target.shape[1:], mode="bilinear", align_corners=False)
+    dice = 0
+    for image, c in ((0, 0), (0, 1), (0, 3), (1, 0)):
+        p, y = z[image, c].sigmoid(), (target[image] == c).double()
+        dice += 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)
+    torch.testing.assert_close(loss.dice, dice / 4, rtol=1e-12, atol=0)
 
 
 def test_everything_ignored():
@@ -132,7 +132,8 @@ def test_normaliser_is_averaged_over_ranks(tmp_path):
     for rank, (logits, target) in enumerate([case(B=1, seed=0), case(B=1, seed=1)]):
         if rank:
             target[:] = 0
-        expected = mask_loss(logits, target, normalizer=(4 + 1) / 2, impl="reference").dice.item()
+        pairs = len(target.unique()) - (255 in target)
+        expected = mask_loss(logits, target, impl="reference").dice.item() * pairs / ((4 + 1) / 2)
         assert seen[rank] == pytest.approx(expected, rel=1e-12)
 
 
@@ -155,8 +156,6 @@ def test_normaliser_is_averaged_over_ranks(tmp_path):
         (lambda z, t: ((z, t), {"gamma": -1.0}), ValueError, "gamma is -1.0"),
         (lambda z, t: ((z, t), {"gamma": float("nan")}), ValueError, "gamma is nan"),
         (lambda z, t: ((z, t), {"ignored": "drop"}), ValueError, "ignored is 'drop'"),
-        (lambda z, t: ((z, t), {"normalizer": 0.0}), ValueError, "normalizer is 0.0"),
-        (lambda z, t: ((z, t), {"normalizer": torch.ones(2)}), ValueError, r"normalizer has shape \[2\]"),
         (lambda z, t: ((z, t), {"impl": "fast"}), ValueError, "impl='fast' is unknown"),
     ],
 )

@@ -86,7 +86,7 @@ def test_dtypes(dtype, labels):
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_focal_options(gamma, alpha):
     check(*case(), gamma=gamma, alpha=alpha)
-    check(*case(), gamma=gamma, alpha=alpha, ignored="skip", present_only=False)
+    check(*case(), gamma=gamma, alpha=alpha, ignored="skip")
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

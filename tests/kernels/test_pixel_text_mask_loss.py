@@ -44,7 +44,7 @@ def check(impl, **options):
             assert_close("mask_loss.grad", grad, grad_wanted)
 
 
-OPTIONS = [{}, {"ignored": "skip"}, {"gamma": 1.5, "alpha": 0.6, "present_only": False, "normalizer": 3.0}]
+OPTIONS = [{}, {"ignored": "skip"}, {"gamma": 1.5, "alpha": 0.6}]
 
 
 @needs_cpu

@@ -1,0 +1,26 @@
+"""What all backends of ``mask_loss`` share: the order of the sums, and what labels may be."""
+
+import torch
+
+# The last dimension of the sums. All but LABEL depend on the logits.
+FOCAL, PROB, OVERLAP, LABEL = range(4)
+
+
+def wide(target: torch.Tensor) -> torch.Tensor:
+    """The labels as 32-bit integers at least: a Python number beside a narrower tensor wraps around."""
+    return target.to(torch.promote_types(target.dtype, torch.int32))
+
+
+def check_labels(target: torch.Tensor, C: int, ignore_index: int) -> None:
+    """Raise RuntimeError if a label is neither a class nor ``ignore_index``."""
+    target = wide(target)
+    wrong = ((target < 0) | (target >= C)) & (target != ignore_index)
+    if target.is_cuda or torch.compiler.is_compiling():
+        # Neither a tracer nor a GPU's queue can stop for the value that is wrong.
+        message = f"mask_loss: target has labels outside [0, {C}) that are not ignore_index={ignore_index}"
+        torch.ops.aten._assert_async.msg(~wrong.any(), message)
+    elif wrong.any():
+        label = target[wrong][0].item()
+        raise RuntimeError(
+            f"mask_loss: target holds label {label}; wanted labels in [0, {C}) or ignore_index={ignore_index}"
+        )
