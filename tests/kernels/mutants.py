@@ -4,7 +4,7 @@ import itertools
 import re
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,6 +23,8 @@ def compile_variants(
     variants: Sequence[Sequence[Change]],
     everywhere: Sequence[Change] = (),
     optimisation: str = "-O1",
+    translate: Callable[[str], str] = str,
+    include: Path | None = None,
 ) -> list:
     """Compile variants of files of ``csrc`` and load them.
 
@@ -33,6 +35,8 @@ def compile_variants(
         sources: the files of an op, which become one text together with our headers.
         variants: of each, what is changed; every text must stand in the files exactly once.
         everywhere: changes of all variants; every text must stand in the files at least once.
+        translate: applied to the whole text before it is compiled.
+        include: a folder of headers that come before all others.
 
     Returns:
         The variants' operators, each a namespace as ``torch.ops.fastzs`` is.
@@ -52,9 +56,10 @@ def compile_variants(
             changed = changed.replace(right, wrong)
         whole += re.sub(r"\bfastzs\b", name, changed)
     source, library = folder / "variants.cpp", folder / "variants.so"
-    source.write_text(whole)
+    source.write_text(translate(whole))
     torch_folder = Path(torch.__file__).parent
     command = ["g++", "-std=c++17", optimisation, "-w", "-fPIC", "-shared", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+    command += [f"-I{include}"] if include else []
     command += [f"-I{torch_folder}/include", str(source), f"-L{torch_folder}/lib", "-ltorch_cpu"]
     subprocess.run([*command, "-o", str(library)], check=True)
     torch.ops.load_library(str(library))

@@ -1,0 +1,61 @@
+"""Faults put into csrc/*.cu on purpose: every one must be noticed by the tests that run the sources on the host.
+
+"nothing" is the source as it is. What else begins with "same:" changes no result.
+"""
+
+from ..mutants import Change
+
+MUTATIONS: dict[str, dict[str, list[Change]]] = {
+    "mask_loss_cuda.cu": {
+        "nothing": [],
+        "same: a workspace of one image": [("WORKSPACE = 64 << 20", "WORKSPACE = 1")],
+        "no barrier before the last sum": [("  __syncthreads();\n", "")],
+        "a lane too few": [("x += LANES) {", "x += LANES + 1) {")],
+        "a row of cells too few": [("/ per_block, a.h + 1, a.images)", "/ per_block, a.h, a.images)")],
+        "cells past the last are read": [("n < static_cast<int64_t>(a.C) * (a.w + 1);", "true;")],
+        "a class's plane has another size": [("+ c * a.logits_stride[1];", "+ c * a.h * a.w;")],
+        "the node above the first row": [("max(band - 1, 0) * a.logits_stride[2]", "(band - 1) * a.logits_stride[2]")],
+        "half of the lanes are added": [("int step = N / 2;", "int step = N / 4;")],
+        "lanes leave before the sums": [("  float focal = 0,", "  if (!exists) return;\n  float focal = 0,")],
+        "the first image's target": [("b * a.target_stride[0] + x * a", "x * a")],
+        "a chunk's image is the batch's": [
+            ("WORKSPACE = 64 << 20", "WORKSPACE = 1"),
+            ("nodes[(((a.first_image + image) *", "nodes[(((image) *"),
+        ],
+        "ignored pixels are of their class": [("label == c && label != a.ignore_index;", "label == c;")],
+        "two corners are swapped": [("corner[f][1] += upper * wx;", "corner[f][2] += upper * wx;")],
+        "every label is a class": [("(label < 0 || label >= a.C)", "false")],
+    },
+    "pixel_text_logits_cuda.cu": {
+        "nothing": [],
+        "no barrier after a step's loads": [("    __syncthreads();\n#pragma unroll\n", "#pragma unroll\n")],
+        "no barrier before the next loads": [("    }\n    __syncthreads();\n  }\n", "    }\n  }\n")],
+        "no barrier before the norms": [("my_squares;\n  __syncthreads();", "my_squares;")],
+        "channels past the last": [("pixel < a.pixels && d < a.D ?", "pixel < a.pixels ?")],
+        "classes past the last": [("if (c < a.C) write", "write")],
+        "pixels past the last": [("if (x >= a.pixels) break;", "")],
+        "text is read past its last row": [("c < a.C && d < a.D ?", "d < a.D ?")],
+        "features lie row after row": [("pixel / a.w * a.features_stride[2]", "pixel / a.w * a.w")],
+        "a row of shared features too many": [("features[k][my_pixel] = f;", "features[k + 1][my_pixel] = f;")],
+        "a partial norm is left out": [("k < THREADS / TILE; ++k) square", "k < THREADS / TILE - 1; ++k) square")],
+        "every image is the first": [("b * a.features_stride[0] + ", "")],
+    },
+    "label_map_cuda.cu": {
+        "nothing": [],
+        "a group's classes past the last": [("if (c0 + g >= a.C) continue;", "")],
+        "pixels past the last": [("if (n >= pixels) return;", "")],
+        "places outside a window": [("|| y >= box[2] || u >= box[3]) continue;", ") continue;")],
+        "the node below the last row": [("min(y0 + 1, a.h - 1) * a.w", "(y0 + 1) * a.w")],
+        "the rows of all windows are the first's": [("row = window * a.span_y + y;", "row = y;")],
+        "windows add up": [("float share = 1 / visits;", "float share = 1;")],
+        "corners are swapped": [("(tap % 2 ? part_x : 1 - part_x)", "(tap % 2 ? 1 - part_x : part_x)")],
+        "a class moved down is dropped": [("better = better || score > best[j]", "better = score > best[j]")],
+        "ties go up": [("const bool better = score > best[0];", "const bool better = score >= best[0];")],
+        "calibration is dropped": [("mixed[g] - a.penalty[c]", "mixed[g]")],
+        "the norm is the next place's": [("a.norm[row * a.span_x + u]", "a.norm[row * a.span_x + u + 1]")],
+        "ranks are not pushed down": [("score = other, id = other_id;", "score = other;")],
+        "a rank's plane has another size": [("at = j * pixels + n;", "at = j * (pixels - 1) + n;")],
+        "scores below the threshold stay": [("best[j] < a.threshold ?", "false ?")],
+        "what is not finite is kept": [("a += a - a, b += b - b, c += c - c, d += d - d;", "")],
+    },
+}
