@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastzs.predict import native_bf16
+from fastzs.devices import native_bf16
 
 VERSIONS = ("triton", "xformers", "openvino", "onnxruntime")
 PRELOADED = [
@@ -25,7 +25,7 @@ PRELOADED = [
     "torch.utils.cpp_extension",
     "fastzs.ops",
     "fastzs.models",
-    "fastzs.predict",
+    "fastzs.segmenter",
 ]
 FRESH_PROCESS_SECONDS = 300
 CLEAR_PEAK = "5"  # see proc(5) on clear_refs

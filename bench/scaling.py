@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 from fastzs.data.shapes import draw
-from fastzs.predict import Segmenter, choose_precision, load
+from fastzs.devices import choose_precision
 from fastzs.runs import Manifest
+from fastzs.segmenter import Segmenter, load
 from fastzs.vocabulary import Vocabulary
+from fastzs.windows import window_grid
 
 from .machine import describe, peak_megabytes
 from .timing import timed
@@ -107,7 +109,8 @@ def point(
 ) -> Point:
     """One picture to labels, in its own size: whole or in windows."""
     segmenter = Segmenter(model, short_side=0, crop=crop, stride=stride, batch=batch)
-    facts = {"side": side, "classes": count, "windows": len(segmenter._windows(noise(side))[1]), "batch": batch}
+    windows = len(window_grid((side, side), crop, segmenter.stride)) if crop and segmenter.stride else 1
+    facts = {"side": side, "classes": count, "windows": windows, "batch": batch}
     return facts, partial(segmenter, noise(side), vocabulary(count, model))
 
 

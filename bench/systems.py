@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastzs import clip, models
 from fastzs.commands.models import SYSTEMS as KNOWN
-from fastzs.predict import Segmenter
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 
 from .rows import Row, faster, read

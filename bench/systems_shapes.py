@@ -27,8 +27,8 @@ from fastzs.data.datasets import ShapesDataset
 from fastzs.data.protocols import protocol
 from fastzs.data.transforms import training_transform
 from fastzs.metrics import ConfusionMatrix
-from fastzs.predict import MODELS, Segmenter
 from fastzs.recipe import Recipe
+from fastzs.segmenter import MODELS, Segmenter
 from fastzs.train import train
 from fastzs.vocabulary import Vocabulary
 

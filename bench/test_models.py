@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from fastzs import clip
 from fastzs.clip.packed import pack
 from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
-from fastzs.predict import Segmenter
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 
 from .baselines import maskclip, prompt_tuned
@@ -134,9 +134,8 @@ def contest(name, classes, crop, device):
                 return segmenter(dtype)(picture, vocabulary).labels
 
         def maps(picture):
-            window = torch.tensor([[0, 0, crop, crop]])
-            with torch.inference_mode():
-                return segmenter(dtype).logits(picture, window, vocabulary)
+            made = segmenter(dtype)
+            return made.logits(made.encode(picture), vocabulary)[:1]
 
         why = why_no_bf16(device) if dtype == torch.bfloat16 else None
         if impl == "reference" and (name, classes, device) == ("clip_rc", 20, "cpu"):

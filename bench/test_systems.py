@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastzs import clip, models
 from fastzs.clip.packed import pack
-from fastzs.predict import Segmenter
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import resize_size
 
@@ -145,7 +145,7 @@ class Loaded:
 
     @torch.inference_mode()
     def maps(self, picture: Tensor) -> Tensor:
-        return self.segmenter.maps(picture, self.names).logits[:1]
+        return self.segmenter.logits(self.segmenter.encode(picture), self.names)[:1]
 
 
 def answers(name: str, order: str, device: str, dtype: torch.dtype) -> tuple[Any, Any]:

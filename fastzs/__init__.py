@@ -11,8 +11,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastzs import clip, models, ops
-    from fastzs.predict import Segmenter, load
     from fastzs.result import Segmentation
+    from fastzs.segmenter import Segmenter, load
     from fastzs.vocabulary import Vocabulary
 
 __all__ = ["Segmentation", "Segmenter", "Vocabulary", "clip", "load", "models", "ops"]
@@ -20,9 +20,9 @@ __all__ = ["Segmentation", "Segmenter", "Vocabulary", "clip", "load", "models", 
 # torch takes seconds to import: what needs it is imported when it is first asked for
 _HOMES = {
     "Segmentation": "fastzs.result",
-    "Segmenter": "fastzs.predict",
+    "Segmenter": "fastzs.segmenter",
     "Vocabulary": "fastzs.vocabulary",
-    "load": "fastzs.predict",
+    "load": "fastzs.segmenter",
 }
 
 

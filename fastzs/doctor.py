@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from fastzs import __version__, ops
+from fastzs.devices import choose_device, choose_precision
 from fastzs.kernels import extension
 from fastzs.kernels.dispatch import watch
-from fastzs.predict import choose_device, choose_precision
 from fastzs.vocabulary import cache_folder
 
 PACKAGES = (

@@ -4,6 +4,7 @@ The processes of ``torchrun`` share the pictures out, none twice, and add their 
 of them gives exactly the same figures.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,26 +18,25 @@ from fastzs import ranks
 from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset, read_mask
 from fastzs.data.protocols import Protocol
 from fastzs.metrics import ConfusionMatrix, Scores
-from fastzs.models.trained import TrainedModel
-from fastzs.ops import label_map
-from fastzs.predict import Segmenter
+from fastzs.models.base import SegmentationModel
 from fastzs.result import Segmentation
+from fastzs.segmenter import Segmenter, seen_classes
 from fastzs.vocabulary import Vocabulary
 
 AnyDataset = PairsDataset | ShapesDataset
 TOLD = 5  # problems that a message names; the rest are counted
 
 
-def own_calibration(model: Any, protocol: Protocol) -> float:
+def own_calibration(model: SegmentationModel, protocol: Protocol) -> float:
     """What the model takes from the scores of the protocol's seen classes if nothing else is asked for.
 
     Its own constant if it was told its training classes and they are the protocol's seen ones; else 0: a model that
     was trained on another vocabulary, transductively or on all labels has no reason to distrust these classes.
     """
-    if not isinstance(model, TrainedModel) or model.seen is None or not protocol.unseen:
+    if model.seen is None or not protocol.unseen:
         return 0.0
     try:
-        same = model.seen_indices(protocol.classes) == list(protocol.seen)
+        same = seen_classes(model, protocol.classes)[0] == list(protocol.seen)
     except ValueError:  # classes that this protocol does not have
         same = False
     return model.calibration if same else 0.0
@@ -82,24 +82,19 @@ def evaluate(
     if workers < 0:
         raise ValueError(f"workers is {workers}; wanted at least 0")
     matrices = {constant: ConfusionMatrix(len(protocol.classes)) for constant in constants}
-    names = dataset.names
-    for index, (picture, truth) in _samples(dataset, workers):
-        maps = segmenter.maps(picture, vocabulary)
-        found = [
-            label_map(
-                maps.logits,
-                maps.windows,
-                maps.size,
-                output_size=maps.picture_size,
-                activation=segmenter.model.activation,
-                seen=protocol.seen,
-                calibration=constant,
-            ).labels
-            for constant in matrices
-        ]
-        for matrix, labels in zip(matrices.values(), found, strict=True):
-            matrix.add(truth.to(labels.device), labels)
-        step(names[index], picture, found[0].cpu())
+    question = segmenter.question(vocabulary, seen=protocol.seen, calibrations=list(matrices))
+    names, truths = dataset.names, deque()
+
+    def pictures() -> Iterator[Tensor]:
+        for index, (picture, truth) in _samples(dataset, workers):
+            truths.append((index, truth))
+            yield picture
+
+    for answer in segmenter.answers(pictures(), question):
+        index, truth = truths.popleft()
+        for matrix, labels in zip(matrices.values(), answer.labels, strict=True):
+            matrix.add(truth, labels)
+        step(names[index], answer.image, answer.labels[0])
     for matrix in matrices.values():
         matrix.reduce(segmenter.device)
     return matrices

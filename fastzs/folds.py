@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from fastzs import ranks
 from fastzs.data.protocols import IGNORE
 from fastzs.metrics import ConfusionMatrix
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 
 
@@ -34,7 +35,7 @@ class FoldScores:
 
 
 def evaluate_fold(
-    segment: Callable[[Tensor, Vocabulary], Any],
+    segmenter: Segmenter,
     dataset: Any,
     classes: Sequence[str],
     *,
@@ -45,7 +46,7 @@ def evaluate_fold(
     """Scores of a model on the classes of a fold.
 
     Args:
-        segment: a :class:`fastzs.predict.Segmenter`, or what gives labels [H, W] as its result's ``labels``.
+        segmenter: the model; each image is encoded once and asked for each of its classes.
         dataset: pictures and labels, see :mod:`fastzs.data.datasets`. Pixels of 255 are not scored, so the background
             has to be a class of its own, as in PASCAL-5i. Processes of ``torchrun`` share the pictures out.
         classes: names among the data set's.
@@ -64,16 +65,17 @@ def evaluate_fold(
     vocabularies = {name: Vocabulary([others, name], templates=templates) for name in classes}
     for i in range(ranks.rank(), len(dataset), ranks.world()):
         picture, truth = dataset[i]
+        features = segmenter.encode(torch.as_tensor(picture))
         for name, matrix in matrices.items():
             is_class = truth == names.index(name)
             if is_class.any():
-                labels = segment(picture, vocabularies[name]).labels
+                labels = segmenter.label(features, vocabularies[name]).labels
                 matrix.add(is_class.long().masked_fill(truth == IGNORE, IGNORE), labels)
         step()
     iou: dict[str, float | None] = {}
     together = ConfusionMatrix(2)
     for name, matrix in matrices.items():
-        matrix.reduce(getattr(segment, "device", "cpu"))
+        matrix.reduce(segmenter.device)
         together.counts += matrix.counts
         iou[name] = matrix.iou()[1].item() if matrix.counts.any() else None
     found = [value for value in iou.values() if value is not None]

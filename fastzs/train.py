@@ -2,10 +2,12 @@
 
 A model is trained if it has
 
-- ``losses(images, target, vocabulary, *, seen=None, transductive=False, **weights)``: a dictionary of scalar tensors,
-  whose ``"total"`` is minimised. images [B, 3, H, W] fp32 are normalised with the model's ``mean`` and ``std``, target
-  [B, H, W] has indices of the vocabulary's classes or 255. ``seen`` lists the classes whose labels may be used; it is
-  passed in the zero-shot settings only, ``transductive`` (True or "honest") in the transductive ones only.
+- ``losses(images, target, text, *, seen=None, transductive=False, **weights)``: a dictionary of scalar tensors, whose
+  ``"total"`` is minimised. images [B, 3, H, W] fp32 are normalised with the model's ``mean`` and ``std``, target
+  [B, H, W] has indices of the classes or 255, text [C, D] has a vector for each class. ``seen`` lists the indices of
+  the classes whose labels may be used; it is passed in the zero-shot settings only. ``transductive`` (True or "honest")
+  is passed in the transductive settings only, which the model has if its attribute ``transductive`` says so. The
+  attributes that ``class_options`` names hold classes by name or index; they are passed as indices.
 - ``requires_grad`` on exactly the parameters to train; each of them gets a gradient in every step.
 - ``save_pretrained(folder)``: writes its settings and a ``model.safetensors`` with all of its state.
 
@@ -14,7 +16,6 @@ depends on seed, number and process only. What else it has to remember from step
 """
 
 import contextlib
-import inspect
 import math
 import signal
 import threading
@@ -31,13 +32,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastzs import checkpoints, ranks
 from fastzs.data.batches import Batch, batches, mix
+from fastzs.devices import native_bf16
 from fastzs.locks import hold
-from fastzs.predict import native_bf16
 from fastzs.recipe import Recipe
 from fastzs.runs import OutputError
 from fastzs.trace import span, traced
 from fastzs.training_log import TrainingLog
-from fastzs.vocabulary import Vocabulary
+from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
 
 
 class TrainingError(ValueError):
@@ -103,11 +104,36 @@ def train(
         raise ValueError(f"the data set has {len(dataset.classes)} classes, the vocabulary {len(vocabulary)}")
     device = torch.device(device)
     with hold(Path(output), "train"), _Signals() as signals:
-        run = _Run(model, vocabulary, recipe, Path(output), seen, losses or {}, device)
+        text = _one_vector_each(model, vocabulary)
+        names = vocabulary.names if isinstance(vocabulary, Vocabulary) else dataset.classes
+        options = {**_class_options(model, names), **(losses or {})}
+        run = _Run(model, text, recipe, Path(output), seen, options, device)
         run.restore(_settings(dataset, recipe, seen, losses, about))
         if run.outcome.step < recipe.iterations:
             run.go(dataset, transform, evaluate, best, signals)
     return run.outcome
+
+
+def _one_vector_each(model: Any, vocabulary: Vocabulary | Tensor) -> Tensor:
+    """The text vectors [C, D] of the classes."""
+    if not isinstance(vocabulary, Vocabulary):
+        return vocabulary
+    if vocabulary.row_groups is not None:
+        raise ValueError("training wants one text vector for each class: Vocabulary(..., synonyms='mean')")
+    with torch.no_grad():
+        return text_vectors(model, vocabulary)
+
+
+def _class_options(model: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """The classes that the model's own settings name, as indices."""
+    found = {}
+    for option in getattr(model, "class_options", ()):
+        given = getattr(model, option)
+        if given is None or isinstance(given, str):  # a single class, which the data set need not have
+            found[option] = [i for i, name in enumerate(names) if given and normal_name(name) == normal_name(given)]
+        else:
+            found[option] = class_indices(given, names) if given else []
+    return found
 
 
 def _settings(dataset: Any, recipe: Recipe, seen: Any, losses: Any, about: Any) -> dict[str, Any]:
@@ -122,11 +148,11 @@ class _Run:
     def __init__(
         self,
         model: Any,
-        vocabulary: Vocabulary | Tensor,
+        text: Tensor,
         recipe: Recipe,
         output: Path,
         seen: Sequence[int] | None,
-        losses: Mapping[str, float],
+        losses: Mapping[str, Any],
         device: torch.device,
     ):
         self.arguments: dict[str, Any] = dict(losses)
@@ -135,7 +161,7 @@ class _Run:
                 raise ValueError(f"setting {recipe.setting!r} wants to know which classes are seen: seen=[...]")
             self.arguments["seen"] = list(seen)
         if recipe.setting.startswith("transductive"):
-            if "transductive" not in inspect.signature(model.losses).parameters:
+            if not model.transductive:
                 raise ValueError(
                     f"{type(model).__name__} has no transductive training; use setting 'inductive' or 'supervised'"
                 )
@@ -144,7 +170,7 @@ class _Run:
         if recipe.checkpointing:
             _checkpoint_activations(model)
         self.model = model.to(device).train()
-        self.vocabulary, self.recipe, self.output, self.device = vocabulary, recipe, output, device
+        self.text, self.recipe, self.output, self.device = text.to(device), recipe, output, device
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(device))
         self.optimizer = make_optimizer(model, recipe)
         self.average = _Average(model, recipe.ema) if recipe.ema else None
@@ -268,7 +294,7 @@ class _Run:
         images, target = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.target))
         try:
             with span("train.forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                losses = run(images, target, self.vocabulary, **self.arguments)
+                losses = run(images, target, self.text, **self.arguments)
         except ValueError as error:
             raise TrainingError(self._stopped(step, str(error), batch.names)) from error
         return {name: value.float() for name, value in losses.items()}

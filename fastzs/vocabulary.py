@@ -9,7 +9,7 @@ import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 from fastzs.clip.templates import TEMPLATES
 from fastzs.clip.weights import Clip
 from fastzs.trace import traced
+
+if TYPE_CHECKING:
+    from fastzs.models.base import SegmentationModel
 
 log = logging.getLogger(__name__)
 _memory: dict[str, Tensor] = {}
@@ -67,7 +70,7 @@ class Vocabulary:
             raise ValueError("vocabulary: no class names given")
         first: dict[str, str] = {}
         for phrase in phrases:
-            normal = _normal(phrase)
+            normal = normal_name(phrase)
             if normal in first:
                 raise ValueError(f"vocabulary: {phrase!r} is the same name as {first[normal]!r}")
             first[normal] = phrase
@@ -92,6 +95,12 @@ class Vocabulary:
         given = "" if self.embeddings is None else hashlib.sha256(self.embeddings.numpy().tobytes()).hexdigest()
         content = [self.names, self.phrases, self.groups.tolist(), self.templates, self.synonyms, given]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    @property
+    def row_groups(self) -> Tensor | None:
+        """The class of each row of :meth:`embed`, int64; None if each row is a class."""
+        one_each = self.embeddings is not None or self.synonyms == "mean" or len(self.phrases) == len(self)
+        return None if one_each else self.groups
 
     def embed(self, clip: Clip, default_templates: str = "single") -> Tensor:
         """Text embeddings of every phrase, fp32 [phrases, D] (of every class, [C, D], with ``synonyms="mean"``).
@@ -127,10 +136,10 @@ class Vocabulary:
         """
         if self.embeddings is not None:
             raise ValueError(f"vocabulary: {name!r} cannot be added to embeddings given as an array; add its row there")
-        taken = {_normal(phrase) for phrase in (*self.names, *self.phrases)}
-        if _normal(name) in taken:
+        taken = {normal_name(phrase) for phrase in (*self.names, *self.phrases)}
+        if normal_name(name) in taken:
             raise ValueError(f"vocabulary: there is a class {name!r} already")
-        added = [_clean(phrase) for phrase in phrases if _normal(phrase) not in taken]
+        added = [_clean(phrase) for phrase in phrases if normal_name(phrase) not in taken]
         if not added:
             raise ValueError(f"vocabulary: every phrase of {name!r} is a class already: {', '.join(phrases)}")
         out = copy.copy(self)
@@ -139,16 +148,46 @@ class Vocabulary:
         out.groups = torch.cat([self.groups, torch.full((len(added),), len(self.names))])
         return out
 
-    def reduce(self, logits: Tensor) -> Tensor:
-        """Join synonyms: logits per row of :meth:`embed`, [B, phrases, h, w] -> [B, C, h, w]."""
-        if logits.shape[1] == len(self):
-            return logits
-        index = self.groups.to(logits.device)[None, :, None, None].expand_as(logits)
-        out = logits.new_full((logits.shape[0], len(self), *logits.shape[2:]), -torch.inf)
-        return out.scatter_reduce(1, index, logits, "amax")
+
+def text_vectors(model: "SegmentationModel", vocabulary: Vocabulary) -> Tensor:
+    """What a model is asked for: text vectors [T, D] on the CPU, fp32; rows as of :meth:`Vocabulary.row_groups`.
+
+    Raises:
+        ValueError: they are not as wide as the model's joint space.
+        WeightsError: the model has no text tower.
+    """
+    given = vocabulary.embeddings
+    text = vocabulary.embed(model.clip, model.default_templates) if given is None else given
+    if text.shape[1] != model.text_dim:
+        raise ValueError(
+            f"{type(model).__name__}: expected text vectors {model.text_dim} wide, the joint space of its CLIP; the "
+            f"vocabulary's are {text.shape[1]} wide"
+        )
+    return text
 
 
-def _normal(phrase: str) -> str:
+def class_indices(seen: Sequence, names: Sequence[str]) -> list[int]:
+    """Positions of the seen classes, given by name or index, among ``names``, ascending."""
+    place = {normal_name(name): i for i, name in enumerate(names)}
+    indices, unknown = [], []
+    for item in seen:
+        if isinstance(item, str):
+            index = place.get(normal_name(item))
+        else:
+            index = int(item) if 0 <= int(item) < len(names) else None
+        (unknown if index is None else indices).append(item if index is None else index)
+    if unknown or not indices:
+        what = f"{_some([str(item) for item in unknown])} is not among" if unknown else "no class is among"
+        raise ValueError(
+            f"seen classes: {what} the {len(names)} names ({_some(list(names))}); write them as the vocabulary does"
+        )
+    if len(set(indices)) < len(indices):
+        raise ValueError(f"seen classes: {len(indices) - len(set(indices))} of them are given twice")
+    return sorted(indices)
+
+
+def normal_name(phrase: str) -> str:
+    """What two names have in common that are the same but for case, underscores and spacing."""
     return " ".join(phrase.casefold().replace("_", " ").split())
 
 
@@ -181,6 +220,10 @@ def _embeddings(given: Tensor | np.ndarray | str | Path, count: int) -> Tensor:
     if not torch.isfinite(rows).all():
         raise ValueError("vocabulary: NaN or infinite values in the embeddings")
     return rows
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _encode(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Tensor:

@@ -42,7 +42,7 @@ class FakeSegmenter:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr("fastzs.predict.load", FakeSegmenter)
+    monkeypatch.setattr("fastzs.segmenter.load", FakeSegmenter)
 
 
 @pytest.fixture
@@ -319,7 +319,7 @@ class TestSegment:
         def defect(model, **settings):
             raise ZeroDivisionError
 
-        monkeypatch.setattr("fastzs.predict.load", defect)
+        monkeypatch.setattr("fastzs.segmenter.load", defect)
         with pytest.raises(ZeroDivisionError):
             main(["segment", str(pictures), "--classes", "a", "--output", str(tmp_path / "o")])
 
@@ -341,7 +341,7 @@ class TestSegment:
         (["--crop", "16", "--stride", "17", "--weights", "shapes"], "stride (17, 17) is larger than crop (16, 16)"),
         (
             ["--crop", "0", "--stride", "16", "--weights", "shapes"],
-            "stride 16: the distance of windows, but pictures are",
+            "stride 16 is the distance of windows, but images are",
         ),
     ],
 )

@@ -60,10 +60,11 @@ def test_windows_change_the_maps_but_not_the_pixels_counted(scenes):
 
 def test_a_sweep_runs_the_model_once_and_moves_pixels_to_unseen_classes(segmenter, scenes, monkeypatch):
     calls = []
-    logits = segmenter.logits
-    monkeypatch.setattr(segmenter, "logits", lambda *a: calls.append(1) or logits(*a))
+    encode, decode = segmenter._encode, segmenter._decode
+    monkeypatch.setattr(segmenter, "_encode", lambda *a: calls.append("encode") or encode(*a))
+    monkeypatch.setattr(segmenter, "_decode", lambda *a: calls.append("decode") or decode(*a))
     matrices = evaluate(segmenter, scenes, SHAPES, calibrations=[0.0, 0.3, 1.0])
-    assert len(calls) == len(scenes)
+    assert calls == ["encode", "decode"] * len(scenes)
     unseen = [int(m.counts[:, list(SHAPES.unseen)].sum()) for m in matrices.values()]
     assert unseen[0] < unseen[1] <= unseen[2] == 4 * 64 * 64
 

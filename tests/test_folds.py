@@ -20,13 +20,21 @@ class Two:
 
 
 def test_scores_by_hand():
-    asked = []
+    asked, encoded = [], []
 
-    def segment(picture, vocabulary):
-        asked.append((int(picture[0, 0, 0]), vocabulary.names))
-        return SimpleNamespace(labels=torch.tensor([[1, 0, 1, 1]], dtype=torch.uint8))
+    class Fake:
+        device = "cpu"
 
-    scores = evaluate_fold(segment, Two(), ["cat", "dog", "cow"])
+        def encode(self, image):
+            encoded.append(int(image[0, 0, 0]))
+            return encoded[-1]
+
+        def label(self, features, vocabulary):
+            asked.append((features, vocabulary.names))
+            return SimpleNamespace(labels=torch.tensor([[1, 0, 1, 1]], dtype=torch.uint8))
+
+    scores = evaluate_fold(Fake(), Two(), ["cat", "dog", "cow"])
+    assert encoded == [0, 1]
     assert asked == [(0, ("others", "cat")), (1, ("others", "cat")), (1, ("others", "dog"))]
     # cat: hits 1 + 1; union (1, 1, 1, not scored) 3 + (1, 0, 1, 1) 3. dog: hit 1, union 4
     assert scores.iou == {"cat": pytest.approx(2 / 6), "dog": pytest.approx(1 / 4), "cow": None}

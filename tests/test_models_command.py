@@ -2,7 +2,7 @@
 
 from fastzs.cli import main
 from fastzs.commands.models import SYSTEMS
-from fastzs.predict import MODELS
+from fastzs.segmenter import MODELS
 
 
 def test_lists_all_systems(capsys):

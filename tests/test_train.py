@@ -437,8 +437,7 @@ class TestFaults:
 
     def test_a_setting_that_the_model_does_not_have(self, tmp_path):
         class OnlyInductive(ZegCLIP):
-            def losses(self, images, target, vocabulary, *, seen=None):  # pyright: ignore
-                raise NotImplementedError
+            transductive = False
 
         with pytest.raises(ValueError, match="OnlyInductive has no transductive training"):
             train(small(OnlyInductive), Scenes(), flipped, TEXT, recipe(setting="transductive"), tmp_path, seen=SEEN)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fastzs import clip, vocabulary
+from fastzs.models.base import join
 from fastzs.vocabulary import Vocabulary
 from tests.tiny import tiny_clip
 
@@ -103,8 +104,10 @@ def test_synonyms_join_by_max_of_logits_or_mean_of_embeddings(weights):
     v = Vocabulary(entries, "single")
     assert v.embed(weights).shape[0] == 3
     logits = torch.tensor([1.0, 5.0, 2.0]).view(1, 3, 1, 1)
-    assert v.reduce(logits).flatten().tolist() == [5.0, 2.0]
+    assert join(logits, v.row_groups).flatten().tolist() == [5.0, 2.0]
     mean = Vocabulary(entries, "single", synonyms="mean")
+    assert mean.row_groups is None
+    assert Vocabulary(["cat", "dog"]).row_groups is None
     rows = v.embed(weights)
     torch.testing.assert_close(mean.embed(weights)[0], torch.nn.functional.normalize(rows[0] + rows[1], dim=0))
 

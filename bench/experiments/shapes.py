@@ -32,8 +32,8 @@ from fastzs.data.transforms import training_transform
 from fastzs.evaluate import evaluate, summary
 from fastzs.files import write_atomically
 from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
-from fastzs.predict import Segmenter
 from fastzs.recipe import Recipe
+from fastzs.segmenter import Segmenter
 from fastzs.train import train
 from fastzs.vocabulary import Vocabulary
 

@@ -1,15 +1,18 @@
 """ZegCLIP and CLIP-RC with parts taken out, for the experiments that ask what each part brings."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
+from fastzs.clip.prompted import PromptedVisionTransformer
+from fastzs.losses import pixel_cross_entropy
 from fastzs.models import ClipRC, ZegCLIP
+from fastzs.models.base import Labels
 from fastzs.models.clip_rc import Streams
-from fastzs.vocabulary import Vocabulary
+from fastzs.models.prompt_tuned import PromptFeatures
 
 
 class OneStage(ZegCLIP):
@@ -30,24 +33,19 @@ class OneStage(ZegCLIP):
         if exclusive:
             self.activation = "softmax"
 
-    def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
-        queries = self.decode_head.q_proj(text).expand(len(encoded.cls), -1, -1)  # [B, C, D]
+    def score(self, features: PromptFeatures, text: Tensor) -> Tensor:
+        queries = self.decode_head.q_proj(text).expand(len(features), -1, -1)  # [B, C, D]
         *layers, last = self.decode_head.decoder_1.layers
         for layer in layers:
-            queries = layer(queries, encoded.patches)
-        return last(queries, encoded.patches).unflatten(2, encoded.grid)
+            queries = layer(queries, features.tokens)
+        return last(queries, features.tokens).unflatten(2, features.grid)
 
-    def losses(
-        self, images: Tensor, target: Tensor, vocabulary: Vocabulary | Tensor, **options: Any
-    ) -> dict[str, Tensor]:
-        """As :meth:`ZegCLIP.losses`; with exclusive classes the cross-entropy, whose ``total`` is its only part."""
+    def loss_parts(self, images: Tensor, labels: Labels, text: Tensor, **options: Any) -> dict[str, Tensor]:
+        """As of ZegCLIP; with exclusive classes the cross-entropy."""
         if not self.exclusive:
-            return super().losses(images, target, vocabulary, **options)
-        batch = self.training_batch(images, target, vocabulary, options.get("seen"), False, 255)
-        logits = self.decode(batch.encoded, batch.text)
-        size = [batch.target.shape[1], batch.target.shape[2]]
-        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
-        return {"total": F.cross_entropy(logits, batch.target.long(), ignore_index=255)}
+            return super().loss_parts(images, labels, text, **options)
+        logits = self.score(self.encode(images), text)
+        return {"cross_entropy": pixel_cross_entropy(logits, labels.target, labels.ignore_index)}
 
 
 class WithoutBridge(ClipRC):
@@ -67,11 +65,10 @@ class WithoutBridge(ClipRC):
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_("prompt" in name)
 
-    def encode(self, images: Tensor) -> Encoded:
-        encoded = super().encode(images)
-        maps = encoded.patches.transpose(1, 2).unflatten(2, encoded.grid)  # [B, D, h, w]
-        regions = F.adaptive_avg_pool2d(maps, self.bridge).flatten(2).transpose(1, 2)
-        return encoded._replace(bridge=F.normalize(regions, dim=-1))
+    def encode(self, images: Tensor) -> PromptFeatures:
+        features = super().encode(images)
+        regions = F.adaptive_avg_pool2d(features.dense, self.bridge).flatten(2).transpose(1, 2)
+        return replace(features, bridge=F.normalize(regions, dim=-1))
 
 
 class WithoutAlignment(ClipRC):
@@ -80,10 +77,10 @@ class WithoutAlignment(ClipRC):
     The bridge still passes between the patches of a region in the tower.
     """
 
-    def streams(self, encoded: Encoded, text: Tensor) -> Streams:
+    def streams(self, features: PromptFeatures, text: Tensor) -> Streams:
         head = self.decode_head
-        visual = encoded.cls[:, None]  # [B, 1, D]
-        q, z = head.q_proj(visual, text), encoded.patches
+        visual = features.cls[:, None]  # [B, 1, D]
+        q, z = head.q_proj(visual, text), features.tokens
         for layer_q, layer_v in zip(head.decoder_q.layers, head.decoder_v.layers, strict=True):
             q, z = layer_q(q, z), layer_v(z, q)
         return Streams(visual, q, z)

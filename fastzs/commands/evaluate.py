@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fastzs.evaluate import AnyDataset
     from fastzs.folds import FoldScores
     from fastzs.metrics import ConfusionMatrix
-    from fastzs.predict import Segmenter
+    from fastzs.segmenter import Segmenter
     from fastzs.vocabulary import Vocabulary
 
 HELP = "score a model, or label maps, on a data set"
@@ -101,8 +101,8 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
     from rich.console import Console
 
     from fastzs import ranks
+    from fastzs.devices import choose_device
     from fastzs.evaluate import report
-    from fastzs.predict import choose_device
 
     device = ranks.join(choose_device(config.device))
     try:

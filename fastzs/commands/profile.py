@@ -39,7 +39,7 @@ def run(config: Namespace) -> int:
 
     import torch
 
-    from fastzs.predict import load
+    from fastzs.segmenter import load
     from fastzs.trace import torch_ranges
     from fastzs.vocabulary import Vocabulary
 
@@ -54,7 +54,7 @@ def run(config: Namespace) -> int:
         precision=config.precision,
     )
     generator = torch.Generator().manual_seed(0)
-    wide = segmenter.model.clip.embed_dim
+    wide = segmenter.model.text_dim
     vectors = torch.nn.functional.normalize(torch.randn(config.classes, wide, generator=generator), dim=1)
     vocabulary = Vocabulary([f"class {i}" for i in range(config.classes)], embeddings=vectors)
     picture = torch.randint(256, (3, config.size, config.size), dtype=torch.uint8, generator=generator)

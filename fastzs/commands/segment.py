@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser, Namespace
 from fastzs import __version__
 
 if TYPE_CHECKING:
-    from fastzs.predict import Segmenter
     from fastzs.ray_engine import Actors
     from fastzs.result import Segmentation
+    from fastzs.segmenter import Segmenter
     from fastzs.vocabulary import Vocabulary
 
 HELP = "label every pixel of pictures"

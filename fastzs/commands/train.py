@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +106,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
 
     from fastzs import ranks
     from fastzs.data.transforms import training_transform
-    from fastzs.predict import choose_device
+    from fastzs.devices import choose_device
     from fastzs.train import train
 
     device = ranks.join(choose_device(config.device))
@@ -116,7 +116,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
         evaluate, tested = _evaluation(config, protocol, vocabulary)
         torch.manual_seed(recipe.seed)
         model = _model(config, protocol, recipe)
-        _check_arguments(model.losses, config.losses, "losses")
+        _check_arguments(model.loss_parts, config.losses, "losses", model.class_options)
         _check_arguments(training_transform, config.transform, "transform")
         transform = training_transform(
             model.crop or model.short_side,
@@ -212,7 +212,7 @@ def _evaluation(
 
     def evaluate(model: Any) -> Mapping[str, float]:
         from fastzs.evaluate import evaluate, summary
-        from fastzs.predict import Segmenter
+        from fastzs.segmenter import Segmenter
 
         matrices = evaluate(Segmenter(model), dataset, protocol, vocabulary)
         return summary(next(iter(matrices.values())).scores_of(protocol))
@@ -221,9 +221,10 @@ def _evaluation(
 
 
 def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
-    from fastzs.predict import MODELS
+    from fastzs.models.trained import TrainedModel
+    from fastzs.segmenter import MODELS
 
-    trained = {name: kind for name, kind in MODELS.items() if hasattr(kind, "losses")}
+    trained = {name: kind for name, kind in MODELS.items() if issubclass(kind, TrainedModel)}
     if config.model not in trained:
         raise ValueError(f"there is no model {config.model!r} to train; there are {', '.join(trained)}")
     kind: Any = trained[config.model]
@@ -238,10 +239,10 @@ def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
     return kind.from_pretrained(config.start, **options)
 
 
-def _check_arguments(function: Callable, given: Mapping[str, Any], what: str) -> None:
+def _check_arguments(function: Callable, given: Mapping[str, Any], what: str, reserved: Collection[str] = ()) -> None:
     taken = inspect.signature(function).parameters.values()
     names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY or (what == "options" and p.kind is not p.VAR_KEYWORD)]
-    check_keys(given, names, f"--{what}")
+    check_keys(given, [name for name in names if name not in reserved], f"--{what}")
 
 
 def _tuple(value: Any) -> Any:

@@ -14,19 +14,18 @@ enlarged (both are linear); W_q's half for the text is computed once for a vocab
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip import WeightsError
-from fastzs.clip.prompted import Encoded
 from fastzs.decoders import DecoderLayer, Layers, RelationDescriptor, scores
-from fastzs.models.prompt_tuned import PromptTuned
+from fastzs.models.base import Labels
+from fastzs.models.prompt_tuned import PromptFeatures, PromptTuned
 from fastzs.models.trained import count_layers
 from fastzs.trace import traced
-from fastzs.vocabulary import Vocabulary
 
 
 class Recovery(nn.Module):
@@ -141,23 +140,23 @@ class ClipRC(PromptTuned):
         self.decode_head = ClipRCHead(dim, decoder_layers, heads, hidden, dropout, recovery)
         self.backbone.region_level_bridge.requires_grad_(train_bridge)
 
-    def lateral(self, encoded: Encoded) -> Tensor:
+    def lateral(self, features: PromptFeatures) -> Tensor:
         """Z before the first layer, [B, N, D]."""
         projection = self.decode_head.lateral_proj
-        assert encoded.bridge is not None
+        assert features.bridge is not None
         of_regions, of_picture, of_patches = projection.weight.chunk(3, dim=1)
-        regions = F.linear(encoded.bridge, of_regions).transpose(1, 2).unflatten(2, self.bridge)  # [B, D, rh, rw]
-        regions = F.interpolate(regions, encoded.grid, mode="bilinear", align_corners=False)
-        picture = F.linear(encoded.cls, of_picture, projection.bias)
-        return F.linear(encoded.patches, of_patches) + regions.flatten(2).transpose(1, 2) + picture[:, None]
+        regions = F.linear(features.bridge, of_regions).transpose(1, 2).unflatten(2, self.bridge)  # [B, D, rh, rw]
+        regions = F.interpolate(regions, features.grid, mode="bilinear", align_corners=False)
+        picture = F.linear(features.cls, of_picture, projection.bias)
+        return F.linear(features.tokens, of_patches) + regions.flatten(2).transpose(1, 2) + picture[:, None]
 
     @traced("model.decoder")
-    def streams(self, encoded: Encoded, text: Tensor) -> Streams:
+    def streams(self, features: PromptFeatures, text: Tensor) -> Streams:
         """Both streams through the decoder."""
         head = self.decode_head
-        assert encoded.bridge is not None
-        visual = encoded.bridge + encoded.cls[:, None]
-        q, z = head.q_proj(visual, text), self.lateral(encoded)
+        assert features.bridge is not None
+        visual = features.bridge + features.cls[:, None]
+        q, z = head.q_proj(visual, text), self.lateral(features)
         for layer_q, layer_v in zip(head.decoder_q.layers, head.decoder_v.layers, strict=True):
             q, z = layer_q(q, z), layer_v(z, q)
         return Streams(visual, q, z)
@@ -169,50 +168,34 @@ class ClipRC(PromptTuned):
         wide = torch.promote_types(queries.dtype, torch.float32)
         return scores(queries.mean(1, dtype=wide), streams.features).unflatten(2, grid)
 
-    def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
-        """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
-        return self.logits(self.streams(encoded, text), encoded.grid)
+    def score(self, features: PromptFeatures, text: Tensor) -> Tensor:
+        return self.logits(self.streams(features, text), features.grid)
 
-    def losses(
+    def loss_parts(
         self,
         images: Tensor,
-        target: Tensor,
-        vocabulary: Vocabulary | Tensor,
+        labels: Labels,
+        text: Tensor,
         *,
-        seen: Sequence[str] | Sequence[int] | None = None,
-        transductive: bool | Literal["honest"] = False,
-        ignore_index: int = 255,
         focal: float = 100.0,
         dice: float = 1.0,
         recovery: float = 2.0,
     ) -> dict[str, Tensor]:
-        """Weighted training losses ``focal``, ``dice``, ``recovery_queries``, ``recovery_features``; sum ``total``.
+        """Weighted losses ``focal``, ``dice``, ``recovery_queries`` and ``recovery_features``.
 
-        Args:
-            images: [B, 3, H, W], normalised.
-            target: integer labels [B, H', W'] of the whole vocabulary, or ``ignore_index``.
-            vocabulary: all classes, or their text vectors [C, D].
-            seen: the classes whose labels may be used; all (fully supervised) if omitted.
-            transductive: pixels of the other classes are trained with the model's own best unseen class, instead of
-                counting as no class; "honest" does not tell these pixels from ignored ones, see
-                :func:`fastzs.losses.honest_target`.
-            focal, dice, recovery: weights; published: 100, 1, 2 (VOC; recovery 0 fully supervised) and 200, 3, 50
-                (COCO-Stuff; 100, 1.5, 1 fully supervised).
-
-        Raises:
-            ValueError: seen classes that are not in the vocabulary, labels out of range.
+        Published weights ``focal``, ``dice``, ``recovery``: 100, 1, 2 (VOC; recovery 0 fully supervised) and 200, 3,
+        50 (COCO-Stuff; 100, 1.5, 1 fully supervised).
         """
-        batch = self.training_batch(images, target, vocabulary, seen, transductive, ignore_index)
-        encoded, text = batch.encoded, batch.text
-        streams = self.streams(encoded, text)
-        out = batch.mask_losses(self.logits(streams, encoded.grid), focal, dice)
+        features = self.encode(images)
+        streams = self.streams(features, text)
+        out = self.mask_losses(self.logits(streams, features.grid), labels, focal, dice)
         if recovery:
             if self.decode_head.recovery_decoder is None:
                 raise ValueError("the model was made without its recovery decoder; use recovery=0 or build it with it")
-            queries, features = self.decode_head.recovery_decoder(streams.queries, streams.features)
+            queries, patches = self.decode_head.recovery_decoder(streams.queries, streams.features)
             out["recovery_queries"] = recovery * F.l1_loss(queries, self.descriptor(streams.visual, text).detach())
-            out["recovery_features"] = recovery * F.l1_loss(features, encoded.patches.detach())
-        return out | {"total": torch.stack(list(out.values())).sum()}
+            out["recovery_features"] = recovery * F.l1_loss(patches, features.tokens.detach())
+        return out
 
     @staticmethod
     def descriptor(visual: Tensor, text: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ checkpoints hold and nothing uses.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +32,11 @@ from fastzs.clip import Clip, TextEncoder, VisionTransformer, WeightsError
 from fastzs.clip.state import fit
 from fastzs.clip.vision import mlp_ratio, vit_sizes
 from fastzs.decoders.dpt import DPTDecoder, Readout, Reassemble, SpatialBlock, double
-from fastzs.losses import inductive_target, pixel_cross_entropy
-from fastzs.models.trained import TrainedModel, class_indices, count_layers
+from fastzs.losses import pixel_cross_entropy
+from fastzs.models.base import Features, Labels
+from fastzs.models.trained import TrainedModel, count_layers
 from fastzs.ops import pixel_text_logits
 from fastzs.trace import span, traced
-from fastzs.vocabulary import Vocabulary
 
 LOGIT_SCALE = 1 / 0.07
 # CLIPs by the width of their joint space: whose text vectors published checkpoints were trained with
@@ -91,6 +92,18 @@ class Decoder(DPTDecoder):
     def __init__(self, levels: Sequence[int], width: int, output_dim: int, block: SpatialBlock | None):
         super().__init__(levels, width, output_dim)
         self.head_block = block
+
+
+@dataclass(frozen=True)
+class PixelFeatures(Features):
+    """Features of pixels in the text space."""
+
+    pixels: Tensor  # [B, D, h, w], not normalised
+
+    @property
+    def dense(self) -> Tensor:
+        """[B, D, h, w], unit length, fp32 at least."""
+        return F.normalize(self.pixels.to(torch.promote_types(self.pixels.dtype, torch.float32)), dim=1)
 
 
 class LSeg(TrainedModel):
@@ -195,8 +208,8 @@ class LSeg(TrainedModel):
             normalization=normalization,
         )
 
-    def features(self, images: Tensor) -> Tensor:
-        """Pixel features [B, D, h, w], 8 to a patch's side, so half the picture's size; not normalised.
+    def encode(self, images: Tensor) -> PixelFeatures:
+        """Pixel features, 8 to a patch's side, so half the image's size.
 
         Sides are first enlarged to multiples of two patches, which the coarsest level needs.
         """
@@ -206,59 +219,22 @@ class LSeg(TrainedModel):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         tokens, grid = self.pretrained.tokens(images.to(next(self.parameters()).dtype), self.hooks)
         with span("model.decoder"):
-            return self.scratch(self.pretrained.levels(tokens, grid))
+            return PixelFeatures(self.scratch(self.pretrained.levels(tokens, grid)))
 
-    def logits(self, features: Tensor, text: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Features [B, D, h, w] and text vectors [rows, D] -> logits [B, C, h', w'], see ``double_logits``."""
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        scores = pixel_text_logits(features, F.normalize(text.to(features), dim=1), LOGIT_SCALE)
-        if isinstance(vocabulary, Vocabulary):
-            scores = vocabulary.reduce(scores)
+    def score(self, features: PixelFeatures, text: Tensor) -> Tensor:
+        pixels = features.pixels.to(torch.promote_types(features.pixels.dtype, torch.float32))
+        return pixel_text_logits(pixels, F.normalize(text.to(pixels), dim=1), LOGIT_SCALE)
+
+    def finish(self, features: PixelFeatures, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Spatial regularisation and doubling, as configured: of the image's size or half of it."""
         if self.scratch.head_block is not None:
-            scores = self.scratch.head_block(scores)
-        return double(scores) if self.double_logits else scores
+            logits = self.scratch.head_block(logits)
+        return double(logits) if self.double_logits else logits
 
-    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Logits [B, C, h, w], fp32 at least, of the picture's size or half of it (see ``double_logits``).
-
-        Sides that are not multiples of two patches count as enlarged to the next.
-
-        Args:
-            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
-            vocabulary: the classes, or their text vectors [C, D].
-
-        Raises:
-            ValueError: vectors of another width.
-        """
-        return self.logits(self.features(images), self.text(vocabulary), vocabulary)
-
-    def losses(
-        self,
-        images: Tensor,
-        target: Tensor,
-        vocabulary: Vocabulary | Tensor,
-        *,
-        seen: Sequence[str] | Sequence[int] | None = None,
-        ignore_index: int = 255,
-    ) -> dict[str, Tensor]:
-        """The mean cross-entropy of the labelled pixels, as ``cross_entropy`` and ``total``; 0 if there are none.
-
-        Args:
-            images: [B, 3, H, W], normalised.
-            target: integer labels [B, H', W'] of the whole vocabulary, or ``ignore_index``.
-            vocabulary: all classes, or their text vectors [C, D].
-            seen: the classes that are trained and compete; pixels of the others are ignored. All if omitted.
-
-        Raises:
-            ValueError: seen classes that are not in the vocabulary, labels out of range.
-        """
-        text, names = self.training_text(vocabulary)
-        if seen is not None:
-            indices = class_indices(seen, names)
-            target, text = inductive_target(target, indices, len(text), ignore_index), text[indices]
-        logits = self.logits(self.features(images), text, text)
-        loss = pixel_cross_entropy(logits, target, ignore_index, align_corners=True)
-        return {"cross_entropy": loss, "total": loss}
+    def loss_parts(self, images: Tensor, labels: Labels, text: Tensor) -> dict[str, Tensor]:
+        """The mean cross-entropy of the labelled pixels, ``cross_entropy``; 0 if there are none."""
+        logits = self.decode(self.encode(images), text)
+        return {"cross_entropy": pixel_cross_entropy(logits, labels.target, labels.ignore_index, align_corners=True)}
 
     @classmethod
     def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:

@@ -9,26 +9,39 @@ nor MLP); Hajimiri et al., "Pay Attention to Your Neighbours" (NACLIP), WACV 202
     smoothing:   p_i <- sum_j cos(k_i, k_j) p_j,  p = softmax(logits)      k_i: key vector of patch i
 
 Left out: the published code's 'whole' test with argmax over raw logits can be had with
-``label_map(..., activation="none")``; :class:`fastzs.predict.Segmenter` averages probabilities instead.
+``label_map(..., activation="none")``; :class:`fastzs.Segmenter` averages probabilities instead.
 """
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastzs.clip import Clip
+from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, SegmentationModel
 from fastzs.ops import key_smoothing, pixel_text_logits, prompt_denoising
 from fastzs.trace import traced
-from fastzs.vocabulary import Vocabulary
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOGIT_SCALE = 100.0
 ABSENT = -100.0 * LOGIT_SCALE  # what the published code sets the logits of absent classes to
 
 
-class MaskCLIP(nn.Module):
+@dataclass(frozen=True)
+class DenseFeatures(Features):
+    """CLIP's features of every patch."""
+
+    patches: Tensor  # [B, D, h, w] in the text space
+    keys: Tensor | None = None  # [B, h * w, C], for key smoothing
+
+    @property
+    def dense(self) -> Tensor:
+        """[B, D, h, w], unit length, fp32 at least."""
+        return F.normalize(self.patches.to(torch.promote_types(self.patches.dtype, torch.float32)), dim=1)
+
+
+class MaskCLIP(SegmentationModel):
     """Training-free dense CLIP.
 
     ============  =================================================================
@@ -80,7 +93,7 @@ class MaskCLIP(nn.Module):
             raise ValueError(f"MaskCLIP: denoising is a probability, got {denoising}")
         if not 0 < smoothing_threshold <= 1:
             raise ValueError(f"MaskCLIP: smoothing_threshold is a probability above 0, got {smoothing_threshold}")
-        self.clip = clip
+        self._clip, self.text_dim, self.fingerprint = clip, clip.embed_dim, clip.fingerprint
         self.kind, self.residual, self.ffn = dense, residual, ffn
         self.smoothing, self.smoothing_threshold, self.denoising = smoothing, smoothing_threshold, denoising
         if clip.is_resnet:
@@ -93,6 +106,7 @@ class MaskCLIP(nn.Module):
                 "position_mode": "bicubic" if bicubic_positions else "bilinear",
             }
         self.visual = clip.vision(**options)
+        self.activation = "none" if smoothing else "softmax"  # smoothed output is made of probabilities
         imagenet = clip.published if imagenet_normalization is None else imagenet_normalization
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (clip.mean, clip.std)
         # whole pictures, short side 512, as published; the shapes weights read pictures as they were trained
@@ -101,46 +115,31 @@ class MaskCLIP(nn.Module):
         self.crop = own_size if clip.source == "shapes" else None
         self.stride = own_size * 3 // 4 if clip.source == "shapes" else None
 
-    @property
-    def activation(self) -> Literal["softmax", "none"]:
-        """What turns this model's low-resolution output into scores: smoothed output is made of probabilities."""
-        return "none" if self.smoothing else "softmax"
+    def text_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return torch.promote_types(dtype, torch.float32)
 
     @traced("model.tower")
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Dense features [B, D, h, w] in the text space, and key vectors [B, h * w, C] if smoothing needs them."""
+    def encode(self, images: Tensor) -> DenseFeatures:
+        """Dense features in the text space, and key vectors if smoothing needs them."""
         tokens, grid = self.visual.trunk(images)
-        features = self.visual.dense(tokens, grid, self.kind, self.residual, self.ffn)
-        return features, self.visual.keys(tokens) if self.smoothing else None
+        patches = self.visual.dense(tokens, grid, self.kind, self.residual, self.ffn)
+        return DenseFeatures(patches, self.visual.keys(tokens) if self.smoothing else None)
 
-    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Low-resolution class maps [B, C, h, w], fp32 at least: 100 cos, or smoothed probabilities.
+    def score(self, features: DenseFeatures, text: Tensor) -> Tensor:
+        """100 cos of patches and text vectors."""
+        wide = features.patches.to(torch.promote_types(features.patches.dtype, torch.float32))
+        return pixel_text_logits(wide, text, LOGIT_SCALE)
 
-        Args:
-            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
-            vocabulary: names, or their text embeddings [C, D].
-        """
-        if isinstance(vocabulary, Vocabulary):
-            text = vocabulary.embed(self.clip, self.default_templates)
-        else:
-            text = vocabulary
-        features, keys = self.features(images)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        logits = pixel_text_logits(features, text.to(features), LOGIT_SCALE)
-        if isinstance(vocabulary, Vocabulary):
-            logits = vocabulary.reduce(logits)
-        return self.refine(logits, keys)
-
-    def refine(self, logits: Tensor, keys: Tensor | None) -> Tensor:
-        """Prompt denoising, then key smoothing, as configured: [B, C, h, w] -> [B, C, h, w]."""
+    def finish(self, features: DenseFeatures, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Prompt denoising, then key smoothing, as configured; smoothed maps are probabilities."""
         grid = logits.shape[2:]
         logits = logits.flatten(2)  # [B, C, N]
         if self.denoising is not None:
             present = prompt_denoising(F.softmax(logits, dim=1), self.denoising)  # [B, C]
             logits = logits.masked_fill(~present[:, :, None], ABSENT)
         if self.smoothing is not None:
-            assert keys is not None
+            assert features.keys is not None
             probabilities = F.softmax(logits, dim=1)
             threshold = self.smoothing_threshold if self.smoothing == "official" else 1.0
-            logits = key_smoothing(keys.to(logits), probabilities, mode=self.smoothing, threshold=threshold)
+            logits = key_smoothing(features.keys.to(logits), probabilities, mode=self.smoothing, threshold=threshold)
         return logits.unflatten(2, tuple(grid))

@@ -23,6 +23,7 @@ be applied to any model); distillation at the labels' resolution (it is at the f
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,21 +36,33 @@ from fastzs.clip import Clip, WeightsError
 from fastzs.decoders import scores
 from fastzs.decoders.deeplab import DeepLab
 from fastzs.losses import inductive_target, pixel_cross_entropy
+from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
 from fastzs.models.maskclip import LOGIT_SCALE, MaskCLIP
-from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
-from fastzs.ops import label_map, pixel_text_logits
+from fastzs.models.trained import TrainedModel
+from fastzs.ops import label_map
 from fastzs.trace import traced
-from fastzs.vocabulary import Vocabulary
 
 UNLABELLED = -1
 
 
-class Labels(NamedTuple):
+class PseudoLabels(NamedTuple):
     """Labels to train on, before those still unlabelled are ignored."""
 
     own: Tensor | None  # int64 [B, H, W], by the network itself
     clip: Tensor | None  # by MaskCLIP
     merged: Tensor
+
+
+@dataclass(frozen=True)
+class NetworkFeatures(Features):
+    """The network's features in the text space."""
+
+    maps: Tensor  # [B, D, h, w], not normalised
+
+    @property
+    def dense(self) -> Tensor:
+        """[B, D, h, w], unit length, fp32 at least."""
+        return F.normalize(self.maps.to(torch.promote_types(self.maps.dtype, torch.float32)), dim=1)
 
 
 class MaskCLIPPlus(TrainedModel):
@@ -69,7 +82,7 @@ class MaskCLIPPlus(TrainedModel):
             7999 (COCO-Stuff), a tenth of the training.
         own_from: training step from which the network's own labels are taken; when guidance ends if omitted.
         trust_clip: classes on which MaskCLIP is believed against the network where both label.
-        background: name of a class whose text vector is learnt; of vocabularies given as vectors the first row. Pixels
+        background: name of a class whose text vector is learnt. Pixels
             that the network calls so are not MaskCLIP's to label.
         confidence: labels whose score (cosine, smoothed probability or logit) is below it are ignored; 0: none.
         threshold_on_all: let it strike labelled pixels, too, see the module's text.
@@ -81,6 +94,8 @@ class MaskCLIPPlus(TrainedModel):
 
     activation = "softmax"
     default_templates = "maskclip85"
+    class_options = ("trust_clip", "background")
+    transductive = True
     _iter_counter: Tensor
 
     def __init__(
@@ -125,7 +140,7 @@ class MaskCLIPPlus(TrainedModel):
             self.network: nn.Module = _deeplab(text_dim, resnet, network, start)
         else:
             self.network = network
-        self.background = background
+        self.background = self.learned_class = background
         self.bg_embeddings = nn.Parameter(torch.randn(1, text_dim)) if background is not None else None
         self.register_buffer("_iter_counter", torch.zeros((), dtype=torch.int64))
         self.annotation_free, self.guided_steps, self.own_from = annotation_free, guided_steps, own_from
@@ -165,30 +180,22 @@ class MaskCLIPPlus(TrainedModel):
         return self._teacher[0].to(next(self.parameters()))
 
     @traced("model.tower")
-    def features(self, images: Tensor) -> Tensor:
-        """The network's features [B, D, h, w] of images [B, 3, H, W]."""
-        return self.network(images.to(next(self.parameters()).dtype))
+    def encode(self, images: Tensor) -> NetworkFeatures:
+        return NetworkFeatures(self.network(images.to(next(self.parameters()).dtype)))
 
-    def classifier(self, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Text vectors [rows, D], the background's replaced by the learnt one, of unit length."""
-        text = self.text(vocabulary)
-        if self.bg_embeddings is None:
+    def learned_vector(self) -> Tensor:
+        assert self.bg_embeddings is not None
+        return F.normalize(self.bg_embeddings, dim=1)
+
+    def classifier(self, text: Tensor, background: int | None) -> Tensor:
+        """Text vectors [C, D] with the learned one in the row of the background."""
+        if background is None or self.bg_embeddings is None:
             return text
-        rows = torch.zeros(len(text), dtype=torch.bool)
-        index = self.background_index(vocabulary)
-        if isinstance(vocabulary, Vocabulary) and len(text) == len(vocabulary.phrases):
-            rows = vocabulary.groups == (-1 if index is None else index)
-        elif index is not None:
-            rows[index] = True
-        return torch.where(rows[:, None].to(text.device), F.normalize(self.bg_embeddings, dim=1).to(text), text)
+        row = torch.arange(len(text), device=text.device)[:, None] == background
+        return torch.where(row, self.learned_vector().to(text), text)
 
-    def background_index(self, vocabulary: Vocabulary | Tensor) -> int | None:
-        """Where the background is among the classes; None if it is not."""
-        if self.background is None:
-            return None
-        if not isinstance(vocabulary, Vocabulary):
-            return 0
-        return list(vocabulary.names).index(self.background) if self.background in vocabulary.names else None
+    def score(self, features: NetworkFeatures, text: Tensor) -> Tensor:
+        return self.logits(features.maps, text)
 
     @staticmethod
     def logits(features: Tensor, text: Tensor) -> Tensor:
@@ -196,85 +203,70 @@ class MaskCLIPPlus(TrainedModel):
         patches = features.flatten(2).transpose(1, 2)  # [B, h * w, D]
         return scores(text[None], patches).unflatten(2, (features.shape[2], features.shape[3]))
 
-    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Low-resolution logits [B, C, h, w], fp32 at least.
-
-        Args:
-            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
-            vocabulary: the classes, or their text vectors [C, D].
-
-        Raises:
-            ValueError: vectors of another width.
-        """
-        out = self.logits(self.features(images), self.classifier(vocabulary))
-        return vocabulary.reduce(out) if isinstance(vocabulary, Vocabulary) else out
-
     def losses(
         self,
         images: Tensor,
         target: Tensor,
-        vocabulary: Vocabulary | Tensor,
+        text: Tensor,
         *,
-        seen: Sequence[str] | Sequence[int] | None = None,
+        seen: Sequence[int] | None = None,
         transductive: bool | Literal["honest"] = False,
-        ignore_index: int = 255,
+        **options: Any,
     ) -> dict[str, Tensor]:
-        """``cross_entropy``, with distillation ``distillation``, and their sum ``total``. Counts the training steps.
+        """As of every system; ``annotation_free`` training takes no label, so nothing is seen."""
+        if self.annotation_free:
+            seen, transductive = None, False
+        return super().losses(images, target, text, seen=seen, transductive=transductive, **options)
+
+    def loss_parts(
+        self,
+        images: Tensor,
+        labels: Labels,
+        text: Tensor,
+        *,
+        trust_clip: Sequence[int] = (),
+        background: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
+        """``cross_entropy``, and with distillation ``distillation``. Counts the training steps.
 
         The cross-entropy is the mean over all pixels, ignored ones included, as published.
 
         Args:
             images: [B, 3, H, W], normalised.
-            target: integer labels [B, H', W'] of the whole vocabulary, or ``ignore_index``.
-            vocabulary: all classes, or their text vectors [C, D].
-            seen: the classes whose labels may be used; all if omitted.
-            transductive: pixels of the other classes are labelled by the teacher or the network; otherwise they are
-                ignored, and the others do not compete. "honest": ignored pixels, too.
-
-        Raises:
-            ValueError: seen classes that are not in the vocabulary, labels out of range.
+            labels: in the transductive settings, the teacher or the network labels pixels without a seen label.
+            text: text vectors [C, D].
+            trust_clip: indices of the classes on which MaskCLIP is believed against the network where both label.
+            background: index of the class whose vector is learned, if the vocabulary has it.
         """
-        _, names = self.training_text(vocabulary)
-        text = self.classifier(vocabulary)
-        labels, unlabelled = self._labels(target, names, seen, transductive, ignore_index)
-        features = self.features(images)
-        if seen is not None and not unlabelled:  # inductive
-            logits = self.logits(features, text[class_indices(seen, names)])
-        else:
-            logits = self.logits(features, text)
-            if not self.distill:
-                background = self.background_index(vocabulary)
-                labels = self.label(labels, images, features, text, unlabelled, background, names).merged
+        row = next((row for row, index in enumerate(labels.classes) if index in background), None)
+        text = self.classifier(text, row)
+        target, unlabelled = self._unlabelled(labels)
+        features = self.encode(images)
+        logits = self.logits(features.maps, text)
+        if unlabelled and not self.distill:
+            target = self.label(target, images, features.maps, text, unlabelled, row, trust_clip).merged
         if self.training:
             self._iter_counter += 1
-        kept = (labels != ignore_index) if self.distill else None
-        labels = labels.masked_fill(labels == UNLABELLED, ignore_index)
-        loss = pixel_cross_entropy(logits, labels, ignore_index, over_all=True)
-        out = {"cross_entropy": loss}
+        kept = (target != labels.ignore_index) if self.distill else None
+        target = target.masked_fill(target == UNLABELLED, labels.ignore_index)
+        out = {"cross_entropy": pixel_cross_entropy(logits, target, labels.ignore_index, over_all=True)}
         if kept is not None:
-            out["distillation"] = self.distill * self.distillation(features, images, kept)
-        return out | {"total": torch.stack(list(out.values())).sum()}
+            out["distillation"] = self.distill * self.distillation(features.maps, images, kept)
+        return out
 
-    def _labels(
-        self, target: Tensor, names: Sequence[str], seen: Sequence | None, transductive: bool | str, ignore_index: int
-    ) -> tuple[Tensor, list[int]]:
-        """Labels to train on, some UNLABELLED, and the classes these may be of; inductive ones count among ``seen``."""
-        classes = len(names)
-        labels = target.long()
-        ignored = labels == ignore_index
+    def _unlabelled(self, labels: Labels) -> tuple[Tensor, list[int]]:
+        """Labels to train on, some UNLABELLED, and the classes these may be of."""
+        target, ignore_index = labels.target.long(), labels.ignore_index
+        ignored = target == ignore_index
         if self.annotation_free:
-            return labels.masked_fill(~ignored, UNLABELLED), list(range(classes))
-        if seen is None:
-            return labels, []
-        kept = class_indices(seen, names)
-        among_kept = inductive_target(target, kept, classes, ignore_index)
-        if not transductive:
-            return among_kept, []
-        hidden = among_kept == ignore_index
-        unlabelled = sorted(set(range(classes)) - set(kept))
+            return target.masked_fill(~ignored, UNLABELLED), list(labels.classes)
+        if labels.seen is None:
+            return target, []
+        unlabelled = sorted(set(labels.classes) - set(labels.seen))
         if not unlabelled:
             raise ValueError("MaskCLIP+: every class is seen; leave out `seen` to train on all labels")
-        return labels.masked_fill(hidden if transductive == "honest" else hidden & ~ignored, UNLABELLED), unlabelled
+        hidden = inductive_target(target, labels.seen, len(labels.classes), ignore_index) == ignore_index
+        return target.masked_fill(hidden if labels.honest else hidden & ~ignored, UNLABELLED), unlabelled
 
     @torch.no_grad()
     def label(
@@ -285,8 +277,8 @@ class MaskCLIPPlus(TrainedModel):
         text: Tensor,
         unlabelled: Sequence[int],
         background: int | None,
-        names: Sequence[str],
-    ) -> Labels:
+        trust_clip: Sequence[int] = (),
+    ) -> PseudoLabels:
         """Label what is UNLABELLED, by whom the present step has it.
 
         Args:
@@ -295,13 +287,14 @@ class MaskCLIPPlus(TrainedModel):
             features: the network's, [B, D, h, w].
             text: [C, D].
             unlabelled: the classes to choose from; the teacher does not choose ``background``.
+            trust_clip: classes on which the teacher is believed where both label.
         """
         step = int(self._iter_counter)
         guided = self.guided_steps is None or step < self.guided_steps
         begin = self.guided_steps if self.own_from is None else self.own_from
         own = clip = None
         if not unlabelled or not (labels < 0).any():
-            return Labels(own, clip, labels)
+            return PseudoLabels(own, clip, labels)
         if begin is not None and step >= begin:
             choices = list(unlabelled)
             own = self.assign(labels, self.logits(features, text[choices]), choices)
@@ -311,16 +304,14 @@ class MaskCLIPPlus(TrainedModel):
             clip = self.assign(left, self.taught(images, text[choices]), choices) if choices else left
         if own is None or clip is None:
             found = clip if own is None else own
-            return Labels(own, clip, labels if found is None else found)
-        trusted = torch.tensor(class_indices(self.trust_clip, names) if self.trust_clip else [], device=labels.device)
-        return Labels(own, clip, torch.where(torch.isin(clip, trusted), clip, own))
+            return PseudoLabels(own, clip, labels if found is None else found)
+        trusted = torch.tensor(list(trust_clip), dtype=torch.int64, device=labels.device)
+        return PseudoLabels(own, clip, torch.where(torch.isin(clip, trusted), clip, own))
 
     def taught(self, images: Tensor, text: Tensor) -> Tensor:
         """The teacher's cosines, or with smoothing its probabilities, [B, C, h, w]."""
         teacher = self.teacher
-        features, keys = teacher.features(images)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        refined = teacher.refine(pixel_text_logits(features, text.to(features), LOGIT_SCALE), keys)
+        refined = teacher(images, text)
         return refined if teacher.smoothing else refined / LOGIT_SCALE
 
     def assign(self, labels: Tensor, scores: Tensor, classes: Sequence[int]) -> Tensor:
@@ -343,8 +334,7 @@ class MaskCLIPPlus(TrainedModel):
     def distillation(self, features: Tensor, images: Tensor, kept: Tensor) -> Tensor:
         """Mean L1 distance to CLIP's unit features over the pixels ``kept``, bool [B, H, W]; 0 if there are none."""
         with torch.no_grad():
-            wanted = self.teacher.features(images)[0].to(torch.promote_types(features.dtype, torch.float32))
-            wanted = F.interpolate(F.normalize(wanted, dim=1), features.shape[2:], mode="bilinear")
+            wanted = F.interpolate(self.teacher.encode(images).dense, features.shape[2:], mode="bilinear")
             where = F.interpolate(kept[:, None].to(wanted), features.shape[2:], mode="nearest")  # [B, 1, h, w]
         return (where * (features - wanted).abs()).sum() / (where.sum() * features.shape[1]).clamp(min=1)
 

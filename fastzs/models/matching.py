@@ -24,7 +24,7 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 def matched_losses(
     logits: Tensor, masks: Tensor, target: Tensor, *, ignore_index: int = 255, focal: float = 20.0, dice: float = 1.0
 ) -> dict[str, Tensor]:
-    """Weighted losses ``class``, ``focal``, ``dice`` and their sum ``total``, scalars, summed over the L layers.
+    """Weighted losses ``class``, ``focal`` and ``dice``, scalars, summed over the L layers.
 
     A picture with more classes than there are proposals is trained on its largest classes.
 
@@ -62,8 +62,7 @@ def matched_losses(
     out = {"class": torch.stack([F.cross_entropy(mine, classes, weight) for mine, classes in by_layer]).sum()}
     # without any class the masks still take part, with gradients of zero, for devices that wait for each other's
     of_masks = torch.stack(mask_losses).sum(0) / count if count else masks.sum().float() * torch.zeros_like(weight[:2])
-    out |= {"focal": focal * of_masks[0], "dice": dice * of_masks[1]}
-    return out | {"total": torch.stack(list(out.values())).sum()}
+    return out | {"focal": focal * of_masks[0], "dice": dice * of_masks[1]}
 
 
 @torch.no_grad()

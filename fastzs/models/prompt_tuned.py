@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Self
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,11 +14,10 @@ from fastzs.clip import Clip, VisionTransformer, WeightsError
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
 from fastzs.clip.vision import mlp_ratio, vit_sizes
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
-from fastzs.losses import honest_target, inductive_target, transductive_target
-from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices, count_layers
+from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
+from fastzs.models.trained import TrainedModel, count_layers
 from fastzs.ops import mask_loss
 from fastzs.trace import traced
-from fastzs.vocabulary import Vocabulary
 
 # CLIP ViTs by the sizes of their tensors (width, layers, patch, joint width): whose text tower fits a checkpoint
 _KNOWN = {
@@ -29,34 +29,42 @@ _KNOWN = {
 _UNUSED = (".self_attn.", ".norm1.", "decode_head.loss_decode.", "decode_head.conv_seg.", "text_encoder.")
 
 
-class TrainingBatch(NamedTuple):
-    """What the losses are made of."""
+@dataclass(frozen=True)
+class PromptFeatures(Features):
+    """What the prompted tower makes of images, in the text space, every vector of unit length."""
 
-    encoded: Encoded
-    text: Tensor  # [C, D]: the classes that get logits
-    target: Tensor  # [B, H, W], indices of these classes or ignore_index
-    seen: list[int] | None  # in the transductive settings, where the other classes' labels are still to be replaced
-    honest: bool  # of these, the one that does not know where the other classes are
-    ignore_index: int
+    patches: Tensor  # [B, h, w, D]
+    cls: Tensor  # [B, D]
+    bridge: Tensor | None = None  # [B, rh * rw, D], row by row
 
-    @traced("train.loss")
-    def mask_losses(self, logits: Tensor, focal: float, dice: float) -> dict[str, Tensor]:
-        """Weighted focal and dice loss of logits [B, C, h, w]."""
-        target = self.target
-        if self.seen is not None:
-            replace = honest_target if self.honest else transductive_target
-            target = replace(target, logits, self.seen, self.ignore_index)
-        loss = mask_loss(logits, target, ignore_index=self.ignore_index)
-        return {"focal": focal * loss.focal, "dice": dice * loss.dice}
+    @classmethod
+    def of(cls, encoded: Encoded) -> "PromptFeatures":
+        """The tower's output."""
+        return cls(encoded.patches.unflatten(1, encoded.grid), encoded.cls, encoded.bridge)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return (self.patches.shape[1], self.patches.shape[2])
+
+    @property
+    def tokens(self) -> Tensor:
+        """The patches as a sequence, [B, h * w, D]."""
+        return self.patches.flatten(1, 2)
+
+    @property
+    def dense(self) -> Tensor:
+        """[B, D, h, w], unit length."""
+        return self.patches.permute(0, 3, 1, 2)
 
 
 class PromptTuned(TrainedModel):
     """A frozen CLIP ViT with learnt prompts, and a decoder that turns class names into masks.
 
-    Subclasses have a ``decode_head`` and :meth:`decode`. Parameters carry the published checkpoints' names.
+    Subclasses have a ``decode_head`` and :meth:`score`. Parameters carry the published checkpoints' names.
     """
 
     activation = "sigmoid"
+    transductive = True
     other: str  # a sentence for checkpoints of the other model
     mark: str  # a parameter that tells this model's checkpoints from the other's
 
@@ -132,50 +140,23 @@ class PromptTuned(TrainedModel):
     def patch_size(self) -> int:
         return self.backbone.patch_size
 
-    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Low-resolution logits [B, C, h, w], fp32 at least; a pixel's class probabilities are their sigmoids.
-
-        Args:
-            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
-            vocabulary: the classes, or their text vectors [C, D].
+    def encode(self, images: Tensor) -> PromptFeatures:
+        """The tower's features; sides are enlarged to multiples of the patch, so that they cover the whole image.
 
         Raises:
-            ValueError: vectors of another width, or fewer patches along a side than the bridge has tokens.
+            ValueError: fewer patches along a side than the bridge has tokens.
         """
-        logits = self.decode(self.encode(images), self.text(vocabulary))
-        return vocabulary.reduce(logits) if isinstance(vocabulary, Vocabulary) else logits
-
-    def encode(self, images: Tensor) -> Encoded:
-        """The tower's features; sides are enlarged to multiples of the patch, so that they cover the whole picture."""
         size = [-(-side // self.patch_size) * self.patch_size for side in images.shape[2:]]
         if size != list(images.shape[2:]):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return self.backbone.encode(images.to(self.backbone.proj.dtype))
+        return PromptFeatures.of(self.backbone.encode(images.to(self.backbone.proj.dtype)))
 
-    def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
-        """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
-        raise NotImplementedError
-
-    def training_batch(
-        self,
-        images: Tensor,
-        target: Tensor,
-        vocabulary: Vocabulary | Tensor,
-        seen: Sequence | None,
-        transductive: bool | Literal["honest"],
-        ignore_index: int,
-    ) -> "TrainingBatch":
-        """The batch of one of the three published settings; see the models' ``losses``."""
-        if transductive and seen is None:
-            raise ValueError("transductive training: tell which classes are seen, seen=[...]")
-        text, names = self.training_text(vocabulary)
-        indices = None
-        if seen is not None:
-            indices = class_indices(seen, names)
-            if not transductive:
-                target = inductive_target(target, indices, len(text), ignore_index)
-                text, indices = text[indices], None
-        return TrainingBatch(self.encode(images), text, target, indices, transductive == "honest", ignore_index)
+    @staticmethod
+    @traced("train.loss")
+    def mask_losses(logits: Tensor, labels: Labels, focal: float, dice: float) -> dict[str, Tensor]:
+        """Weighted focal and dice loss of logits [B, C, h, w]."""
+        loss = mask_loss(logits, labels.completed(logits), ignore_index=labels.ignore_index)
+        return {"focal": focal * loss.focal, "dice": dice * loss.dice}
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:

@@ -22,6 +22,7 @@ Left out: stage 1 takes only pictures without a pixel of other classes; here suc
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,13 +35,27 @@ from fastzs import clip as clip_module
 from fastzs.clip import WeightsError
 from fastzs.decoders.fcn import CONVOLUTIONS, FCN, OFFSET, STRIDE, bilinear_kernel, upscore
 from fastzs.losses import pixel_cross_entropy
-from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
+from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
+from fastzs.models.trained import TrainedModel
 from fastzs.ops import pixel_text_logits
 from fastzs.trace import span, traced
-from fastzs.vocabulary import Vocabulary
 
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # RGB; the published code's pictures are BGR
 OUT = 4.0  # taken from the cosines of the classes that cannot be chosen: more than they differ by
+
+
+@dataclass(frozen=True)
+class SZNFeatures(Features):
+    """What both heads see, at a 32nd of the image's size."""
+
+    coarse: Tensor  # v before it is enlarged, [B, D, h, w]
+    coarse_mask: Tensor  # m before it is enlarged, [B, 2, h, w]
+    size: Tensor  # int64 [B, 2], height and width of the images, which all are of one size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        height, width = self.size[0].tolist()
+        return height, width
 
 
 class SZN(TrainedModel):
@@ -68,6 +83,7 @@ class SZN(TrainedModel):
     activation = "none"  # the output is made of cosines
     default_templates = "raw"
     opaque = ("numpy",)
+    class_options = ("train_unseen",)
 
     def __init__(
         self,
@@ -147,51 +163,49 @@ class SZN(TrainedModel):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith("seenmask_") == (stage == "seenmask"))
 
-    def maps(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """v [B, D, H, W] and the scores of unseen and seen, m [B, 2, H, W], for images [B, 3, H, W]."""
-        size = (images.shape[2], images.shape[3])
+    def encode(self, images: Tensor) -> SZNFeatures:
         with span("model.tower"):
             features = self.fcn(images.to(self.score_fr.weight.dtype))
         with span("model.decoder"):
-            mask = self.seenmask_upscore(self.seenmask_score(features))
-            mask = mask[:, :, OFFSET : OFFSET + size[0], OFFSET : OFFSET + size[1]]
-            return upscore(self.score_fr(features), size), mask
+            size = torch.tensor(images.shape[2:], device=images.device).expand(len(images), 2)
+            return SZNFeatures(self.score_fr(features), self.seenmask_score(features), size)
 
-    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor, *, truth: Tensor | None = None) -> Tensor:
-        """Cosines [B, C, H, W], fp32 at least, those of the classes that cannot be chosen lowered below all others.
+    @traced("model.decoder")
+    def embedded(self, features: SZNFeatures) -> Tensor:
+        """v at the size of the images, [B, D, H, W]."""
+        return upscore(features.coarse, features.image_size)
 
-        They have the picture's size, since which classes can be chosen is decided pixel by pixel after the enlargement.
+    @traced("model.decoder")
+    def seenmask(self, features: SZNFeatures) -> Tensor:
+        """The scores of unseen and seen at the size of the images, m [B, 2, H, W]."""
+        height, width = features.image_size
+        mask = self.seenmask_upscore(features.coarse_mask)
+        return mask[:, :, OFFSET : OFFSET + height, OFFSET : OFFSET + width]
+
+    def score(self, features: SZNFeatures, text: Tensor) -> Tensor:
+        """Cosines at the size of the images: which classes can be chosen is decided pixel by pixel."""
+        return self.cosines(self.embedded(features), text)
+
+    def finish(
+        self, features: SZNFeatures, logits: Tensor, seen: Tensor | None = None, *, truth: Tensor | None = None
+    ) -> Tensor:
+        """Cosines [B, C, H, W] with those of the classes that cannot be chosen lowered below all others.
 
         Args:
-            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
-            vocabulary: the classes, or their vectors [C, D].
+            features: from :meth:`encode`.
+            logits: cosines [B, C, H, W].
+            seen: bool [C]; all classes can be chosen everywhere if omitted.
             truth: labels [B, H, W] that take the place of the second head: a perfect seenmask (ignored pixels count
                 as seen).
-
-        Raises:
-            ValueError: vectors of another width, or seen classes that are not in the vocabulary.
         """
-        text, names = self.text(vocabulary), _names(vocabulary)
-        seen = self.chosen_as_seen(names)
-        embedded, mask = self.maps(images)
-        scores = self.cosines(embedded, text)
-        if isinstance(vocabulary, Vocabulary):
-            scores = vocabulary.reduce(scores)
         if seen is None:
-            return scores
-        is_seen = torch.isin(torch.arange(len(names)), torch.tensor(seen)).to(scores.device)
+            return logits
+        seen = seen.to(logits.device)
         if truth is None:
-            pixels = mask.argmax(1) == 1
+            pixels = self.seenmask(features).argmax(1) == 1
         else:
-            pixels = ~torch.isin(truth.to(scores.device), (~is_seen).nonzero().flatten())
-        return self.restrict(scores, is_seen, pixels)
-
-    def chosen_as_seen(self, names: Sequence[str]) -> list[int] | None:
-        """Indices of the classes that count as seen: ``seen`` without ``train_unseen``; None if none were told."""
-        if self.seen is None:
-            return None
-        kept = set(class_indices(self.seen, names))
-        return sorted(kept - set(class_indices(self.train_unseen, names) if self.train_unseen else ()))
+            pixels = ~torch.isin(truth.to(logits.device), (~seen).nonzero().flatten())
+        return self.restrict(logits, seen, pixels)
 
     @staticmethod
     def cosines(embedded: Tensor, text: Tensor) -> Tensor:
@@ -210,52 +224,46 @@ class SZN(TrainedModel):
         out = is_seen[:, None, None] != seen_pixels[:, None]  # [B, C, H, W]
         return scores.masked_fill(out, 0.0) if self.zero_rows else scores - OUT * out
 
-    def losses(
-        self,
-        images: Tensor,
-        target: Tensor,
-        vocabulary: Vocabulary | Tensor,
-        *,
-        seen: Sequence[str] | Sequence[int] | None = None,
-        ignore_index: int = 255,
+    def loss_parts(
+        self, images: Tensor, labels: Labels, text: Tensor, *, train_unseen: Sequence[int] = ()
     ) -> dict[str, Tensor]:
-        """The loss of the present ``stage``, under its name and as ``total``.
+        """The loss of the present ``stage``, under its name.
 
         Args:
             images: [B, 3, H, W], normalised.
-            target: integer labels [B, H, W] of the whole vocabulary, or ``ignore_index``.
-            vocabulary: all classes, or their vectors [C, D].
-            seen: the classes whose labels may be used; pixels of the others are ignored. The model's own if omitted,
-                and all if it has none.
+            labels: [B, H, W].
+            text: the classes' vectors [C, D].
+            train_unseen: indices of the classes that stage 1 holds out, and that stand for the unseen ones in stage 2.
 
         Raises:
-            ValueError: seen classes that are not in the vocabulary, labels out of range or of another size, or in
-                stage 2 no class that stands for the unseen ones.
+            ValueError: labels of another size than the images, or in stage 2 no class that stands for the unseen ones.
         """
-        text, names = self.training_text(vocabulary)
+        target, ignore_index = labels.target.long(), labels.ignore_index
         if target.shape[1:] != images.shape[2:]:
-            raise ValueError(f"SZN: labels are {list(target.shape)}, images {list(images.shape)}; wanted one size")
-        known = seen if seen is not None else self.seen
-        labelled = set(range(len(names))) if known is None else set(class_indices(known, names))
-        held_out = set(class_indices(self.train_unseen, names)) if self.train_unseen else set()
-        embedded, mask = self.maps(images)
+            raise ValueError(
+                f"SZN: expected labels and images of one size, got labels {list(target.shape)} and images "
+                f"{list(images.shape)}"
+            )
+        held_out = [row for row, index in enumerate(labels.classes) if index in set(train_unseen)]
+        is_held_out = torch.isin(target, torch.tensor(held_out, dtype=torch.int64, device=target.device))
+        features = self.encode(images)
         if self.stage == "embedding":
-            usable = _only(target, labelled - held_out, ignore_index)
+            usable = target.masked_fill(is_held_out, ignore_index)
+            embedded = self.embedded(features)
             if self.loss == "cosine":
                 loss = cosine_loss(embedded, text, usable, ignore_index, broadcast_norm=self.broadcast_norm)
             else:
                 loss = mse_loss(embedded, text, usable, ignore_index)
-            return {self.loss: loss, "total": loss}
-        if not labelled & held_out:
+            return {self.loss: loss}
+        if not held_out:
             raise ValueError(
                 "SZN: stage 'seenmask' wants classes with labels that stand for the unseen ones: train_unseen=[...]"
             )
-        usable = _only(target, labelled, ignore_index)
-        is_seen = torch.isin(usable, torch.tensor(sorted(labelled - held_out), device=target.device)).long()
+        ignored = target == ignore_index
+        is_seen = (~ignored & ~is_held_out).long()
         if not self.ignored_as_unseen:
-            is_seen = is_seen.masked_fill(usable == ignore_index, ignore_index)
-        loss = pixel_cross_entropy(mask, is_seen, ignore_index)
-        return {"seenmask": loss, "total": loss}
+            is_seen = is_seen.masked_fill(ignored, ignore_index)
+        return {"seenmask": pixel_cross_entropy(self.seenmask(features), is_seen, ignore_index)}
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> "SZN":
@@ -338,16 +346,6 @@ def mse_loss(embedded: Tensor, text: Tensor, target: Tensor, ignore_index: int =
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
     return values.masked_fill(~where, 0).sum() / where.sum().clamp(min=1)
-
-
-def _only(target: Tensor, classes: set[int], ignore_index: int) -> Tensor:
-    """Labels of other classes ignored."""
-    kept = torch.tensor(sorted(classes), device=target.device)
-    return torch.where(torch.isin(target, kept), target.long(), ignore_index)
-
-
-def _names(vocabulary: Vocabulary | Tensor) -> Sequence[str]:
-    return vocabulary.names if isinstance(vocabulary, Vocabulary) else [str(i) for i in range(len(vocabulary))]
 
 
 def _vgg() -> nn.Module:

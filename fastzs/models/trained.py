@@ -1,4 +1,4 @@
-"""What every trained system shares: the CLIP whose text it reads, a vocabulary's text vectors, checkpoints."""
+"""What every trained system shares: the CLIP whose text it reads, and checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,17 +6,15 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, WeightsError
 from fastzs.clip.state import file_fingerprint, read_state
-from fastzs.vocabulary import Vocabulary
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from fastzs.models.base import SegmentationModel
 
 
-class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", license="apache-2.0"):
+class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs", license="apache-2.0"):
     """A network that scores the pixels of pictures against the text vectors of any classes.
 
     Parameters carry the published checkpoints' names. The text tower is no part of the network: it is found by name
@@ -29,21 +27,10 @@ class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licen
         seen, calibration: the training classes, whose scores are lowered in testing.
 
     Attributes:
-        activation: what turns its low-resolution output into scores, see :func:`fastzs.ops.label_map`.
-        default_templates: see :data:`fastzs.clip.TEMPLATES`.
-        mean, std: what pictures are normalised with, on the 0 to 1 scale.
-        short_side, crop, stride: see :class:`fastzs.predict.Segmenter`.
         settings: constructor arguments that :meth:`save_pretrained` writes.
     """
 
-    activation: str = "softmax"
-    default_templates = "single"
     opaque: Sequence[str] = ()  # packages whose objects published checkpoints hold besides their tensors
-    mean: Sequence[float]
-    std: Sequence[float]
-    short_side: int | None
-    crop: int | None
-    stride: int | None
 
     def __init__(
         self,
@@ -59,10 +46,8 @@ class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licen
         self.backbone_name, self.weights = backbone, str(weights)
         self._clip = clip
         self.text_dim = text_dim
-        self.fingerprint = ""  # of the checkpoint file, for run records
         self.seen = None if seen is None else list(seen)
         self.calibration = calibration
-        self._vocabulary: tuple[Vocabulary, Tensor] | None = None
         self.settings: dict[str, Any] = {
             "backbone": backbone,
             "weights": self.weights,
@@ -86,55 +71,6 @@ class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licen
                 )
             self._clip = clip_module.load(self.backbone_name, self.weights)
         return self._clip
-
-    def text(self, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Text vectors [rows, D] in the model's dtype and on its device.
-
-        Raises:
-            ValueError: they are not as wide as the model's joint space.
-        """
-        like, wide = next(self.parameters()), self.text_dim
-        if isinstance(vocabulary, Tensor):
-            if vocabulary.ndim != 2 or vocabulary.shape[1] != wide or vocabulary.shape[0] == 0:
-                raise ValueError(
-                    f"{type(self).__name__}: text vectors are {list(vocabulary.shape)}; wanted [classes, {wide}]"
-                )
-            return vocabulary.to(like)
-        if self._vocabulary and self._vocabulary[0] is vocabulary:
-            text = self._vocabulary[1]
-            if text.dtype == like.dtype and text.device == like.device:
-                return text
-        with torch.inference_mode(False), torch.no_grad():
-            given = vocabulary.embeddings
-            text = vocabulary.embed(self.clip, self.default_templates) if given is None else given
-            if text.shape[1] != wide:
-                raise ValueError(
-                    f"{type(self).__name__}: the vocabulary's vectors are {text.shape[1]} wide; "
-                    f"this checkpoint wants {wide}, the joint space of its CLIP"
-                )
-            text = text.to(like, copy=True)
-        self._vocabulary = (vocabulary, text)
-        return text
-
-    def training_text(self, vocabulary: Vocabulary | Tensor) -> tuple[Tensor, Sequence[str]]:
-        """One text vector for each class, [C, D], and the classes' names.
-
-        Raises:
-            ValueError: a class has several, or :meth:`text` does not fit.
-        """
-        if not isinstance(vocabulary, Vocabulary):
-            return self.text(vocabulary), [str(i) for i in range(len(vocabulary))]
-        if vocabulary.synonyms == "max" and len(vocabulary.phrases) > len(vocabulary):
-            raise ValueError("training wants one text vector for each class: Vocabulary(..., synonyms='mean')")
-        return self.text(vocabulary), vocabulary.names
-
-    def seen_indices(self, names: Sequence[str]) -> list[int] | None:
-        """Where the seen classes are among ``names``; None if the model was not told any.
-
-        Raises:
-            ValueError: none of the seen classes is among them, or an index is too large.
-        """
-        return None if self.seen is None else class_indices(self.seen, names)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:
@@ -210,26 +146,6 @@ class TrainedModel(nn.Module, PyTorchModelHubMixin, library_name="fastzs", licen
     def _left_out(self, state: Mapping[str, Tensor]) -> set[str]:
         """Names of a checkpoint that this model, as it is set, has no use for."""
         return set()
-
-
-def class_indices(seen: Sequence, names: Sequence[str]) -> list[int]:
-    """Positions of the seen classes, given by name or index, among ``names``, ascending."""
-    place = {" ".join(name.casefold().split()): i for i, name in enumerate(names)}
-    indices, unknown = [], []
-    for item in seen:
-        if isinstance(item, str):
-            index = place.get(" ".join(item.casefold().split()))
-        else:
-            index = int(item) if 0 <= int(item) < len(names) else None
-        (unknown if index is None else indices).append(item if index is None else index)
-    if unknown or not indices:
-        what = f"{_some([str(item) for item in unknown])} is not among" if unknown else "no class is among"
-        raise ValueError(
-            f"seen classes: {what} the {len(names)} names ({_some(list(names))}); write them as the vocabulary does"
-        )
-    if len(set(indices)) < len(indices):
-        raise ValueError(f"seen classes: {len(indices) - len(set(indices))} of them are given twice")
-    return sorted(indices)
 
 
 def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:

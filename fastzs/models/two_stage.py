@@ -11,6 +11,7 @@ are made of whole cells of 4 x 4 pixels.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,23 @@ from fastzs.clip.vision import vit_sizes
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
 from fastzs.decoders.maskformer import MaskFormer
 from fastzs.losses import inductive_target
+from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels, join
 from fastzs.models.matching import matched_losses
-from fastzs.models.trained import IMAGENET_MEAN, IMAGENET_STD, TrainedModel, class_indices
+from fastzs.models.trained import TrainedModel
 from fastzs.trace import traced
-from fastzs.vocabulary import Vocabulary
 
 LOGIT_SCALE = 100.0
 CUT_OUTS = 32  # that CLIP is shown at a time
+
+
+@dataclass(frozen=True)
+class Proposals(Features):
+    """Mask proposals and what both opinions know of them."""
+
+    masks: Tensor  # [B, Q, h, w] logits, fp32 at least
+    embeddings: Tensor  # [B, Q, width]
+    cut_outs: Tensor  # CLIP's unit vectors, fp32 [B, Q, D]
+    full: Tensor  # bool [B, Q, 1], which have a pixel
 
 
 class TwoStage(TrainedModel):
@@ -43,6 +54,7 @@ class TwoStage(TrainedModel):
     """
 
     activation = "none"
+    absent_seen = "ignored"
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     crop = stride = None  # whole pictures
 
@@ -108,34 +120,26 @@ class TwoStage(TrainedModel):
         """
         raise NotImplementedError
 
-    def forward(self, images: Tensor, vocabulary: Vocabulary | Tensor) -> Tensor:
-        """Low-resolution scores [B, C, ceil(H / 4), ceil(W / 4)], fp32 at least, not negative.
-
-        Args:
-            images: [B, 3, H, W] of any size, normalised with ``mean`` and ``std``.
-            vocabulary: the classes, or their text vectors [C, D].
-
-        Raises:
-            ValueError: vectors of another width; vectors without names while ``seen`` has names.
-        """
-        text = self.text(vocabulary)
-        found = self.maskformer(images.to(text.dtype))
+    def encode(self, images: Tensor) -> Proposals:
+        found = self.maskformer(images.to(next(self.parameters()).dtype))
         masks = found.masks[-1]
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))  # [B, Q, h, w]
-        logits = self.compare(found.embeddings[-1], text).to(masks.dtype)  # [B, Q, rows + 1]
-        embeddings, full = self.ask_clip(images, masks.detach())
-        of_clip = LOGIT_SCALE * embeddings.to(masks.dtype) @ text.to(masks.dtype).T  # [B, Q, rows]
+        return Proposals(masks, found.embeddings[-1], *self.ask_clip(images, masks.detach()))
+
+    def decode(
+        self, features: Proposals, text: Tensor, *, groups: Tensor | None = None, seen: Tensor | None = None
+    ) -> Tensor:
+        """Scores [B, C, ceil(H / 4), ceil(W / 4)], fp32 at least, not negative; see the base."""
+        text, masks = self.prepare_text(text), features.masks
+        logits = self.compare(features.embeddings, text).to(masks.dtype)  # [B, Q, T + 1]
+        of_clip = LOGIT_SCALE * features.cut_outs.to(masks.dtype) @ text.to(masks.dtype).T  # [B, Q, T]
         own, nothing = logits[..., :-1], logits[..., -1:]
-        names: Sequence[str] = [str(i) for i in range(len(text))]
-        if isinstance(vocabulary, Vocabulary):
-            names = vocabulary.names
-            own, of_clip = (vocabulary.reduce(x.transpose(1, 2)[..., None])[..., 0].mT for x in (own, of_clip))
-        elif self.seen and isinstance(self.seen[0], str):
-            raise ValueError(f"{type(self).__name__}: seen classes have names, so give a vocabulary that has them, too")
-        seen = torch.zeros(own.shape[-1], dtype=torch.bool, device=own.device)
-        seen[self.seen_indices(names) or []] = True
+        own, of_clip = (join(x.transpose(1, 2)[..., None], groups)[..., 0].mT for x in (own, of_clip))
+        if seen is None:
+            seen = torch.zeros(own.shape[-1], dtype=torch.bool)
         own = torch.cat([own, nothing], dim=-1).softmax(-1)[..., :-1]
-        return torch.einsum("bqc,bqhw->bchw", self.join(own, of_clip.softmax(-1), seen, full), masks.sigmoid())
+        joined = self.join(own, of_clip.softmax(-1), seen.to(own.device), features.full)
+        return torch.einsum("bqc,bqhw->bchw", joined, masks.sigmoid())
 
     @torch.no_grad()
     @traced("model.tower")
@@ -178,53 +182,15 @@ class TwoStage(TrainedModel):
         inside = roi_align(masks.float()[:, None], torch.cat([number, boxes], 1), side, sampling_ratio=1, aligned=True)
         return self.cut_out(image, boxes * cell, side) * (inside > 0)
 
-    def losses(
-        self,
-        images: Tensor,
-        target: Tensor,
-        vocabulary: Vocabulary | Tensor,
-        *,
-        seen: Sequence[str] | Sequence[int] | None = None,
-        transductive: bool | str = False,
-        ignore_index: int = 255,
-        focal: float = 20.0,
-        dice: float = 1.0,
+    def loss_parts(
+        self, images: Tensor, labels: Labels, text: Tensor, *, focal: float = 20.0, dice: float = 1.0
     ) -> dict[str, Tensor]:
-        """Weighted training losses ``class``, ``focal``, ``dice`` and their sum ``total``, scalars; CLIP has no part.
-
-        Args:
-            images: [B, 3, H, W], normalised.
-            target: integer labels [B, H, W] of the whole vocabulary, or ``ignore_index``.
-            vocabulary: all classes, or their text vectors [C, D].
-            seen: the classes whose labels may be used; all (fully supervised) if omitted.
-            transductive: not here.
-            focal, dice: weights; published: 20 and 1.
-
-        Raises:
-            ValueError: seen classes that are not in the vocabulary, labels out of range, a transductive setting.
-        """
-        if transductive:
-            raise ValueError(f"{type(self).__name__} has no transductive training here; train it inductively")
-        text, names = self.training_text(vocabulary)
-        indices = list(range(len(text))) if seen is None else class_indices(seen, names)
-        target = inductive_target(target, indices, len(text), ignore_index)
+        """Weighted losses ``class``, ``focal`` and ``dice``, in which CLIP has no part; published weights: 20 and 1."""
+        classes, ignore_index = len(text), labels.ignore_index
+        target = inductive_target(labels.target, range(classes), classes, ignore_index)  # refuses what is out of range
         found = self.maskformer(images.to(text.dtype))
-        logits = self.compare(found.embeddings, text[indices])
+        logits = self.compare(found.embeddings, text)
         return matched_losses(logits, found.masks, target, ignore_index=ignore_index, focal=focal, dice=dice)
-
-    def seen_indices(self, names: Sequence[str]) -> list[int] | None:
-        """Where the seen classes are among ``names``; None if the model was not told any.
-
-        Seen names that are not among them are left out: a vocabulary need not hold the classes of the training.
-
-        Raises:
-            ValueError: an index is too large, a class is given twice.
-        """
-        if self.seen is None:
-            return None
-        here = {" ".join(str(name).casefold().split()) for name in names}
-        seen = [s for s in self.seen if not isinstance(s, str) or " ".join(s.casefold().split()) in here]
-        return class_indices(seen, names) if seen else []
 
     @classmethod
     def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:

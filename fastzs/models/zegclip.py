@@ -11,16 +11,15 @@ Only these scores leave the last layer, so nothing else of it exists here.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
-from fastzs.clip.prompted import Encoded
 from fastzs.decoders import DecoderLayer, HeadMeanScores, Layers, RelationDescriptor
-from fastzs.models.prompt_tuned import PromptTuned
+from fastzs.models.base import Labels
+from fastzs.models.prompt_tuned import PromptFeatures, PromptTuned
 from fastzs.models.trained import count_layers
 from fastzs.trace import traced
-from fastzs.vocabulary import Vocabulary
 
 
 class ZegCLIPHead(nn.Module):
@@ -50,7 +49,7 @@ class ZegCLIP(PromptTuned):
         double_class_embedding: published: CLS enters with the class embedding added twice.
         imagenet_normalization: published: pictures are normalised with ImageNet's mean and deviation, not CLIP's.
 
-    Training recipe, losses' weights: systems differ by data set, see :meth:`losses`.
+    Training recipe, losses' weights: systems differ by data set, see :meth:`loss_parts`.
     """
 
     mark = "decode_head.decoder_1."
@@ -94,45 +93,19 @@ class ZegCLIP(PromptTuned):
         self.decode_head = ZegCLIPHead(dim, decoder_layers, heads, hidden, dropout)
 
     @traced("model.decoder")
-    def decode(self, encoded: Encoded, text: Tensor) -> Tensor:
-        """Logits [B, C, h, w] of the classes with text vectors [C, D]."""
-        head = self.decode_head
-        queries = head.q_proj(encoded.cls[:, None], text)  # [B, C, D]
+    def score(self, features: PromptFeatures, text: Tensor) -> Tensor:
+        head, patches = self.decode_head, features.tokens
+        queries = head.q_proj(features.cls[:, None], text)  # [B, C, D]
         *layers, last = head.decoder_1.layers
         for layer in layers:
-            queries = layer(queries, encoded.patches)
-        return last(queries, encoded.patches).unflatten(2, encoded.grid)
+            queries = layer(queries, patches)
+        return last(queries, patches).unflatten(2, features.grid)
 
-    def losses(
-        self,
-        images: Tensor,
-        target: Tensor,
-        vocabulary: Vocabulary | Tensor,
-        *,
-        seen: Sequence[str] | Sequence[int] | None = None,
-        transductive: bool | Literal["honest"] = False,
-        ignore_index: int = 255,
-        focal: float = 100.0,
-        dice: float = 1.0,
+    def loss_parts(
+        self, images: Tensor, labels: Labels, text: Tensor, *, focal: float = 100.0, dice: float = 1.0
     ) -> dict[str, Tensor]:
-        """Weighted training losses ``focal``, ``dice`` and their sum ``total``, scalars.
-
-        Args:
-            images: [B, 3, H, W], normalised.
-            target: integer labels [B, H', W'] of the whole vocabulary, or ``ignore_index``.
-            vocabulary: all classes, or their text vectors [C, D].
-            seen: the classes whose labels may be used; all (fully supervised) if omitted.
-            transductive: pixels of the other classes are trained with the model's own best unseen class, instead of
-                counting as no class; "honest" does not tell these pixels from ignored ones, see
-                :func:`fastzs.losses.honest_target`.
-            focal, dice: weights; published: 100 and 1.
-
-        Raises:
-            ValueError: seen classes that are not in the vocabulary, labels out of range.
-        """
-        batch = self.training_batch(images, target, vocabulary, seen, transductive, ignore_index)
-        out = batch.mask_losses(self.decode(batch.encoded, batch.text), focal, dice)
-        return out | {"total": out["focal"] + out["dice"]}
+        """Weighted losses ``focal`` and ``dice``; published weights: 100 and 1."""
+        return self.mask_losses(self.score(self.encode(images), text), labels, focal, dice)
 
     @classmethod
     def _sizes(cls, state: Mapping[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:

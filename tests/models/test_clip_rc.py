@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from bench.baselines.prompt_tuned import Published
-from fastzs.clip.prompted import Encoded
 from fastzs.models import ClipRC
+from fastzs.models.prompt_tuned import PromptFeatures
 from tests.models.official import model, published_state
 
 f64 = torch.float64
@@ -22,13 +22,13 @@ def double() -> ClipRC:
 
 
 @pytest.fixture
-def encoded() -> Encoded:
+def encoded() -> PromptFeatures:
     generator = torch.Generator().manual_seed(1)
 
     def unit(*shape):
         return F.normalize(torch.randn(*shape, 32, generator=generator, dtype=f64), dim=-1)
 
-    return Encoded(unit(2, 6 * 10), unit(2), unit(2, 4), (6, 10))
+    return PromptFeatures(unit(2, 6, 10), unit(2), unit(2, 4))
 
 
 @torch.no_grad()
@@ -53,8 +53,8 @@ def test_lateral_projection_before_the_enlargement(double, encoded):
     assert encoded.bridge is not None
     enlarged = encoded.bridge.transpose(1, 2).unflatten(2, (2, 2))
     enlarged = F.interpolate(enlarged, (6, 10), mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
-    whole = encoded.cls[:, None].expand_as(encoded.patches)
-    long = double.decode_head.lateral_proj(torch.cat([enlarged, whole, encoded.patches], dim=-1))
+    whole = encoded.cls[:, None].expand_as(encoded.tokens)
+    long = double.decode_head.lateral_proj(torch.cat([enlarged, whole, encoded.tokens], dim=-1))
     assert relative(double.lateral(encoded), long) < 1e-13  # measured 3.5e-16
 
 

@@ -13,7 +13,9 @@ import fastzs
 from fastzs.clip import WeightsError
 from fastzs.clip.state import read_state
 from fastzs.models import LSeg
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
+from tests.models.ask import ask
 from tests.models.shapes import NAMES, scenes, train, trained_names, words
 
 TIMM = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
@@ -27,8 +29,8 @@ def model(**options) -> LSeg:
 def test_trains_every_parameter_and_nothing_else():
     net = model(block="bottleneck", block_depth=2).train()
     images, target = scenes(net)
-    vocabulary = words(24)
-    losses = train(net, lambda: net.losses(images, target, vocabulary)["total"], steps=12, rate=3e-3)
+    text = words(24).embeddings
+    losses = train(net, lambda: net.losses(images, target, text)["total"], steps=12, rate=3e-3)
     assert losses[-1] < 0.8 * losses[0]
     assert trained_names(net) == {name for name, _ in net.named_parameters()}
 
@@ -37,19 +39,19 @@ def test_is_cross_entropy_at_the_labels_size():
     net = model()
     images, target = scenes(net)
     target[:, :9] = 255
-    vocabulary = words(24)
+    text = words(24).embeddings
     with torch.no_grad():
-        out = net.losses(images, target, vocabulary)
+        out = net.losses(images, target, text)
         assert set(out) == {"cross_entropy", "total"}
-        wanted = F.cross_entropy(net(images, vocabulary), target.long(), ignore_index=255)
+        wanted = F.cross_entropy(net(images, text), target.long(), ignore_index=255)
         torch.testing.assert_close(out["total"], wanted)
         # only some classes: the others neither compete nor are trained
         seen = [0, 4, 6]
         kept = torch.where(torch.isin(target, torch.tensor(seen)), target, 255)
         renamed = sum(torch.where(kept == c, i, 0) for i, c in enumerate(seen)) + torch.where(kept == 255, 255, 0)
-        wanted = F.cross_entropy(net(images, vocabulary.embeddings[seen]), renamed.long(), ignore_index=255)
-        torch.testing.assert_close(net.losses(images, target, vocabulary, seen=seen)["total"], wanted)
-        assert net.losses(images, torch.full_like(target, 255), vocabulary)["total"] == 0
+        wanted = F.cross_entropy(net(images, text[seen]), renamed.long(), ignore_index=255)
+        torch.testing.assert_close(net.losses(images, target, text, seen=seen)["total"], wanted)
+        assert net.losses(images, torch.full_like(target, 255), text)["total"] == 0
 
 
 @torch.no_grad()
@@ -108,8 +110,7 @@ def test_saves_loads_and_segments(tmp_path, image):
     assert result.labels.shape == (90, 53)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():  # the loaded tower's products are packed
-        vocabulary = names if image != "clip" else Vocabulary(names)
-        torch.testing.assert_close(segmenter.model(images, vocabulary), net(images, vocabulary))
+        torch.testing.assert_close(ask(segmenter.model, images, names), ask(net, images, names))
     assert (segmenter.model.mean, segmenter.model.crop) == (net.mean, 64)
 
 
@@ -141,7 +142,7 @@ def test_reads_published_checkpoints(tmp_path):
         assert torch.equal(read(images, text), net(images, text))
     assert LSeg.from_checkpoint(path, heads=2, block=None).scratch.head_block is None
     with pytest.raises(WeightsError, match="no known CLIP"):
-        read.text(Vocabulary(["cat"]))
+        ask(read, images, ["cat"])
 
 
 def test_objects_beside_the_tensors_are_not_made(tmp_path):
@@ -167,7 +168,7 @@ def test_the_text_tower_inside_a_checkpoint(tmp_path):
     encoder.tower.load_state_dict({n.removeprefix("net.clip_pretrained."): t for n, t in tower.items()})
     save_file(lightning(model()) | tower, tmp_path / "a.safetensors")
     net = LSeg.from_checkpoint(tmp_path / "a.safetensors", heads=2)
-    torch.testing.assert_close(net.text(Vocabulary(["cat", "tree"])), encoder.encode(["cat", "tree"]))
+    torch.testing.assert_close(Segmenter(net).question(["cat", "tree"]).text, encoder.encode(["cat", "tree"]))
 
 
 def test_bad_checkpoints(tmp_path):
@@ -190,14 +191,14 @@ def test_bad_checkpoints(tmp_path):
 def test_bad_arguments():
     net = model()
     images, target = scenes(net)
-    with pytest.raises(ValueError, match=r"vectors are \[3, 20\]; wanted \[classes, 24\]"):
+    with pytest.raises(ValueError, match=r"expected text vectors \[classes, 24\], got \[3, 20\]"):
         net(images, torch.randn(3, 20))
     with pytest.raises(ValueError, match="20 wide"):
-        net(images, Vocabulary(["a", "b"], embeddings=torch.randn(2, 20)))
+        ask(net, images, Vocabulary(["a", "b"], embeddings=torch.randn(2, 20)))
     with pytest.raises(ValueError, match="labels run from"):
         net.losses(images, target, torch.randn(2, 24))
-    with pytest.raises(ValueError, match="zebra is not among"):
-        net.losses(images, target, words(24), seen=["zebra"])
+    with pytest.raises(ValueError, match="no transductive training"):
+        net.losses(images, target, words(24).embeddings, seen=[0], transductive=True)
     with pytest.raises(ValueError, match="block_depth must be 0 to 4"):
         model(block="depthwise", block_depth=5)
     with pytest.raises(ValueError, match="block must be"):

@@ -10,8 +10,11 @@ import fastzs
 from fastzs.clip import WeightsError
 from fastzs.decoders.deeplab import DeepLab, DeepLabV2Head
 from fastzs.models import MaskCLIPPlus
+from fastzs.models.base import Labels
 from fastzs.models.maskclip_plus import UNLABELLED
-from fastzs.vocabulary import Vocabulary
+from fastzs.segmenter import Segmenter
+from fastzs.vocabulary import Vocabulary, text_vectors
+from tests.models.ask import ask
 from tests.models.shapes import NAMES, scenes, train, trained_names, words
 
 NAMES_WITH_GROUND = (*NAMES[:6], "background")
@@ -30,10 +33,10 @@ def model(**options) -> MaskCLIPPlus:
 def test_trains_the_network_and_nothing_else(setting):
     net = model(annotation_free=setting == "annotation-free", guided_steps=2).train()
     images, target = scenes(net)
-    vocabulary = Vocabulary(NAMES)
-    options = {} if setting in ("annotation-free", "supervised") else {"seen": NAMES[2:]}
+    text = text_vectors(net, Vocabulary(NAMES))
+    options = {} if setting in ("annotation-free", "supervised") else {"seen": range(2, 7)}
     options |= {"zero-shot": {"transductive": True}, "honest": {"transductive": "honest"}}.get(setting, {})
-    losses = train(net, lambda: net.losses(images, target, vocabulary, **options)["total"], steps=6, rate=5e-3)
+    losses = train(net, lambda: net.losses(images, target, text, **options)["total"], steps=6, rate=5e-3)
     assert losses[-1] < 0.8 * losses[0]
     assert trained_names(net) == {name for name, _ in net.named_parameters()}
     assert net._iter_counter == 7
@@ -48,11 +51,11 @@ def test_who_labels_what():
     labels[:, :5] = 255
     hidden = labels == UNLABELLED
 
-    def at(step: int, **settings):
+    def at(step: int, trust_clip=(), **settings):
         net._iter_counter.fill_(step)
         for name, value in settings.items():
             setattr(net, name, value)
-        return net.label(labels, images, features, text, [2, 3], None, NAMES[:4])
+        return net.label(labels, images, features, text, [2, 3], None, trust_clip)
 
     guided = at(1)
     assert guided.own is None
@@ -82,42 +85,42 @@ def test_zero_shot_and_honest_labels():
     net = model(guided_steps=None)
     images, target = scenes(net)
     target[:, :9] = 255
-    vocabulary, seen = Vocabulary(NAMES), [2, 3, 4, 5, 6]
+    text, seen = text_vectors(net, Vocabulary(NAMES)), [2, 3, 4, 5, 6]
     for transductive in (True, "honest"):
-        labels, unlabelled = net._labels(target, NAMES, seen, transductive, 255)
+        labels, unlabelled = net._unlabelled(Labels(target, range(7), seen, transductive == "honest", 255))
         assert unlabelled == [0, 1]
         hidden = (target < 2) | (target == 255 if transductive == "honest" else False)
         assert torch.equal(labels == UNLABELLED, hidden)
         assert torch.equal(labels[~hidden], target.long()[~hidden])
-    labels, kept = net._labels(target, NAMES, seen, False, 255)
-    assert kept == []
-    assert torch.equal(labels == 255, (target < 2) | (target == 255))
+    labels, unlabelled = net._unlabelled(Labels(target, range(7), None, False, 255))
+    assert unlabelled == []
+    assert torch.equal(labels, target.long())
     # the labels of unseen classes are not used: exchanging them changes nothing
     swapped = torch.where(target < 2, 1 - target, target)
-    losses = [net.losses(images, t, vocabulary, seen=seen, transductive=True)["total"] for t in (target, swapped)]
+    losses = [net.losses(images, t, text, seen=seen, transductive=True)["total"] for t in (target, swapped)]
     assert losses[0] == losses[1]
 
 
 def test_background_vector():
     net = model(background="background", guided_steps=0)
     vocabulary = Vocabulary(NAMES_WITH_GROUND, embeddings=words(128, NAMES_WITH_GROUND).embeddings)
-    text = net.classifier(vocabulary)
+    text = Segmenter(net).question(vocabulary).text
     assert torch.equal(text[:6], vocabulary.embeddings[:6])
     torch.testing.assert_close(text[6:], F.normalize(net.bg_embeddings, dim=1))
-    assert torch.equal(net.classifier(words(128)), words(128).embeddings)  # without that name, no row of it
-    torch.testing.assert_close(net.classifier(torch.zeros(3, 128))[0], text[6])  # of bare vectors, the first
+    assert torch.equal(net.classifier(vocabulary.embeddings, 6), text)
+    assert torch.equal(Segmenter(net).question(words(128)).text, words(128).embeddings)  # nothing has that name
     synonyms = Vocabulary([{"wood": ["paper", "slate"]}, "red disc"])
     with_synonyms = model(background="wood")
-    rows = with_synonyms.classifier(synonyms)
+    rows = Segmenter(with_synonyms).question(synonyms).text
     torch.testing.assert_close(rows[:3], F.normalize(with_synonyms.bg_embeddings, dim=1).expand(3, -1))
-    assert torch.equal(rows[3:], with_synonyms.text(synonyms)[3:])
+    assert torch.equal(rows[3:], text_vectors(with_synonyms, synonyms)[3:])
     images, target = scenes(net)
-    net.losses(images, torch.full_like(target, 6), vocabulary)["total"].backward()
+    net.losses(images, torch.full_like(target, 6), vocabulary.embeddings, background=[6])["total"].backward()
     assert net.bg_embeddings.grad.any()
     # what the network calls background is not CLIP's to label
     both = model(background="background", guided_steps=None, own_from=0)
     labels, features = torch.full((1, 64, 64), UNLABELLED), text.detach()[6].view(1, -1, 1, 1).expand(1, 128, 4, 4)
-    found = both.label(labels, images[:1], features, text.detach(), [5, 6], 6, vocabulary.names)
+    found = both.label(labels, images[:1], features, text.detach(), [5, 6], 6)
     assert (found.own == 6).all()
     assert (found.clip == 6).all()
 
@@ -125,11 +128,11 @@ def test_background_vector():
 def test_distillation():
     net = model(distill=1.0).train()
     images, target = scenes(net)
-    out = net.losses(images, target, Vocabulary(NAMES), seen=[2, 3, 4, 5, 6], transductive=True)
+    out = net.losses(images, target, text_vectors(net, Vocabulary(NAMES)), seen=[2, 3, 4, 5, 6], transductive=True)
     assert set(out) == {"cross_entropy", "distillation", "total"}
     (gradient,) = torch.autograd.grad(out["distillation"], net.network[0].weight)
     assert gradient.any()
-    features = F.normalize(net.teacher.features(images)[0], dim=1)
+    features = net.teacher.encode(images).dense
     everywhere = torch.ones(2, 64, 64, dtype=torch.bool)
     assert net.distillation(features, images, everywhere) < 1e-6
     assert net.distillation(features, images, ~everywhere) == 0
@@ -178,15 +181,13 @@ def test_bad_arguments():
     net = model()
     images, target = scenes(net)
     with pytest.raises(ValueError, match="20 wide"):
-        net(images, words(20))
+        ask(net, images, words(20))
     with pytest.raises(ValueError, match="labels run from"):
         net.losses(images, target, torch.randn(2, 128))
     with pytest.raises(ValueError, match="labels run from"):
         net.losses(images, target, torch.randn(3, 128), seen=[0], transductive=True)
     with pytest.raises(ValueError, match="every class is seen"):
-        net.losses(images, target, words(128), seen=range(7), transductive=True)
-    with pytest.raises(ValueError, match="zebra is not among"):
-        net.losses(images, target, words(128), seen=["zebra"])
+        net.losses(images, target, words(128).embeddings, seen=range(7), transductive=True)
     with pytest.raises(ValueError, match="network must be one of"):
         model(network="unet", text_dim=128, pretrained=False)
     with pytest.raises(ValueError, match="must not be negative"):

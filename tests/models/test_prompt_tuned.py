@@ -15,8 +15,10 @@ from bench.baselines.prompt_tuned import Published
 from fastzs.cli import main
 from fastzs.clip import WeightsError
 from fastzs.models import ClipRC, ZegCLIP
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import resize_size
+from tests.models.ask import ask
 from tests.models.official import DECODER, model, published_state, write
 
 KINDS = {"clip_rc": ClipRC, "zegclip": ZegCLIP}
@@ -153,10 +155,10 @@ def test_another_width(kind, tmp_path):
     with pytest.raises(WeightsError, match=r"a tower 48 wide cannot have heads of 64 channels; .* heads="):
         kind.from_checkpoint(write(tmp_path / "b.pth", published_state(model(kind))))
     net = kind.from_checkpoint(write(tmp_path / "c.pth", published_state(model(kind))), **HEADS)
-    with pytest.raises(ValueError, match=r"text vectors are \[4, 16\]; wanted \[classes, 32\]"):
+    with pytest.raises(ValueError, match=r"expected text vectors \[classes, 32\], got \[4, 16\]"):
         net(torch.zeros(1, 3, 64, 64), torch.zeros(4, 16))
-    with pytest.raises(ValueError, match="vectors are 16 wide; this checkpoint wants 32"):
-        net(torch.zeros(1, 3, 64, 64), Vocabulary(NAMES, embeddings=torch.zeros(4, 16)))
+    with pytest.raises(ValueError, match=r"expected text vectors 32 wide, .* are 16 wide"):
+        ask(net, torch.zeros(1, 3, 64, 64), Vocabulary(NAMES, embeddings=torch.zeros(4, 16)))
 
 
 def test_damaged_files(kind, tmp_path):
@@ -194,28 +196,32 @@ def test_pickled_code_does_not_run(kind, tmp_path, zipped):
 def test_without_a_text_tower(kind, tmp_path):
     net = kind.from_checkpoint(write(tmp_path / "voc.pth", published_state(model(kind))), **HEADS)
     with pytest.raises(WeightsError, match=r"no text tower .*embeddings="):
-        net(torch.zeros(1, 3, 64, 64), Vocabulary(NAMES))
+        ask(net, torch.zeros(1, 3, 64, 64), NAMES)
 
 
 @torch.no_grad()
 def test_text_tower_of_the_checkpoint(kind, tmp_path, monkeypatch, images):
     monkeypatch.setenv("FASTZS_CACHE", str(tmp_path))
     net = kind.from_checkpoint(write(tmp_path / "voc.pth", published_state(model(kind), text_tower=True)), **HEADS)
-    logits = net(images, Vocabulary(NAMES))
+    logits = ask(net, images, NAMES)
     assert torch.equal(logits, net(images, Vocabulary(NAMES).embed(net.clip)))
     assert not torch.equal(logits[:, 0], logits[:, 1])
-    assert net(images, Vocabulary([{"cat": ["kitten", "tomcat"]}, "dog"])).shape[1] == 2
+    assert ask(net, images, [{"cat": ["kitten", "tomcat"]}, "dog"]).shape[1] == 2
 
 
 @torch.no_grad()
 def test_a_vocabulary_is_embedded_once(kind, text, images):
-    net, vocabulary = model(kind), Vocabulary(NAMES, embeddings=text)
-    first = net.text(vocabulary)
-    assert net.text(vocabulary) is first
-    net.to(torch.float64)
-    assert net.text(vocabulary).dtype == torch.float64
-    other = Vocabulary(NAMES, embeddings=-text)
-    assert torch.equal(net.text(other), -text.double())
+    """The same tensor for equal vocabularies: the decoder keeps its half for the text by it."""
+    segmenter = Segmenter(model(kind))
+    halves = []
+    segmenter.model.decode_head.q_proj._text_half = lambda sources, compute: halves.append(sources[2]) or compute()
+    for _ in range(2):
+        segmenter(picture(50, 90), Vocabulary(NAMES, embeddings=text))
+    assert len(halves) > 1
+    assert all(half is halves[0] for half in halves)
+    assert torch.equal(segmenter.question(Vocabulary(NAMES, embeddings=-text)).text, -text)
+    double = Segmenter(model(kind).to(torch.float64)).question(Vocabulary(NAMES, embeddings=text))
+    assert double.text.dtype == torch.float64
 
 
 def picture(height, width):

@@ -12,7 +12,8 @@ from fastzs.clip import WeightsError
 from fastzs.decoders.fcn import FCN, bilinear_kernel, upscore
 from fastzs.models import SZN
 from fastzs.models.szn import cosine_loss
-from fastzs.vocabulary import Vocabulary
+from fastzs.vocabulary import Vocabulary, text_vectors
+from tests.models.ask import ask
 from tests.models.shapes import NAMES, scenes, train, trained_names, words
 
 SEEN, HELD_OUT = NAMES[:5], NAMES[4:5]
@@ -31,18 +32,20 @@ def test_stage_one_trains_the_embedding_alone():
     for loss in ("cosine", "mse"):
         net = model(loss=loss)
         images, target = scenes(net)
-        vocabulary = words(6)
-        losses = train(net, lambda: net.losses(images, target, vocabulary)["total"], steps=4, rate=3e-3)  # noqa: B023
+        text = words(6).embeddings
+        losses = train(net, lambda: net.losses(images, target, text)["total"], steps=4, rate=3e-3)  # noqa: B023
         assert losses[-1] < losses[0] - 0.02
         wanted = {name for name, _ in net.named_parameters() if not name.startswith("seenmask_")}
         assert trained_names(net) == wanted
 
 
 def test_stage_two_trains_the_seenmask_alone():
-    net = model(stage="seenmask", seen=SEEN, train_unseen=HELD_OUT)
+    net, text = model(stage="seenmask"), words(6).embeddings
     images, target = scenes(net)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    losses = train(net, lambda: net.losses(images, target, words(6))["total"], steps=6, rate=3e-3)
+    losses = train(
+        net, lambda: net.losses(images, target, text, seen=range(5), train_unseen=[4])["total"], steps=6, rate=3e-3
+    )
     assert losses[-1] < losses[0] - 0.05
     assert trained_names(net) == {n for n, _ in net.named_parameters() if n.startswith("seenmask_")}
     for name, tensor in net.state_dict().items():
@@ -55,24 +58,29 @@ def test_stage_two_trains_the_seenmask_alone():
 @torch.no_grad()
 def test_labels_of_each_stage():
     """Stage 1 ignores held-out and unseen classes; stage 2 tells held-out from seen and ignores unseen ones."""
-    net = model(seen=SEEN, train_unseen=HELD_OUT)
-    images, vocabulary = torch.randn(1, 3, 40, 40), words(6)
+    net = model()
+    images, text = torch.randn(1, 3, 40, 40), words(6).embeddings
     target = torch.randint(0, 7, (1, 40, 40))
     target[:, :3] = 255
-    embedded, mask = net.maps(images)
+    features = net.encode(images)
+    embedded, mask = net.embedded(features), net.seenmask(features)
+
+    def total(target):
+        return net.losses(images, target, text, seen=range(5), train_unseen=[4])["total"]
+
     stage_one = torch.where(target < 4, target, 255)
-    wanted = cosine_loss(embedded, vocabulary.embeddings, stage_one)
-    torch.testing.assert_close(net.losses(images, target, vocabulary)["total"], wanted)
+    wanted = cosine_loss(embedded, text, stage_one)
+    torch.testing.assert_close(total(target), wanted)
     net.stage = "seenmask"
     stage_two = torch.where(target < 4, 1, torch.where(target == 4, 0, 255))
     wanted = F.cross_entropy(mask, stage_two, ignore_index=255)
-    torch.testing.assert_close(net.losses(images, target, vocabulary)["total"], wanted)
+    torch.testing.assert_close(total(target), wanted)
     net.ignored_as_unseen = True
     slip = F.cross_entropy(mask, torch.where(target < 4, 1, 0), ignore_index=255)
-    torch.testing.assert_close(net.losses(images, target, vocabulary)["total"], slip)
-    assert net.losses(images, torch.full_like(target, 255), vocabulary)["total"] > 0
+    torch.testing.assert_close(total(target), slip)
+    assert total(torch.full_like(target, 255)) > 0
     net.ignored_as_unseen = False
-    assert net.losses(images, torch.full_like(target, 255), vocabulary)["total"] == 0
+    assert total(torch.full_like(target, 255)) == 0
 
 
 @torch.no_grad()
@@ -93,21 +101,21 @@ def test_seen_and_unseen_pixels_get_their_own_classes():
     net = model(seen=SEEN, train_unseen=HELD_OUT)
     net.seenmask_upscore.weight.normal_()  # so that what it says changes over a picture
     images, vocabulary = 3 * torch.randn(2, 3, 50, 70), words(6)
-    embedded, mask = net.maps(images)
-    says_seen = mask.argmax(1) == 1
+    features = net.encode(images)
+    says_seen = net.seenmask(features).argmax(1) == 1
     assert 0.02 < says_seen.float().mean() < 0.98
-    cosines = net.cosines(embedded, vocabulary.embeddings)
+    cosines = net.score(features, vocabulary.embeddings)
     free = cosines.argmax(1)
-    labels = net(images, vocabulary).argmax(1)
+    labels = ask(net, images, vocabulary).argmax(1)
     assert torch.equal(labels < 4, says_seen)
     right = (free < 4) == says_seen
     assert torch.equal(labels[right], free[right])
     truth = torch.randint(0, 7, (2, 50, 70))
     truth[:, :5] = 255
-    labels = net(images, vocabulary, truth=truth).argmax(1)
+    labels = net.finish(features, cosines, torch.arange(7) < 4, truth=truth).argmax(1)
     assert torch.equal(labels >= 4, (truth >= 4) & (truth != 255))
     # without being told which are seen, all compete
-    assert torch.equal(model_like(net, seen=None)(images, vocabulary).argmax(1), free)
+    assert torch.equal(ask(model_like(net, seen=None), images, vocabulary).argmax(1), free)
     # the slip: with all cosines negative, a class that cannot be chosen wins
     is_seen, pixels = torch.arange(7) < 4, torch.ones(1, 2, 2, dtype=torch.bool)
     below = -torch.rand(1, 7, 2, 2)
@@ -172,7 +180,7 @@ def test_saves_loads_and_segments(tmp_path):
     result = segmenter(picture, words(6))
     assert result.labels.shape == (90, 53)
     images = torch.randn(1, 3, 40, 60)
-    assert torch.equal(segmenter.model(images, words(6)), net(images, words(6)))
+    assert torch.equal(ask(segmenter.model, images, words(6)), ask(net, images, words(6)))
 
 
 def test_reads_published_checkpoints(tmp_path):
@@ -184,10 +192,10 @@ def test_reads_published_checkpoints(tmp_path):
     torch.save(content, tmp_path / "szn.pth.tar")
     read = SZN.from_checkpoint(tmp_path / "szn.pth.tar", seen=SEEN)
     images = torch.randn(1, 3, 40, 60)
-    assert torch.equal(read.maps(images)[0], net.maps(images)[0])
+    assert torch.equal(read.encode(images).coarse, net.encode(images).coarse)
     assert read.std[0] == 1 / 255
     with pytest.raises(WeightsError, match="no known CLIP"):
-        read.text(Vocabulary(["cat"]))
+        text_vectors(read, Vocabulary(["cat"]))
     state["upscore.weight"] *= 2
     torch.save(content, tmp_path / "trained.pth")
     with pytest.raises(WeightsError, match="not bilinear"):
@@ -198,18 +206,18 @@ def test_reads_published_checkpoints(tmp_path):
 
 
 def test_bad_arguments():
-    net = model(stage="seenmask", seen=SEEN)
+    net, text = model(stage="seenmask", seen=SEEN), words(6).embeddings
     images, target = torch.randn(1, 3, 40, 40), torch.zeros(1, 40, 40, dtype=torch.long)
     with pytest.raises(ValueError, match="train_unseen"):
-        net.losses(images, target, words(6))
-    with pytest.raises(ValueError, match="wanted one size"):
-        net.losses(images, target[:, :20], words(6))
+        net.losses(images, target, text)
+    with pytest.raises(ValueError, match="labels and images of one size"):
+        net.losses(images, target[:, :20], text)
     with pytest.raises(ValueError, match="20 wide"):
-        net(images, words(20))
-    with pytest.raises(ValueError, match=r"wanted \[classes, 6\]"):
+        ask(net, images, words(20))
+    with pytest.raises(ValueError, match=r"expected text vectors \[classes, 6\]"):
         net(images, torch.randn(3, 5))
     with pytest.raises(ValueError, match="is not among"):
-        net(images, Vocabulary(["cat", "dog"], embeddings=torch.randn(2, 6)))
+        ask(net, images, Vocabulary(["cat", "dog"], embeddings=torch.randn(2, 6)))
     with pytest.raises(ValueError, match="stage must be"):
         model(stage="both")
     with pytest.raises(ValueError, match="loss must be"):

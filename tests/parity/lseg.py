@@ -29,8 +29,7 @@ def lseg(golden: Golden) -> Iterator[Check]:
         images, text = golden["in.image"].to(dtype), golden["in.text_features"].to(dtype)
         for readout in READOUTS:
             model = network(golden, dtype, readout=readout)
-            features = model.features(images)
-            logits = model.logits(features, text, text)
+            logits = model(images, text)
             if readout != "project":
                 yield from golden.checks(f"out64.readout_{readout}", logits)
                 continue

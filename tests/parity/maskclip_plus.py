@@ -48,14 +48,13 @@ def maskclip_plus(golden: Golden) -> Iterator[Check]:
             model = network(golden, dtype, case)
             background = 0 if model.background else None
             rows = text if background is None else F.pad(text[:-1], (0, 0, 1, 0))
-            weight = model.classifier(rows.to(dtype))
+            weight = model.classifier(rows.to(dtype), background)
             feat = golden["in.feat"].to(dtype).requires_grad_()
-            features = model.features(feat)
+            features = model.encode(feat).maps
             logits = model.logits(features, weight)
             labels = (golden[f"{name}.in.gt"] if f"{name}.in.gt" in golden else golden["in.gt"])[:, 0]
-            names = [str(i) for i in range(len(rows))]
             images = golden["in.image"].to(dtype)
-            found = model.label(labels, images, features.detach(), weight, case["cats"], background, names)
+            found = model.label(labels, images, features.detach(), weight, case["cats"], background, model.trust_clip)
             yield from golden.checks(f"{name}.out64.logits", logits)
             final = found.merged.masked_fill(found.merged == UNLABELLED, IGNORE)
             choices = case["cats"]

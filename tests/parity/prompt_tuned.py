@@ -16,6 +16,7 @@ from fastzs.clip import VisionTransformer
 from fastzs.clip.prompted import Encoded, PromptedVisionTransformer
 from fastzs.losses import inductive_target, transductive_target
 from fastzs.models import ClipRC, ZegCLIP
+from fastzs.models.prompt_tuned import PromptFeatures
 from fastzs.ops import TokenLayout, label_map
 from fastzs.windows import window_grid
 from tests.parity.golden import DTYPES, Check, Golden
@@ -164,7 +165,7 @@ def head(kind: type[ClipRC] | type[ZegCLIP], prefix: str, golden: Golden) -> Ite
         model.to(dtype)
         feat, cls, text = (golden[f"in.{name}"].to(dtype) for name in ("feat", "cls", "text"))
         bridge = golden["in.rlb"].to(dtype).flatten(2).transpose(1, 2) if "in.rlb" in golden else None
-        encoded = Encoded(feat.flatten(2).transpose(1, 2), cls, bridge, (feat.shape[2], feat.shape[3]))
+        encoded = PromptFeatures(feat.permute(0, 2, 3, 1), cls, bridge)
         logits = model.decode(encoded, text)
         if isinstance(model, ClipRC):
             streams = model.streams(encoded, text)
@@ -264,7 +265,7 @@ def _train_forward(
     base, size = golden.config["base"], (golden.config["img"],) * 2
     if not transductive:
         target, text = inductive_target(target, base, len(text)), text[base]
-    encoded = model.backbone.encode(images)
+    encoded = PromptFeatures.of(model.backbone.encode(images))
     logits = model.decode(encoded, text)
     if transductive:
         target = transductive_target(target, logits, base)
@@ -285,7 +286,7 @@ def _train_forward(
         yield from golden.checks("out64.q", queries)
         yield from golden.checks("out64.lateral", features)
         yield from golden.checks("out64.ori_q", model.descriptor(streams.visual, text))
-        yield from golden.checks("out64.ori_lateral", encoded.patches)
+        yield from golden.checks("out64.ori_lateral", encoded.tokens)
 
 
 RUNNERS: dict[str, Callable[[Golden], Iterator[Check]]] = {}

@@ -4,10 +4,12 @@ import torch
 import torch.nn.functional as F
 
 import fastzs
+from fastzs.devices import choose_device, choose_precision, native_bf16
 from fastzs.models import MaskCLIP
 from fastzs.ops import label_map
-from fastzs.predict import Segmenter, choose_device, choose_precision, native_bf16
+from fastzs.segmenter import Segmenter
 from fastzs.windows import window_grid
+from tests.models.ask import ask
 from tests.tiny import tiny_clip
 
 NAMES = ["cat", "dog", "sky"]
@@ -31,7 +33,7 @@ def test_whole_picture_is_labelled_as_by_hand(picture):
     seg = segmenter(short_side=0)
     result = seg(picture, NAMES, scores=True)
     images = (picture / 255 - 0.5)[None] / 0.5
-    logits = seg.model(images, fastzs.Vocabulary(NAMES))
+    logits = ask(seg.model, images, NAMES)
     scores = F.softmax(F.interpolate(logits, (50, 70), mode="bilinear"), dim=1)[0]
     assert result.names == tuple(NAMES)
     assert result.labels.dtype == torch.uint8
@@ -69,8 +71,8 @@ def test_bands_change_nothing(picture, crop, stride, monkeypatch):
     seg = segmenter(short_side=0, crop=crop, stride=stride, batch=3)
     want = seg(picture, NAMES, scores=True)
     calls = []
-    monkeypatch.setattr("fastzs.predict.MAPS_BYTES", 1)
-    monkeypatch.setattr("fastzs.predict.label_map", lambda *a, **o: calls.append(a) or label_map(*a, **o))
+    monkeypatch.setattr("fastzs.segmenter.MAPS_BYTES", 1)
+    monkeypatch.setattr("fastzs.segmenter.label_map", lambda *a, **o: calls.append(a) or label_map(*a, **o))
     got = seg(picture, NAMES, scores=True)
     assert (len(calls) > 1) == (crop[0] < 50 if isinstance(crop, tuple) else True)
     assert torch.equal(got.labels, want.labels)
@@ -84,13 +86,14 @@ def test_a_crop_larger_than_the_picture_is_refused(picture):
 
 def test_each_window_sees_its_own_part(picture):
     seg = segmenter(short_side=0, crop=(24, 32), stride=(16, 20))
-    vocabulary = fastzs.Vocabulary(NAMES)
     windows = window_grid((50, 70), (24, 32), (16, 20))
-    logits = seg.logits(picture, windows, vocabulary)
+    features = seg.encode(picture)
+    assert torch.equal(features.places, windows)
+    logits = seg.logits(features, NAMES)
     assert len(logits) == len(windows) == 9
     for i, (top, left, height, width) in enumerate(windows.tolist()):
         part = picture[:, top : top + height, left : left + width]
-        alone = seg.model((part / 255 - 0.5)[None] / 0.5, vocabulary)
+        alone = ask(seg.model, (part / 255 - 0.5)[None] / 0.5, NAMES)
         torch.testing.assert_close(logits[i], alone[0], rtol=1e-4, atol=1e-3)
 
 
@@ -175,3 +178,32 @@ def test_large_pictures_pass_window_by_window():
     picture = torch.randint(256, (3, 700, 900), dtype=torch.uint8)
     result = segmenter(short_side=0, crop=64, stride=48)(picture, NAMES)
     assert result.labels.shape == (700, 900)
+
+
+def test_an_image_is_encoded_once_and_labelled_with_many_names(picture, monkeypatch):
+    for windows in ({}, {"crop": 24, "stride": 16}, {"short_side": 0, "crop": 24, "stride": 16}):
+        seg = segmenter(**windows)
+        wanted = [seg(picture, names, scores=True, background="prompt") for names in (NAMES, ["a", "b"])]
+        features = seg.encode(picture)
+        with monkeypatch.context() as patch:
+            patch.setattr(seg.model, "encode", None)
+            for names, want in zip((NAMES, ["a", "b"]), wanted, strict=True):
+                got = seg.label(features, names, scores=True, background="prompt")
+                assert got.names == want.names
+                assert torch.equal(got.labels, want.labels)
+                assert torch.equal(got.scores, want.scores)
+                assert torch.equal(got.picture, picture)
+
+
+def test_features_are_ordinary_tensors(picture):
+    features = segmenter().encode(picture).windows
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in features.tensors().values())
+
+
+def test_the_picture_is_resized_once(picture, monkeypatch):
+    calls = []
+    seg = segmenter()
+    resize = seg._resize
+    monkeypatch.setattr(seg, "_resize", lambda *a: calls.append(1) or resize(*a))
+    seg(picture, NAMES)
+    assert calls == [1]

@@ -1,0 +1,502 @@
+"""Images in, labels out: resize, windows, features, class maps, labels. Names, windows and models meet only here.
+
+An image is encoded once and can be labelled with any names: :meth:`Segmenter.encode`, :meth:`Segmenter.label`, or both
+at once by calling the segmenter.
+"""
+
+import difflib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+
+from fastzs import clip as clip_module
+from fastzs.clip.packed import pack
+from fastzs.devices import Precision, choose_device, choose_precision
+from fastzs.features import ImageFeatures
+from fastzs.models import SZN, ClipRC, LSeg, MaskCLIP, MaskCLIPPlus, ZegCLIP, ZegFormer, ZSSeg
+from fastzs.models.base import Features, SegmentationModel
+from fastzs.ops import label_map
+from fastzs.pictures import Picture, read_picture
+from fastzs.result import Segmentation
+from fastzs.trace import span, traced
+from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
+from fastzs.windows import resize_size, window_grid
+
+MODELS: dict[str, Any] = {
+    "maskclip": MaskCLIP,
+    "clip_rc": ClipRC,
+    "zegclip": ZegCLIP,
+    "lseg": LSeg,
+    "szn": SZN,
+    "maskclip_plus": MaskCLIPPlus,
+    "zegformer": ZegFormer,
+    "zsseg": ZSSeg,
+}
+Names = Vocabulary | Sequence[str | Mapping[str, Sequence[str]]]
+Background = Literal["none", "threshold", "prompt"]
+BACKGROUND = ("background", "wall", "floor", "ground", "sky")
+MAPS_BYTES = 128 << 20  # of class maps held at a time, where an image keeps its size
+LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
+TEXTS = 8  # vocabularies whose text vectors a segmenter keeps on its device
+
+
+def load(
+    model: str = "maskclip",
+    *,
+    backbone: str = "ViT-B-16",
+    weights: str | Path = "openai",
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    short_side: int | None = None,
+    crop: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    batch: int = 8,
+    **options: Any,
+) -> "Segmenter":
+    """A model ready to segment pictures.
+
+    Args:
+        model: "maskclip", which needs no training, or a trained system with a ``checkpoint``: "clip_rc", "zegclip",
+            "lseg", "szn", "maskclip_plus", "zegformer", "zsseg".
+        backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download. Of a
+            checkpoint without a text tower they name the CLIP that the text tower is taken from.
+        checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or
+            ``push_to_hub`` wrote.
+        device: "auto" takes a GPU if there is one.
+        precision: "auto" takes bf16 where the device computes it natively, else fp32.
+        short_side, crop, stride, batch: see :class:`Segmenter`.
+        options: the model's own settings, see :class:`fastzs.models.MaskCLIP`, and for trained ones
+            ``from_checkpoint`` and the constructor of :class:`fastzs.models.ClipRC` (``seen=[...]``: the training
+            classes, whose scores are lowered).
+
+    Raises:
+        ValueError: unknown model, device or precision (nearest known names are given).
+        WeightsError: weights that cannot be found, read or fitted.
+    """
+    if model not in MODELS:
+        near = difflib.get_close_matches(model, MODELS, n=3, cutoff=0.3) or list(MODELS)
+        raise ValueError(f"unknown model {model!r}; nearest known: {', '.join(near)}")
+    network = _network(model, backbone, weights, checkpoint, options)
+    chosen = choose_device(device)
+    dtype = choose_precision(precision, chosen)
+    network.to(chosen, dtype)
+    if chosen.type == "cpu":
+        pack(network)
+    return Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch=batch)
+
+
+def _network(
+    model: str, backbone: str, weights: str | Path, checkpoint: str | Path | None, options: dict[str, Any]
+) -> SegmentationModel:
+    kind = MODELS[model]
+    if issubclass(kind, MaskCLIP):
+        if checkpoint is not None:
+            raise ValueError("maskclip has no training and so no checkpoint; give CLIP's weights as weights=...")
+        return kind(clip_module.load(backbone, weights), **options)
+    if checkpoint is None:
+        raise ValueError(
+            f"{model} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
+            f"start from fastzs.models.{kind.__name__}(...); model='maskclip' needs none"
+        )
+    if Path(checkpoint).is_file() or Path(checkpoint).suffix in (".pth", ".pt", ".safetensors"):
+        if (backbone, str(weights)) != ("ViT-B-16", "openai"):
+            options = {"backbone": backbone, "weights": str(weights)} | options
+        return kind.from_checkpoint(checkpoint, **options)
+    return kind.from_pretrained(str(checkpoint), **options)
+
+
+class View(NamedTuple):
+    """An image as the model sees it."""
+
+    image: Tensor  # uint8 [3, H, W], as it was read
+    resized: Tensor  # uint8 [3, h, w]
+    windows: Tensor  # int64 [W, 4] over the resized image, all of one size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (self.resized.shape[1], self.resized.shape[2])
+
+    def crops(self, windows: Tensor) -> Iterator[Tensor]:
+        """The parts of the resized image under some windows, uint8 [3, height, width] each."""
+        for top, left, height, width in windows.tolist():
+            yield self.resized[:, top : top + height, left : left + width]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What an image is asked for, in the model's terms.
+
+    Attributes:
+        names: of the labels, in their order; the background is the last, where there is one.
+        text: text vectors [T, D] on the device.
+        groups: int64 [T], the class of each row; None if each row is a class.
+        seen: bool [C], classes that the model treats as seen in training; None if it was told none.
+        calibrations: constants taken from the scores of the seen classes; there is one answer for each.
+        options: of :func:`fastzs.ops.label_map`.
+    """
+
+    names: tuple[str, ...]
+    text: Tensor
+    groups: Tensor | None
+    seen: Tensor | None
+    calibrations: Sequence[float]
+    options: Mapping[str, Any]
+
+
+class Answer(NamedTuple):
+    """The labels of one image."""
+
+    image: Tensor  # uint8 [3, H, W]
+    labels: list[Tensor]  # [H, W] on the CPU, for each of the question's constants
+    scores: list[Tensor]  # fp32 [H, W], for each of them; empty unless asked for
+
+
+class Segmenter:
+    """Segments images with one model.
+
+    Args:
+        model: from :mod:`fastzs.models`, on its device and in its dtype.
+        short_side: images are resized so that their shorter side has this many pixels (the longer at most four
+            times that, the bound of the published test pipelines); 0 leaves their size; the model's own choice if
+            omitted.
+        crop, stride: sliding windows over the resized image, a side or (height, width) in pixels; 0 takes the
+            whole image at once; the model's own choice if omitted, which shrinks to images smaller than it, as
+            published; ``stride`` two thirds of the crop.
+        batch: windows per forward pass.
+
+    Raises:
+        ValueError: a number out of range, a stride larger than the crop or without one.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        *,
+        short_side: int | None = None,
+        crop: int | tuple[int, int] | None = None,
+        stride: int | tuple[int, int] | None = None,
+        batch: int = 8,
+    ):
+        if batch < 1:
+            raise ValueError(f"batch must be at least 1, got {batch}")
+        if short_side is not None and short_side < 0:
+            raise ValueError(f"short_side must not be negative, got {short_side}")
+        self.model = model.eval()
+        self.short_side = model.short_side if short_side is None else short_side
+        self.crop = model.crop if crop is None else crop
+        self._crop_is_given = crop is not None
+        self.stride = model.stride if stride is None and crop is None else stride
+        if self.crop:
+            if self.stride is None:
+                height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+                self.stride = (max(1, 2 * height // 3), max(1, 2 * width // 3))
+            window_grid((1, 1), self.crop, self.stride)  # refuses here what it would refuse for every image
+        elif stride is not None:
+            raise ValueError(
+                f"stride {stride} is the distance of windows, but images are taken whole (crop is {self.crop}); "
+                "give a crop, too, or no stride"
+            )
+        self.batch = batch
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        scale = torch.tensor(model.std, device=self.device) * 255
+        self._mean = (torch.tensor(model.mean, device=self.device) * 255)[:, None, None]
+        self._scale = scale[:, None, None]
+        self._texts: OrderedDict[str, Tensor] = OrderedDict()
+
+    @traced("predict.picture")
+    @torch.inference_mode()
+    def __call__(
+        self,
+        picture: Picture,
+        names: Names,
+        *,
+        background: Background = "none",
+        threshold: float = 0.5,
+        background_names: Sequence[str] | None = None,
+        scores: bool = False,
+    ) -> Segmentation:
+        """Label every pixel of an image: :meth:`encode` and :meth:`label` without keeping the features.
+
+        Args:
+            picture: path, PIL image, uint8 array [H, W, 3] or uint8 tensor [3, H, W].
+            names: the classes, see :class:`fastzs.Vocabulary`.
+            background: pixels of none of the names: there are none; those whose best score is below ``threshold``;
+                or those that fit ``background_names`` better. "background" then is the last of the result's names.
+            threshold: score in 0..1.
+            background_names: what "prompt" looks for; a few general words if omitted.
+            scores: also keep the winning score of each pixel.
+
+        Raises:
+            PictureError: the image cannot be read.
+            ValueError: names or settings that do not fit, or a crop asked for that is larger than the resized image;
+                the message says which.
+        """
+        question = self.question(
+            names, background=background, threshold=threshold, background_names=background_names, scores=scores
+        )
+        return _result(question, next(self.answers([picture], question)))
+
+    @torch.no_grad()  # not inference_mode: kept features can take part in somebody's training
+    def encode(self, image: Picture) -> ImageFeatures:
+        """What the model computes of an image without any names.
+
+        Raises:
+            PictureError, ValueError: as when the segmenter is called.
+        """
+        view = self._view(image)
+        parts = [self._encode(list(view.crops(some))) for some in view.windows.split(self.batch)]
+        return ImageFeatures(type(parts[0]).cat(parts), view.windows, view.size, view.image)
+
+    @traced("predict.picture")
+    @torch.inference_mode()
+    def label(
+        self,
+        features: ImageFeatures,
+        names: Names,
+        *,
+        background: Background = "none",
+        threshold: float = 0.5,
+        background_names: Sequence[str] | None = None,
+        scores: bool = False,
+    ) -> Segmentation:
+        """Label every pixel of an encoded image; arguments and errors as when the segmenter is called."""
+        question = self.question(
+            names, background=background, threshold=threshold, background_names=background_names, scores=scores
+        )
+        parts = self._decoded(features, question)
+        return _result(question, self._answer(features.image, features.size, features.places, parts, question))
+
+    @torch.inference_mode()
+    def logits(self, features: ImageFeatures, names: Names) -> Tensor:
+        """What the model says of an encoded image's windows before labels are made of it, fp32 [W, C, h, w].
+
+        Raises:
+            ValueError: names that do not fit.
+        """
+        return torch.cat(list(self._decoded(features, self.question(names))))
+
+    def question(
+        self,
+        names: Names,
+        *,
+        background: Background = "none",
+        threshold: float = 0.5,
+        background_names: Sequence[str] | None = None,
+        scores: bool = False,
+        seen: Sequence[int] | None = None,
+        calibrations: Sequence[float] | None = None,
+    ) -> Question:
+        """Names and settings in the model's terms, for :meth:`answers`.
+
+        Args:
+            names, background, threshold, background_names, scores: as when the segmenter is called.
+            seen: indices of the classes that lose ``calibrations``; those that the model was trained on if omitted.
+            calibrations: constants; the model's own if omitted.
+
+        Raises:
+            ValueError: names or settings that do not fit.
+        """
+        vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
+        if background == "prompt":
+            words = background_names or getattr(self.model.clip, "background", None) or BACKGROUND
+            vocabulary = vocabulary.with_class("background", words)
+        elif background == "threshold":
+            if self.model.activation == "softmax" and len(vocabulary) == 1:
+                raise ValueError(
+                    "background='threshold' compares the names with each other, so it needs at least two; "
+                    "with one name use background='prompt'"
+                )
+        elif background != "none":
+            raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
+        trained, competing = seen_classes(self.model, vocabulary.names)
+        return Question(
+            names=(*vocabulary.names, "background") if background == "threshold" else vocabulary.names,
+            text=self._text(vocabulary),
+            groups=vocabulary.row_groups,
+            seen=competing,
+            calibrations=[self.model.calibration] if calibrations is None else calibrations,
+            options={
+                "activation": self.model.activation,
+                "seen": trained if seen is None else seen,
+                "threshold": threshold if background == "threshold" else None,
+                "return_scores": scores,
+            },
+        )
+
+    @torch.inference_mode()
+    def answers(self, images: Iterable[Picture], question: Question) -> Iterator[Answer]:
+        """The answers to one question for many images, in their order, read when it is their turn."""
+        for image in images:
+            view = self._view(image)
+            parts = (
+                self._decode(self._encode(list(view.crops(some))), question) for some in view.windows.split(self.batch)
+            )
+            yield self._answer(view.image, view.size, view.windows, parts, question)
+
+    def _view(self, image: Picture) -> View:
+        with span("predict.preprocess"):
+            original = read_picture(image)
+            resized = self._resize(original)
+        size = (resized.shape[1], resized.shape[2])
+        if self.crop and self.stride:  # a crop always has a stride
+            if self._crop_is_given:
+                _check_crop(self.crop, size)
+            return View(original, resized, window_grid(size, self.crop, self.stride))
+        return View(original, resized, torch.tensor([[0, 0, *size]]))
+
+    def _resize(self, picture: Tensor) -> Tensor:
+        size = (picture.shape[1], picture.shape[2])
+        if not self.short_side:
+            return picture
+        wanted = resize_size(size, self.short_side, LONG_SIDE * self.short_side)
+        # antialiasing changes nothing where images grow, as in the published pipelines on their data sets
+        return picture if wanted == size else TF.resize(picture, list(wanted), antialias=True)
+
+    def _encode(self, crops: Sequence[Tensor]) -> Features:
+        """Features of crops of one size, uint8 [3, h, w] each."""
+        images = (torch.stack(list(crops)).to(self.device, torch.float32) - self._mean) / self._scale
+        with span("predict.encode"):
+            return self.model.encode(images.to(self.dtype))
+
+    def _decode(self, features: Features, question: Question) -> Tensor:
+        """Class maps of windows, fp32 [W, C, h, w]."""
+        with span("predict.decode"):
+            return self.model.decode(features, question.text, groups=question.groups, seen=question.seen).float()
+
+    def _decoded(self, features: ImageFeatures, question: Question) -> Iterator[Tensor]:
+        """Class maps of an encoded image's windows, ``batch`` at a time."""
+        for start in range(0, len(features.windows), self.batch):
+            yield self._decode(features.windows[start : start + self.batch].to(self.device), question)
+
+    def _answer(
+        self, image: Tensor, size: tuple[int, int], windows: Tensor, parts: Iterable[Tensor], question: Question
+    ) -> Answer:
+        """Labels from the class maps of the windows over an image that the model saw in ``size``."""
+        labels: list[list[Tensor]] = [[] for _ in question.calibrations]
+        scores: list[list[Tensor]] = [[] for _ in question.calibrations]
+        for band in _bands(size, (image.shape[1], image.shape[2]), windows, parts):
+            for i, constant in enumerate(question.calibrations):
+                with span("predict.label_map"):
+                    mapped = label_map(
+                        band.logits,
+                        band.windows,
+                        band.size,
+                        output_size=band.output_size,
+                        calibration=constant,
+                        **question.options,
+                    )
+                labels[i].append(mapped.labels[band.rows].cpu())
+                if mapped.scores is not None:
+                    scores[i].append(mapped.scores[band.rows].cpu())
+        return Answer(image.cpu(), [torch.cat(rows) for rows in labels], [torch.cat(rows) for rows in scores if rows])
+
+    def _text(self, vocabulary: Vocabulary) -> Tensor:
+        """The vocabulary's text vectors as the model takes them; the same tensor while a vocabulary is among the last.
+
+        The models keep what depends on the text alone by the tensor it was computed from.
+        """
+        key = vocabulary.hash
+        if key in self._texts:
+            self._texts.move_to_end(key)
+        else:
+            with torch.inference_mode(False), torch.no_grad():
+                vectors = text_vectors(self.model, vocabulary)
+                # a copy, since what came from a cache may belong to others
+                self._texts[key] = self.model.prepare_text(vectors.clone())
+            if len(self._texts) > TEXTS:
+                self._texts.popitem(last=False)
+        text, name = self._texts[key], self.model.learned_class
+        if name not in vocabulary.names:
+            return text
+        groups = torch.arange(len(text)) if vocabulary.row_groups is None else vocabulary.row_groups
+        rows = (groups == vocabulary.names.index(name)).to(text.device)
+        return torch.where(rows[:, None], self.model.learned_vector().to(text), text)
+
+
+def seen_classes(model: SegmentationModel, names: Sequence[str]) -> tuple[list[int] | None, Tensor | None]:
+    """Which of ``names`` a model was trained on: their indices, and bool [C] without those it has to treat as unseen.
+
+    None and None if it was not told any.
+
+    Raises:
+        ValueError: a class is not among the names, an index is too large, a class is given twice.
+    """
+    if model.seen is None:
+        return None, None
+    given: Sequence = model.seen
+    if model.absent_seen == "ignored":
+        here = {normal_name(name) for name in names}
+        given = [item for item in given if not isinstance(item, str) or normal_name(item) in here]
+    trained = class_indices(given, names) if given else []
+    competing = torch.zeros(len(names), dtype=torch.bool)
+    competing[trained] = True
+    if model.train_unseen:
+        competing[class_indices(model.train_unseen, names)] = False
+    return trained, competing
+
+
+class Band(NamedTuple):
+    """Class maps of a band of an image, as :func:`fastzs.ops.label_map` takes them."""
+
+    logits: Tensor  # fp32 [W, C, h, w]
+    windows: Tensor  # int64 [W, 4]
+    size: tuple[int, int]
+    output_size: tuple[int, int]
+    rows: slice  # of the band's labels, those that are wanted
+
+
+def _bands(
+    size: tuple[int, int], image_size: tuple[int, int], windows: Tensor, parts: Iterable[Tensor]
+) -> Iterator[Band]:
+    """Bands of an image from top to bottom.
+
+    An image that keeps its size may have thousands of windows, whose maps would take gigabytes. What lies above
+    the next row of windows is final, so no more than about ``MAPS_BYTES`` of maps are held. Where the labels are
+    resized, rows mix, but the model's input is small: one band.
+
+    Args:
+        size: of the image as the model saw it.
+        parts: class maps [W', C, h, w] of the windows, in their order.
+    """
+    if size != image_size:
+        yield Band(torch.cat(list(parts)), windows, size, image_size, slice(None))
+        return
+    height, width = size
+    held, kept, begin, stop = [], 0, 0, 0  # maps from window ``kept`` on; the rows above ``begin`` are done
+    for part in parts:
+        held.append(part)
+        stop += len(part)
+        end = height if stop == len(windows) else int(windows[stop, 0])
+        if stop < len(windows) and (end == begin or sum(part.nbytes for part in held) < MAPS_BYTES):
+            continue
+        held = [torch.cat(held)]
+        places = windows[kept:stop]
+        places = places[places[:, 0] < end]
+        top, bottom = int(places[0, 0]), int(places[-1, 0] + places[-1, 2])
+        band = (bottom - top, width)
+        moved = places - torch.tensor([top, 0, 0, 0])
+        yield Band(held[0][: len(places)], moved, band, band, slice(begin - top, end - top))
+        over = int((places[:, 0] + places[:, 2] <= end).sum())
+        held, kept, begin = [held[0][over:].clone()], kept + over, end
+
+
+def _result(question: Question, answer: Answer) -> Segmentation:
+    scores = answer.scores[0] if answer.scores else None
+    return Segmentation(labels=answer.labels[0], names=question.names, scores=scores, picture=answer.image)
+
+
+def _check_crop(crop: int | tuple[int, int], size: tuple[int, int]) -> None:
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    if height > size[0] or width > size[1]:
+        raise ValueError(
+            f"the crop, {height} x {width} pixels, is larger than the picture, {size[0]} x {size[1]} as the model sees "
+            "it; give a smaller crop, a larger short side, or crop 0 for the whole picture at once"
+        )
