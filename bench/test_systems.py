@@ -187,6 +187,11 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
 
     answer, right = answers(name, order, device, dtype)
     why = why_no_bf16(device) if low else None
+    if low and name in TWO_STAGE:
+        why = (
+            "bf16 moves mask logits across 0, which changes what is cut out and shown to CLIP: an answer's distance to "
+            "fp64 has no bound"
+        )
     parameters, multiply_adds = systems.COSTS[name]
     kind = str(dtype).removeprefix("torch.")
     size = f"{systems.SIZE[1]} x {systems.SIZE[0]}"
