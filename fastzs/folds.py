@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastzs import ranks
-from fastzs.data.protocols import IGNORE
+from fastzs.data.protocols import IGNORE, ignore_label
 from fastzs.metrics import ConfusionMatrix
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
@@ -63,6 +63,7 @@ def evaluate_fold(
         raise ValueError(f"the data set has no class {unknown[0]!r}; it has {', '.join(names)}")
     matrices = {name: ConfusionMatrix(2) for name in classes}
     vocabularies = {name: Vocabulary([others, name], templates=templates) for name in classes}
+    ignored = ignore_label(len(names))
     for i in range(ranks.rank(), len(dataset), ranks.world()):
         picture, truth = dataset[i]
         features = segmenter.encode(torch.as_tensor(picture))
@@ -70,7 +71,7 @@ def evaluate_fold(
             is_class = truth == names.index(name)
             if is_class.any():
                 labels = segmenter.label(features, vocabularies[name]).labels
-                matrix.add(is_class.long().masked_fill(truth == IGNORE, IGNORE), labels)
+                matrix.add(is_class.long().masked_fill(truth == ignored, IGNORE), labels)
         step()
     iou: dict[str, float | None] = {}
     together = ConfusionMatrix(2)

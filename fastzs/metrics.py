@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastzs.data.protocols import IGNORE, Protocol
+from fastzs.data.protocols import Protocol, ignore_label
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ConfusionMatrix:
         """Count the pixels of a label map.
 
         Args:
-            truth: integers of any shape, class indices or 255 (ignored).
+            truth: integers of any shape, class indices or, above 255 classes, 65535, else 255 (ignored).
             labels: integers of the same shape and on the same device; whatever is not a class index counts as a
                 wrong answer of no class.
 
@@ -76,12 +76,13 @@ class ConfusionMatrix:
             raise ValueError(f"truth has shape {list(truth.shape)}, the labels {list(labels.shape)}")
         if truth.is_floating_point() or labels.is_floating_point():
             raise ValueError(f"truth is {truth.dtype}, labels are {labels.dtype}; want integers")
-        kept = truth != IGNORE
+        ignored = ignore_label(self.classes)
+        kept = truth != ignored
         rows, columns = truth[kept].long(), labels[kept].long()
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.classes):
             raise ValueError(
                 f"the truth has labels from {int(rows.min())} to {int(rows.max())}; want 0 to {self.classes - 1}, "
-                f"or {IGNORE} for ignored"
+                f"or {ignored} for ignored"
             )
         columns = torch.where((columns < 0) | (columns >= self.classes), self.classes, columns)
         wide = self.classes + 1

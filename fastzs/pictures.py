@@ -6,7 +6,7 @@ import importlib.util
 import io
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
@@ -160,24 +160,28 @@ def _expand(given: str) -> list[Path]:
     return files
 
 
-def _in_folder(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    others: list[Path] = []
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files below a folder, hidden ones and those in hidden folders left out; links are followed, but none in circles.
+
+    A folder that may not be read is given as if it were a file.
+    """
     been: set[str] = set()
-
-    def closed(error: OSError) -> None:
-        files.append(Path(error.filename))
-
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=closed):
+    closed: list[OSError] = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=closed.append):
         place = os.path.realpath(parent)
         if place in been:  # a link to a folder above, or to one that was searched already
             folders.clear()
             continue
         been.add(place)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        shown = [Path(parent, name) for name in names if not name.startswith(".")]
-        files += [path for path in shown if path.suffix.lower() in SUFFIXES]
-        others += [path for path in shown if path.suffix.lower() in UNREADABLE]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+    yield from (Path(error.filename) for error in closed)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    shown = list(visible_files(folder))
+    files = [path for path in shown if path.suffix.lower() in SUFFIXES or path.is_dir()]
+    others = [path for path in shown if path.suffix.lower() in UNREADABLE]
     if others:
         log.warning(
             "%s: %d pictures of kinds that cannot be read (%s) are left out; convert them to PNG or JPEG",
@@ -205,7 +209,7 @@ def _read_file(path: Path) -> torch.Tensor:
 
 def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
     if Path(name).suffix.lower() in HEIF:
-        _know_heif(name)
+        know_heif(name)
     try:
         with Image.open(stream) as image:
             return _from_pil(image, name)
@@ -224,7 +228,12 @@ def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
         raise PictureError(f"{name}: cannot be read: {error}") from error
 
 
-def _know_heif(name: str) -> None:
+def know_heif(name: str) -> None:
+    """Teach Pillow to read HEIC.
+
+    Raises:
+        PictureError: pillow-heif is not installed; the message names the picture.
+    """
     if importlib.util.find_spec("pillow_heif") is None:
         raise PictureError(f"{name}: HEIC needs pillow-heif, which is not installed: pip install 'fastzs[heif]'")
     importlib.import_module("pillow_heif").register_heif_opener()

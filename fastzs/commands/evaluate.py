@@ -199,7 +199,7 @@ def _segmenter(config: Namespace, device: str) -> "Segmenter":
 def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
     from fastzs.vocabulary import Vocabulary
 
-    words = list(protocol.classes) if config.words is None else _read_classes(config.words)
+    words = protocol.entries if config.words is None else _read_classes(config.words)
     return Vocabulary(words, templates=config.templates, embeddings=config.embeddings)
 
 

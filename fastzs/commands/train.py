@@ -179,7 +179,7 @@ def _words(path: str) -> list:
 def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
     from fastzs.vocabulary import Vocabulary
 
-    words = list(protocol.classes) if config.classes_file is None else _words(config.classes_file)
+    words = protocol.entries if config.classes_file is None else _words(config.classes_file)
     if len(words) != len(protocol.classes):
         raise ValueError(
             f"classes file {config.classes_file} has {len(words)} classes, "

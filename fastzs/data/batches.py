@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from fastzs.data.protocols import IGNORE
+from fastzs.data.protocols import ignore_label
 
 
 class Batch(NamedTuple):
     """Pictures of one process's part of a step."""
 
     images: Tensor  # [B, 3, H, W], fp32, normalised
-    target: Tensor  # [B, H, W], class indices or IGNORE
+    target: Tensor  # [B, H, W], class indices or ignore_label
     names: list[str]  # of the pictures
 
 
@@ -69,12 +69,13 @@ class _Prepared(Dataset):
         name = str(self.names[index])
         try:
             image, mask = self.dataset[index]
-            used = torch.bincount(torch.as_tensor(mask).flatten(), minlength=IGNORE + 1).nonzero().flatten()
-            wrong = used[(used >= self.classes) & (used != IGNORE)].tolist()
+            used = torch.bincount(torch.as_tensor(mask).flatten(), minlength=1).nonzero().flatten()
+            ignored = ignore_label(self.classes)
+            wrong = used[(used >= self.classes) & (used != ignored)].tolist()
             if wrong:
                 return (
                     f"{name}: labels {', '.join(map(str, wrong[:5]))} in the mask; wanted 0 to {self.classes - 1}, "
-                    f"the {self.classes} classes, or {IGNORE}"
+                    f"the {self.classes} classes, or {ignored}"
                 )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(mix(self.seed, "picture", epoch, index))

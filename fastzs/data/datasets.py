@@ -1,9 +1,10 @@
 """Pictures with label maps: the benchmark data sets in their usual folders, anybody's own, and drawn shapes.
 
 Every data set gives ``dataset[i] -> (picture, labels)``, a ``tv_tensors.Image`` uint8 [3, H, W] and a
-``tv_tensors.Mask`` uint8 [H, W] whose values are indices into ``dataset.classes`` or 255 (ignored). The folders are
-laid out as mmsegmentation's documentation of its data sets has them. A data set checks all its files when it is made;
-that they were found good is kept in the cache, so that large ones are read once.
+``tv_tensors.Mask`` uint8 [H, W] whose values are indices into ``dataset.classes`` or 255 (ignored); above 255 classes
+int32 and 65535, see :func:`fastzs.data.protocols.ignore_label`. The folders are laid out as mmsegmentation's
+documentation of its data sets has them. A data set checks all its files when it is made; that they were found good is
+kept in the cache, so that large ones are read once.
 """
 
 import copy
@@ -11,6 +12,7 @@ import difflib
 import hashlib
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -27,17 +29,15 @@ from torchvision import tv_tensors
 
 from fastzs.data import shapes
 from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
-from fastzs.data.protocols import IGNORE, Protocol
-from fastzs.files import write_atomically
-from fastzs.pictures import SUFFIXES, PictureError, read_picture
+from fastzs.data.masks import SUFFIXES as MASKS
+from fastzs.data.masks import DataError, Labels, Meaning, read_mask
+from fastzs.data.protocols import WIDE_IGNORE, Protocol
+from fastzs.files import check_file, read_text, write_atomically
+from fastzs.pictures import HEIF, SUFFIXES, PictureError, know_heif, read_picture, visible_files
 from fastzs.vocabulary import cache_folder
 
 Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
 TOLD = 5  # problems that a message names; the rest are counted
-
-
-class DataError(ValueError):
-    """A data set that cannot be used as it is; the message names the files and counts them."""
 
 
 class Pair(NamedTuple):
@@ -54,13 +54,13 @@ class PairsDataset(Dataset[Sample]):
     Args:
         pairs: the files.
         classes: names; label ``i`` of a mask is ``classes[i]``, 255 is ignored.
-        reduce_zero_label: 0 in the masks is ignored and label ``i`` stands there as ``i + 1``.
-        also_ignored: further values of the masks that are ignored.
+        reduce_zero_label, also_ignored, remap: what the values of the masks mean, see
+            :class:`fastzs.data.masks.Labels`.
         what: the data set's name in messages.
 
     Raises:
         DataError: it is empty; files are missing or cannot be read, masks have labels outside the list or another
-            size than their picture.
+            size than their picture; no pixel of any mask would count.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class PairsDataset(Dataset[Sample]):
         *,
         reduce_zero_label: bool = False,
         also_ignored: Sequence[int] = (),
+        remap: Meaning | None = None,
         what: str = "data set",
     ):
         self.pairs = tuple(pairs)
         self.classes = tuple(classes)
         self.what = what
-        if not self.classes or len(self.classes) > IGNORE:
-            raise DataError(f"{what}: {len(self.classes)} classes; want 1 to {IGNORE}")
+        if not self.classes or len(self.classes) > WIDE_IGNORE:
+            raise DataError(f"{what}: {len(self.classes)} classes; want 1 to {WIDE_IGNORE}")
         if not self.pairs:
             raise DataError(f"{what}: there are no pictures in it")
-        first = int(reduce_zero_label)
-        self.table = np.full(256, -1, np.int16)  # value in the file -> label, -1 where there is none
-        self.table[first : first + len(self.classes)] = np.arange(len(self.classes))
-        self.table[[0] * first + [IGNORE, *also_ignored]] = IGNORE
+        self.labels = Labels(
+            len(self.classes), reduce_zero_label=reduce_zero_label, also_ignored=also_ignored, remap=remap
+        )
         self._check()
 
     def __len__(self) -> int:
@@ -124,16 +124,10 @@ class PairsDataset(Dataset[Sample]):
         return out
 
     def _labels(self, path: Path) -> np.ndarray:
-        labels = self.table[read_mask(path)]
-        if (labels < 0).any():
-            raise DataError(f"{self.what}: {self._outside(path)}")
-        return labels.astype(np.uint8)
-
-    def _outside(self, path: Path) -> str:
-        values = np.unique(read_mask(path))
-        allowed = np.flatnonzero((self.table >= 0) & (self.table != IGNORE))
-        outside = ", ".join(str(value) for value in values[self.table[values] < 0])
-        return f"{path} has the labels {outside}; want {allowed[0]} to {allowed[-1]}, or {IGNORE} for ignored"
+        try:
+            return self.labels.of(read_mask(path), path)
+        except DataError as error:
+            raise DataError(f"{self.what}: {error}") from None
 
     def _check(self) -> None:
         missing = [path for pair in self.pairs for path in (pair.image, pair.mask) if not path.is_file()]
@@ -142,12 +136,13 @@ class PairsDataset(Dataset[Sample]):
         repeated = len(self.pairs) - len(set(self.names))
         if repeated:
             raise DataError(f"{self.what}: {repeated} pictures have a name that another has, too")
+        used: set[int] = set()
         stamp = cache_folder() / "checked" / f"{self._stamp()}.json"
         if stamp.is_file():
             return
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             # one after the other in the order of the pairs, decoded at the same time
-            results = pool.map(self._problem, self.pairs)
+            results = pool.map(partial(self._problem, used=used), self.pairs)
             steps = track(
                 results,
                 f"checking {self.what}",
@@ -159,6 +154,8 @@ class PairsDataset(Dataset[Sample]):
             problems = [problem for problem in steps if problem]
         if problems:
             raise DataError(_report(self.what, "pictures or masks cannot be used", problems))
+        if doubt := self.labels.doubt(used):
+            raise DataError(f"{self.what}: {doubt}")
         # a cache that cannot be written only means that the next start checks again
         try:
             stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -166,12 +163,13 @@ class PairsDataset(Dataset[Sample]):
         except OSError:
             pass
 
-    def _problem(self, pair: Pair) -> str | None:
-        """What is wrong with a pair, if anything. Of the picture the header is read only."""
+    def _problem(self, pair: Pair, used: set[int]) -> str | None:
+        """What is wrong with a pair, if anything; adds to ``used``. Of the picture the header is read only."""
         try:
-            labels = self.table[read_mask(pair.mask)]
-            if (labels < 0).any():
-                return self._outside(pair.mask)
+            values = read_mask(pair.mask)
+            labels = self.labels.of(values, pair.mask)
+            if values.ndim == 2:
+                used.update(np.flatnonzero(np.bincount(values.reshape(-1))).tolist())
             size = _picture_size(pair.image)
         except (DataError, PictureError) as error:
             return str(error)
@@ -179,23 +177,25 @@ class PairsDataset(Dataset[Sample]):
 
     def _stamp(self) -> str:
         """Changes with any file's name, size or time of change, and with what the labels mean."""
-        digest = hashlib.sha256(json.dumps([self.classes, self.table.tolist()]).encode())
+        digest = hashlib.sha256(json.dumps([self.classes, self.labels.content]).encode())
         for pair in self.pairs:
             for path in (pair.image, pair.mask):
                 status = path.stat()
-                digest.update(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n".encode())
+                digest.update(os.fsencode(f"{os.path.abspath(path)} {status.st_size} {status.st_mtime_ns}\n"))
         return digest.hexdigest()[:32]
 
 
 class FolderDataset(PairsDataset):
     """A folder of pictures and a folder of masks with the same names but for the ending (``a/b.jpg``, ``a/b.png``).
 
+    Hidden files and folders are passed over, and links are followed.
+
     Args:
         images: folder, searched with its subfolders.
-        masks: folder of PNG masks, laid out alike.
+        masks: folder of masks (PNG, TIFF, BMP), laid out alike.
         classes: names, in the order of the labels.
         suffix: what stands between the picture's name and ``.png`` in the mask's.
-        reduce_zero_label: see :class:`PairsDataset`.
+        reduce_zero_label, remap: see :class:`PairsDataset`.
 
     Raises:
         DataError: as :class:`PairsDataset`, and masks without a picture.
@@ -209,9 +209,10 @@ class FolderDataset(PairsDataset):
         *,
         suffix: str = "",
         reduce_zero_label: bool = False,
+        remap: Meaning | None = None,
     ):
-        pairs = _folder_pairs(Path(images), Path(masks), suffix)
-        super().__init__(pairs, classes, reduce_zero_label=reduce_zero_label, what=f"folder {images}")
+        pairs = _folder_pairs(_path(images), _path(masks), suffix)
+        super().__init__(pairs, classes, reduce_zero_label=reduce_zero_label, remap=remap, what=f"folder {images}")
 
 
 class PairsFile(PairsDataset):
@@ -223,8 +224,15 @@ class PairsFile(PairsDataset):
         DataError: as :class:`PairsDataset`; the file cannot be read, a line does not hold two paths (named).
     """
 
-    def __init__(self, path: str | Path, classes: Sequence[str], *, reduce_zero_label: bool = False):
-        path = Path(path)
+    def __init__(
+        self,
+        path: str | Path,
+        classes: Sequence[str],
+        *,
+        reduce_zero_label: bool = False,
+        remap: Meaning | None = None,
+    ):
+        path = _path(path)
         pairs = []
         for number, line in enumerate(_lines(path), start=1):
             if not line.strip() or line.startswith("#"):
@@ -237,7 +245,7 @@ class PairsFile(PairsDataset):
             inside = not image.is_absolute() and ".." not in image.parts
             name = _stem(image.as_posix() if inside else image.name)
             pairs.append(Pair(name, path.parent / image, path.parent / mask))
-        super().__init__(pairs, classes, reduce_zero_label=reduce_zero_label, what=f"pairs file {path}")
+        super().__init__(pairs, classes, reduce_zero_label=reduce_zero_label, remap=remap, what=f"pairs file {path}")
 
 
 class VOC2012(PairsDataset):
@@ -307,13 +315,12 @@ class PascalContext(PairsDataset):
             Pair(name, root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png")
             for name in _ids([root / "ImageSets" / "SegmentationContext" / f"{split}.txt"])
         ]
-        whole = ("background", *CONTEXT) if background else tuple(CONTEXT)
-        super().__init__(pairs, whole, reduce_zero_label=not background, what=f"PASCAL-Context {split}")
-        if not background and tuple(classes) != whole:
-            self.classes = tuple(classes)
-            kept = np.array([classes.index(name) if name in classes else IGNORE for name in whole], np.int16)
-            inside = (self.table >= 0) & (self.table < len(whole))
-            self.table[inside] = kept[self.table[inside]]
+        if background:
+            super().__init__(pairs, ("background", *CONTEXT), what=f"PASCAL-Context {split}")
+            return
+        place = {name: label for label, name in enumerate(classes)}
+        remap = {value: place.get(name) for value, name in enumerate(CONTEXT, start=1)}
+        super().__init__(pairs, classes, reduce_zero_label=True, remap=remap, what=f"PASCAL-Context {split}")
 
 
 class ADE20K150(PairsDataset):
@@ -439,35 +446,19 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big")
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """The values of a label map, uint8 [H, W]: of an indexed picture the indices, else grey levels.
-
-    Raises:
-        DataError: missing, damaged, or neither indexed nor grey.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L", "1"):
-                raise DataError(
-                    f"{path} is a mask of mode {image.mode}; want 8-bit labels, indexed or grey (PIL modes P, L)"
-                )
-            return np.array(image, dtype=np.uint8)
-    except DataError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # decoders raise whatever comes to them on broken files
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
 def _picture_size(path: Path) -> tuple[int, int]:
     """(height, width) as :func:`fastzs.pictures.read_picture` gives it, from the header."""
     try:
+        check_file(path)
+        if path.suffix.lower() in HEIF:
+            know_heif(str(path))
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
+    except PictureError:
+        raise
     except Exception as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+        raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     return (width, height) if turned else (height, width)
 
 
@@ -482,7 +473,8 @@ def _report(what: str, kind: str, problems: list[str]) -> str:
 
 def _home(root: str | Path, mark: str, *below: str) -> Path:
     """``root``, or the one of the folders ``below`` it, that holds ``mark``."""
-    places = [Path(root), *(Path(root, part) for part in below)]
+    root = _path(root)
+    places = [root, *(root / part for part in below)]
     for place in places:
         if (place / mark).is_dir():
             return place
@@ -491,8 +483,8 @@ def _home(root: str | Path, mark: str, *below: str) -> Path:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(path).splitlines()
+    except (OSError, ValueError) as error:
         there = sorted(file.stem for file in path.parent.glob("*.txt")) if path.parent.is_dir() else []
         near = f"; lists there: {', '.join(there)}" if there else ""
         raise DataError(f"{path} cannot be read: {error}{near}") from error
@@ -507,23 +499,38 @@ def _stem(path: str) -> str:
     return os.path.splitext(path)[0]
 
 
+def _path(given: str | Path) -> Path:
+    return Path(os.path.expanduser(given))
+
+
 def _folder_pairs(images: Path, masks: Path, suffix: str) -> list[Pair]:
     """Pairs of two folders, sorted by name; the masks of pictures that have none are named all the same."""
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"{folder}: there is no such folder")
-    pictures: dict[str, Path] = {}
-    for path in sorted(images.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            name = _stem(path.relative_to(images).as_posix())
-            if name in pictures:
-                raise DataError(f"{images}: {pictures[name].name} and {path.name} have the same name")
-            pictures[name] = path
-    ending = f"{suffix}.png"
-    found = {path.relative_to(masks).as_posix() for path in masks.rglob(f"*{ending}")}
-    alone = sorted(found - {name + ending for name in pictures})
-    if alone:
-        near = difflib.get_close_matches(alone[0].removesuffix(ending), pictures, n=1)
+    inside = masks if masks != images and masks.is_relative_to(images) else None
+    pictures = _by_name(images, SUFFIXES, "", inside)
+    found = _by_name(masks, MASKS, suffix, None)
+    if alone := sorted(found.keys() - pictures.keys()):
+        near = difflib.get_close_matches(alone[0], pictures, n=1)
         hint = f" (nearest picture: {near[0]})" if near else ""
-        raise DataError(_report(f"folder {masks}", f"masks have no picture in {images}{hint}", alone))
-    return [Pair(name, path, masks / f"{name}{ending}") for name, path in pictures.items()]
+        files = [found[name].relative_to(masks).as_posix() for name in alone]
+        raise DataError(_report(f"folder {masks}", f"masks have no picture in {images}{hint}", files))
+    return [Pair(name, path, found.get(name, masks / f"{name}{suffix}.png")) for name, path in pictures.items()]
+
+
+def _by_name(folder: Path, kinds: frozenset[str], suffix: str, without: Path | None) -> dict[str, Path]:
+    """Files of some kinds by their path below ``folder``, less the suffix and the ending.
+
+    Accented letters are one character or two, as the system that named a file has it; here they are one.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(visible_files(folder)):
+        stem = _stem(path.relative_to(folder).as_posix())
+        if path.suffix.lower() not in kinds or not stem.endswith(suffix) or (without and path.is_relative_to(without)):
+            continue
+        name = unicodedata.normalize("NFC", stem.removesuffix(suffix))
+        if name in found:
+            raise DataError(f"{folder}: {found[name].name} and {path.name} have the same name")
+        found[name] = path
+    return found

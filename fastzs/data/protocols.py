@@ -16,17 +16,21 @@ more of PASCAL-Context's, all other pixels ignored.
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from fastzs import yaml_files
 from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
 from fastzs.data.shapes import GROUNDS, PAIRS, UNSEEN_PAIRS
 
-IGNORE = 255
+IGNORE, WIDE_IGNORE = 255, 65535  # the label of ignored pixels, up to 255 classes and above
+
+
+def ignore_label(classes: int) -> int:
+    """The label that marks ignored pixels among labels of so many classes."""
+    return IGNORE if classes <= IGNORE else WIDE_IGNORE
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Protocol:
 
     Attributes:
         name: as it is printed beside results.
-        classes: names in the order of the labels; label ``i`` is ``classes[i]``, 255 is ignored.
+        classes: names in the order of the labels; label ``i`` is ``classes[i]``, :func:`ignore_label` is ignored.
         unseen: indices of the classes whose labels training must not read, ascending; empty: all are seen.
         dataset: the data set it belongs to, see :func:`fastzs.data.datasets.open_dataset`; "folder" for own ones.
         background: what becomes of pixels of no class: "ignored", "class" (they are one of the classes) or "none"
@@ -43,9 +47,10 @@ class Protocol:
         reduce_zero_label: 0 in the mask files means "no class" and all labels there are one higher than here.
         drop_unseen: pictures that show an unseen class are left out of training; otherwise they are trained on, and
             these pixels are ignored.
+        synonyms: further names of each class, or empty.
 
     Raises:
-        ValueError: no classes, a name twice, an index out of range or twice, more than 255 classes.
+        ValueError: no classes, a name twice, an index out of range or twice, more than 65,535 classes.
     """
 
     name: str
@@ -55,14 +60,15 @@ class Protocol:
     background: str = "ignored"
     reduce_zero_label: bool = False
     drop_unseen: bool = False
+    synonyms: tuple[tuple[str, ...], ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "classes", tuple(self.classes))
         object.__setattr__(self, "unseen", tuple(sorted(self.unseen)))
-        if not self.classes or len(self.classes) > IGNORE:
+        if not self.classes or len(self.classes) > WIDE_IGNORE:
             raise ValueError(
-                f"protocol {self.name}: {len(self.classes)} classes; want 1 to {IGNORE}, since the label {IGNORE} "
-                "marks ignored pixels"
+                f"protocol {self.name}: {len(self.classes)} classes; expected 1 to {WIDE_IGNORE}, since the label "
+                f"{WIDE_IGNORE} marks ignored pixels"
             )
         if twice := sorted({name for name in self.classes if self.classes.count(name) > 1}):
             raise ValueError(f"protocol {self.name}: classes given twice: {', '.join(twice)}")
@@ -76,6 +82,12 @@ class Protocol:
             raise ValueError(
                 f"protocol {self.name}: background is {self.background!r}; want 'ignored', 'class' or 'none'"
             )
+
+    @property
+    def entries(self) -> list[str | dict[str, list[str]]]:
+        """The classes with their synonyms, as :class:`fastzs.Vocabulary` takes them."""
+        others = self.synonyms or ((),) * len(self.classes)
+        return [{name: list(more)} if more else name for name, more in zip(self.classes, others, strict=True)]
 
     @property
     def seen(self) -> tuple[int, ...]:
@@ -114,7 +126,7 @@ _VOC_21 = ("background", *VOC)
 _CONTEXT_60 = ("background", *CONTEXT)
 _ZS3_VOC = ("cow", "motorbike", "aeroplane", "sofa", "cat", "tvmonitor", "train", "bottle", "chair", "pottedplant")
 _CONTEXT_33 = (
-    *("table" if name == "diningtable" else name for name in VOC), 
+    *("table" if name == "diningtable" else name for name in VOC),
     "sky", "grass", "ground", "road", "building", "tree", "water", "mountain", "wall", "floor", "track",
     "keyboard", "ceiling"
 )  # fmt: skip
@@ -179,45 +191,56 @@ PROTOCOLS: dict[str, Protocol] = {
 def protocol(name: str | Path) -> Protocol:
     """A protocol by its name, or one's own from a YAML file.
 
-    The file holds ``classes`` (a list of names) and, as far as needed, ``name`` (the file's name if omitted),
+    The file holds ``classes`` (a list of names, or of names with a list of synonyms) and, as far as needed, ``name``
+    (the file's name if omitted),
     ``unseen`` (names or indices), ``background``, ``reduce_zero_label`` and ``drop_unseen`` as in
     :class:`Protocol`.
 
     Raises:
         ValueError: unknown name (the nearest known are given); the file cannot be read, has an unknown key (the
-            nearest known is given) or an unseen class that is not among the classes.
+            nearest known is given), a value of another type or an unseen class that is not among the classes.
     """
     if str(name) in PROTOCOLS:
         return PROTOCOLS[str(name)]
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.suffix not in (".yaml", ".yml"):
         near = difflib.get_close_matches(str(name), PROTOCOLS, n=3, cutoff=0.3) or list(PROTOCOLS)
         raise ValueError(f"unknown protocol {str(name)!r}; nearest known: {', '.join(near)}; own ones are .yaml files")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"protocol {path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("classes"), list):
-        raise ValueError(f"protocol {path}: want a mapping with a list of names under 'classes'")
+    root = yaml_files.read(path, "protocol")
+    if root is None:
+        raise ValueError(f"protocol {path}: is empty; expected a mapping with a list of names under 'classes'")
+    content = root.mapping("a mapping with a list of names under 'classes'")
     known = ("name", "classes", "unseen", "background", "reduce_zero_label", "drop_unseen")
-    for key in content:
+    for key, value in content.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"protocol {path}: unknown key {key!r}; nearest known: {near!r}")
-    classes = tuple(str(item) for item in content["classes"])
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+            raise value.error(f"unknown key {key!r}; nearest known: {near!r}")
+    if "classes" not in content:
+        raise root.wrong("a mapping with a list of names under 'classes'")
+    entries = yaml_files.class_entries(content["classes"])
+    classes = tuple(entry if isinstance(entry, str) else next(iter(entry)) for entry in entries)
+    synonyms = tuple(() if isinstance(entry, str) else tuple(*entry.values()) for entry in entries)
+    flags = {key: content[key].flag() for key in ("reduce_zero_label", "drop_unseen") if key in content}
     return Protocol(
-        name=str(content.get("name", path.stem)),
+        name=content["name"].text() if "name" in content else path.stem,
         classes=classes,
-        unseen=_unseen(path, classes, content.get("unseen") or ()),
-        background=str(content.get("background", "ignored")),
-        reduce_zero_label=bool(content.get("reduce_zero_label", False)),
-        drop_unseen=bool(content.get("drop_unseen", False)),
+        unseen=_unseen(classes, content["unseen"]) if "unseen" in content else (),
+        background=content["background"].text() if "background" in content else "ignored",
+        synonyms=synonyms if any(synonyms) else (),
+        **flags,
     )
 
 
-def _unseen(path: Path, classes: tuple[str, ...], given: Any) -> tuple[int, ...]:
-    unknown = [item for item in given if not isinstance(item, int) and str(item) not in classes]
-    if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), classes, n=1, cutoff=0.0)[0]
-        raise ValueError(f"protocol {path}: unseen class {unknown[0]!r} is none of the classes; nearest: {near!r}")
-    return tuple(item if isinstance(item, int) else classes.index(str(item)) for item in given)
+def _unseen(classes: tuple[str, ...], given: yaml_files.Item) -> tuple[int, ...]:
+    """Indices of classes by name or, where no class is called so, by number."""
+    found = []
+    for item in [] if given.is_null else given.items("a list of names or numbers of classes"):
+        name = item.text()
+        if name in classes:
+            found.append(classes.index(name))
+        elif item.is_number:
+            found.append(item.number())
+        else:
+            near = difflib.get_close_matches(name, classes, n=1, cutoff=0.0)[0]
+            raise item.error(f"unseen class {name!r} is none of the classes; nearest: {near!r}")
+    return tuple(found)

@@ -50,11 +50,11 @@ class VariedCrop(v2.Transform):
     After ten tries the last crop is taken. Sides shorter than ``size`` stay as they are.
     """
 
-    def __init__(self, size: int, most: float = 0.75):
+    def __init__(self, size: int, most: float = 0.75, ignored: int = IGNORE):
         super().__init__()
         if not 0 < most <= 1:
             raise ValueError(f"most={most}: want a share of the pixels, above 0 and at most 1")
-        self.size, self.most = size, most
+        self.size, self.most, self.ignored = size, most, ignored
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         height, width = _size(flat_inputs)
@@ -71,8 +71,8 @@ class VariedCrop(v2.Transform):
         return box
 
     def _varied(self, labels: Tensor) -> bool:
-        counts = torch.bincount(labels.flatten().long(), minlength=IGNORE + 1)
-        counts[IGNORE] = 0
+        counts = torch.bincount(labels.flatten().long(), minlength=self.ignored + 1)
+        counts[self.ignored] = 0
         return bool((counts > 0).sum() > 1) and bool(counts.max() < self.most * counts.sum())
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
@@ -116,16 +116,16 @@ class PhotometricDistortion(v2.Transform):
 
 
 class PadTo(v2.Transform):
-    """Pad below and to the right to at least ``size`` x ``size``: pictures with 0, labels with 255."""
+    """Pad below and to the right to at least ``size`` x ``size``: pictures with 0, labels as ignored."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, ignored: int = IGNORE):
         super().__init__()
-        self.size = size
+        self.size, self.ignored = size, ignored
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         height, width = inpt.shape[-2:]
         padding = [0, 0, max(0, self.size - width), max(0, self.size - height)]
-        fill = IGNORE if isinstance(inpt, tv_tensors.Mask) else 0
+        fill = self.ignored if isinstance(inpt, tv_tensors.Mask) else 0
         return TF.pad(inpt, padding, fill=fill) if any(padding) else inpt
 
 
@@ -139,6 +139,7 @@ def training_transform(
     most: float = 0.75,
     flip: float = 0.5,
     distortion: bool = True,
+    ignored: int = IGNORE,
 ) -> v2.Compose:
     """The published training pipeline, (uint8 picture, labels) -> (fp32 [3, crop, crop], labels [crop, crop]).
 
@@ -150,6 +151,7 @@ def training_transform(
         most: see :class:`VariedCrop`.
         flip: probability of a horizontal flip.
         distortion: whether colours are distorted.
+        ignored: the label of ignored pixels, see :func:`fastzs.data.protocols.ignore_label`.
 
     Raises:
         ValueError: a side is less than a pixel, or there is none (a model of whole pictures).
@@ -161,12 +163,12 @@ def training_transform(
     return v2.Compose(
         [
             ScaleJitter(short_side, scale),
-            VariedCrop(crop, most),
+            VariedCrop(crop, most, ignored),
             v2.RandomHorizontalFlip(flip),
             *([PhotometricDistortion()] if distortion else []),
             v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
             v2.Normalize(list(mean), list(std)),
-            PadTo(crop),
+            PadTo(crop, ignored),
         ]
     )
 

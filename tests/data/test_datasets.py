@@ -7,6 +7,7 @@ from PIL import Image
 from torchvision import tv_tensors
 
 from fastzs.data import shapes
+from fastzs.data.batches import batches
 from fastzs.data.datasets import (
     ADE20K150,
     VOC2012,
@@ -21,6 +22,9 @@ from fastzs.data.datasets import (
     seed_of,
 )
 from fastzs.data.protocols import PROTOCOLS, protocol
+from fastzs.data.transforms import training_transform
+from fastzs.metrics import ConfusionMatrix
+from fastzs.yaml_files import read_remap
 from tests.data.folders import camvid, put_list, put_mask, put_picture, voc
 
 
@@ -214,7 +218,7 @@ def test_unreadable_files_are_named(tmp_path, damage):
     if damage == "colours":
         Image.new("RGB", (8, 6)).save(victim)
     elif damage == "sixteen":
-        Image.fromarray(np.zeros((6, 8), np.uint16)).save(victim)
+        Image.fromarray(np.full((6, 8), 256, np.uint16)).save(victim)
     else:
         victim.write_bytes(victim.read_bytes()[:20])
     with pytest.raises(DataError, match=f"1 pictures or masks.*\n.*{victim.name}"):
@@ -228,8 +232,8 @@ def test_empty_data_sets_and_class_lists_are_refused(tmp_path):
         FolderDataset(tmp_path / "empty", tmp_path / "empty", ["x"])
     with pytest.raises(DataError, match="0 classes"):
         FolderDataset(images, masks, [])
-    with pytest.raises(DataError, match="256 classes"):
-        FolderDataset(images, masks, [str(i) for i in range(256)])
+    with pytest.raises(DataError, match="65536 classes"):
+        FolderDataset(images, masks, [str(i) for i in range(65536)])
     with pytest.raises(DataError, match="no such folder"):
         FolderDataset(tmp_path / "none", masks, ["x"])
 
@@ -245,7 +249,7 @@ def test_a_checked_data_set_is_not_read_again_until_it_changes(tmp_path, monkeyp
     images, masks = folders(tmp_path)
     FolderDataset(images, masks, ["x", "y", "z"])
     reads = []
-    monkeypatch.setattr(FolderDataset, "_problem", lambda self, pair: reads.append(pair))
+    monkeypatch.setattr(FolderDataset, "_problem", lambda self, pair, used: reads.append(pair))
     FolderDataset(images, masks, ["x", "y", "z"])
     assert reads == []
     FolderDataset(images, masks, ["x", "y", "z", "more"])
@@ -291,3 +295,148 @@ def test_seeds_differ_and_fit_the_generator():
     assert len(seeds) == 2000
     assert max(seeds) < 2**32
     assert seed_of(1, "a") != seed_of("1", "a")
+
+
+def test_masks_by_value_or_colour_as_a_label_file_says(tmp_path):
+    images, masks = folders(tmp_path)
+    classes = ["road", "sky", "7"]
+    labels = tmp_path / "labels.yaml"
+
+    def dataset():
+        return FolderDataset(images, masks, classes, remap=read_remap(labels, {n: i for i, n in enumerate(classes)}))
+
+    for name in ("a", "b/c"):
+        put_mask(masks / f"{name}.png", [0, 9, 200, 255])
+    labels.write_text("0: sky\n9: 7\n200: 0\n255: ignored\n")
+    assert dataset()[0][1].flatten()[:4].tolist() == [1, 2, 0, 255]
+    pixels = np.resize(np.array([[128, 64, 128], [70, 130, 180], [0, 0, 0]], np.uint8), (6, 8, 3))
+    for name in ("a", "b/c"):
+        Image.fromarray(pixels).save(masks / f"{name}.png")
+    labels.write_text("'#804080': road\n'#4682B4': sky\n'#000000': ignored\n")
+    assert dataset()[0][1].flatten()[:3].tolist() == [0, 1, 255]
+    pixels[0, 0] = 1, 2, 3
+    Image.fromarray(pixels).save(masks / "b" / "c.png")
+    with pytest.raises(DataError, match=r"c.png has the colours #010203, which the label file does not name"):
+        dataset()
+    put_mask(masks / "b" / "c.png", [0])
+    with pytest.raises(DataError, match=r"c.png has no colours; the label file names colours"):
+        dataset()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0: raod\n", "line 1: expected the name or number of a class, or ignored, got 'raod'"),
+        ("0: road\n1: 2\n", "line 2: expected the name or number of a class, or ignored, got '2'"),
+        ("- road\n", "line 1: expected a mapping from values or colours"),
+        ("70000: road\n", "line 1: expected a value from 0 to 65535"),
+        ("'#12345': road\n", "expected a value from 0 to 65535 or a colour"),
+        ("0: road\n0: sky\n", "line 2: 0 stands there twice"),
+        ("0: road\n'#000000': sky\n", "values and colours are mixed"),
+        ("", "is empty"),
+    ],
+)
+def test_label_files_that_are_wrong(tmp_path, text, message):
+    path = tmp_path / "labels.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_remap(path, {"road": 0, "sky": 1})
+
+
+@pytest.mark.parametrize("kind", ["I;16.png", "I.tif", "L.TIF", "P.PNG", "L.bmp"])
+def test_kinds_of_masks(tmp_path, kind):
+    images, masks = folders(tmp_path)
+    mode, ending = kind.split(".")
+    values = np.resize(np.array([0, 1, 2, 255]), (6, 8))
+    for name in ("a", "b/c"):
+        (masks / f"{name}.png").unlink()
+        image = Image.fromarray(values.astype({"I": np.int32, "I;16": np.uint16}.get(mode, np.uint8)))
+        if mode == "P":
+            image.putpalette(bytes(768))
+        image.save(masks / f"{name}.{ending}")
+    dataset = FolderDataset(images, masks, ["x", "y", "z"])
+    assert torch.equal(dataset[1][1], torch.from_numpy(values.astype(np.uint8)))
+
+
+def test_more_than_255_classes(tmp_path):
+    images, masks = folders(tmp_path)
+    for name in ("a", "b/c"):
+        values = np.resize(np.array([0, 255, 299, 65535], np.uint16), (6, 8))
+        Image.fromarray(values).save(masks / f"{name}.png")
+    dataset = FolderDataset(images, masks, [str(i) for i in range(300)])
+    assert dataset[0][1].flatten()[:4].tolist() == [0, 255, 299, 65535]
+    matrix = ConfusionMatrix(300)
+    matrix.add(dataset[0][1].as_subclass(torch.Tensor), torch.full((6, 8), 299))
+    assert matrix.counts.sum() == 36
+    assert matrix.counts[255, 299] == 12
+    batch = next(batches(dataset, training_transform(16, (0,) * 3, (1,) * 3, ignored=65535), batch=2, steps=range(1)))
+    assert set(batch.target.unique().tolist()) <= {0, 255, 299, 65535}
+    assert (batch.target == 65535).any()
+
+
+def test_what_systems_leave_in_folders(tmp_path):
+    images, masks = folders(tmp_path)
+    (masks / "._a.png").write_bytes(b"rubbish")
+    (images / ".DS_Store").touch()
+    put_picture(images / ".ipynb_checkpoints" / "a-checkpoint.jpg")
+    put_mask(masks / ".ipynb_checkpoints" / "a-checkpoint.png", [0])
+    put_picture(images / "caf\u00e9.jpg")
+    put_mask(masks / "cafe\u0301.png", [1])
+    put_picture(tmp_path / "more" / "c.jpg")
+    put_mask(tmp_path / "more masks" / "c.png", [2])
+    (images / "linked").symlink_to(tmp_path / "more")
+    (masks / "linked").symlink_to(tmp_path / "more masks")
+    dataset = FolderDataset(images, masks, ["x", "y", "z"])
+    assert dataset.names == ("a", "b/c", "caf\u00e9", "linked/c")
+
+
+def test_masks_inside_the_folder_of_pictures(tmp_path):
+    images, masks = folders(tmp_path)
+    masks.rename(images / "masks")
+    assert FolderDataset(images, images / "masks", ["x", "y", "z"]).names == ("a", "b/c")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    images, masks = folders(tmp_path)
+    try:
+        (images / "a.jpg").rename(images / "a\udce9.jpg")
+        (masks / "a.png").rename(masks / "a\udce9.png")
+    except OSError:
+        pytest.skip("the file system has UTF-8 names only")
+    assert len(FolderDataset(images, masks, ["x", "y", "z"])) == 2
+
+
+@pytest.mark.parametrize(("held", "reduce"), [([0, 255], False), ([0, 255], True), ([255], False), ([0], True)])
+def test_masks_in_which_nothing_would_count(tmp_path, held, reduce):
+    images, masks = folders(tmp_path)
+    for name in ("a", "b/c"):
+        put_mask(masks / f"{name}.png", held)
+    with pytest.raises(DataError, match="the masks hold only"):
+        FolderDataset(images, masks, ["background", "cat"], reduce_zero_label=reduce)
+    if held == [0, 255] and not reduce:
+        told = {255: 1}
+        assert values(FolderDataset(images, masks, ["background", "cat"], remap=told)) == {0, 1}
+        assert values(FolderDataset(images, masks, ["background", "cat"], remap={255: None})) == {0, 255}
+
+
+def test_files_that_are_none(tmp_path):
+    images, masks = folders(tmp_path)
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("needs FIFOs")
+    for path in (masks / "a.png", images / "a.jpg"):
+        kept = path.read_bytes()
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DataError, match=r"1 files are missing"):
+            FolderDataset(images, masks, ["x", "y", "z"])
+        path.unlink()
+        path.write_bytes(kept)
+
+
+def test_pairs_file_with_a_byte_order_mark(tmp_path):
+    images, masks = folders(tmp_path)
+    (tmp_path / "pairs.txt").write_bytes(b"\xef\xbb\xbf" + f"{images}/a.jpg\t{masks}/a.png\r\n".encode())
+    assert len(PairsFile(tmp_path / "pairs.txt", ["x", "y", "z"])) == 1
+    (tmp_path / "pairs.txt").write_bytes(b"a.jpg\ta.png\nb\xff.jpg\tb.png\n")
+    with pytest.raises(DataError, match=r"pairs.txt, line 2: is not UTF-8 text"):
+        PairsFile(tmp_path / "pairs.txt", ["x", "y", "z"])

@@ -3,6 +3,7 @@ from itertools import pairwise
 import pytest
 
 from fastzs.data.protocols import PROTOCOLS, Protocol, protocol
+from fastzs.vocabulary import Vocabulary
 
 # indices as the published configurations have them
 PUBLISHED = {
@@ -99,15 +100,39 @@ def test_own_protocol(tmp_path):
         ("classes: [cat, cat]\n", "given twice: cat"),
         ("classes: []\n", "0 classes"),
         ("- cat\n", "list of names under 'classes'"),
-        ("classes: [cat\n", "cannot be read"),
+        ("classes: [cat\n", "line 2: is not YAML"),
+        ("classes: [cat]\nbackground: class\nreduce_zero_label: 'no'\n", "line 3: expected true or false, got 'no'"),
+        ("classes: [cat]\ndrop_unseen: 1\n", "line 2: expected true or false, got '1'"),
+        ("classes: [cat, dog]\nunseen: 1\n", "line 2: expected a list of names or numbers of classes, got '1'"),
+        ("classes: [cat, dog]\nunseen: dog\n", "line 2: expected a list of names or numbers of classes, got 'dog'"),
+        ("classes: [cat, dog]\nunseen:\n- [dog]\n", "line 3: expected a name, got a list"),
+        ("classes: [cat, [dog]]\n", "line 1: expected a name, or a name with a list of synonyms, got a list"),
+        ("classes: [cat, '']\n", "line 1: expected a name, or a name with a list of synonyms, got ''"),
+        ("classes: [cat]\n\nclasses: [dog]\n", "line 3: 'classes' stands there twice"),
+        ("classes: cat\n", "line 1: expected a list of names, or of names with a list of synonyms, got 'cat'"),
+        ("unseen: [cat]\n", "line 1: expected a mapping with a list of names under 'classes'"),
+        ("", "is empty"),
+        ("classes: [\xff]\n", "line 1: is not UTF-8 text"),
+        ("classes: " + "[" * 3000, "nested too deeply|is not YAML"),
         ("classes: [cat]\nbackground: maybe\n", "background is 'maybe'"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
     path = tmp_path / "own.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         protocol(path)
+
+
+def test_names_are_what_stands_there(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("classes: [off, Yes, null, ~, 007, 1.50, 2, 1, {bus: [coach, on]}, {car: auto}, {van: }]\n"
+                    "unseen: [2, off, 10, ~]\nname: 3\n")  # fmt: skip
+    found = protocol(path)
+    names = ("off", "Yes", "null", "~", "007", "1.50", "2", "1", "bus", "car", "van")
+    assert (found.name, found.classes, found.unseen) == ("3", names, (0, 3, 6, 10))
+    assert found.entries == [*names[:8], {"bus": ["coach", "on"]}, {"car": ["auto"]}, "van"]
+    assert Vocabulary(found.entries).names == names
 
 
 def test_unknown_name():
