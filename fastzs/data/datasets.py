@@ -319,7 +319,7 @@ class PascalContext(PairsDataset):
             super().__init__(pairs, ("background", *CONTEXT), what=f"PASCAL-Context {split}")
             return
         place = {name: label for label, name in enumerate(classes)}
-        remap = {value: place.get(name) for value, name in enumerate(CONTEXT, start=1)}
+        remap: Meaning = {value: place.get(name) for value, name in enumerate(CONTEXT, start=1)}
         super().__init__(pairs, classes, reduce_zero_label=True, remap=remap, what=f"PASCAL-Context {split}")
 
 

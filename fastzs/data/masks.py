@@ -126,7 +126,7 @@ def read_mask(path: Path) -> np.ndarray:
             if image.mode in ("P", "L", "1"):
                 return np.array(image, dtype=np.uint8)
             if image.mode in ("RGB", "RGBA"):
-                if image.mode == "RGBA" and image.getextrema()[3] != (255, 255):
+                if image.mode == "RGBA" and image.getchannel("A").getextrema() != (255, 255):
                     raise DataError(f"{path} is a mask with transparent pixels; expected labels or opaque colours")
                 return np.array(image.convert("RGB"))
             values = np.array(image)

@@ -220,14 +220,14 @@ def protocol(name: str | Path) -> Protocol:
     entries = yaml_files.class_entries(content["classes"])
     classes = tuple(entry if isinstance(entry, str) else next(iter(entry)) for entry in entries)
     synonyms = tuple(() if isinstance(entry, str) else tuple(*entry.values()) for entry in entries)
-    flags = {key: content[key].flag() for key in ("reduce_zero_label", "drop_unseen") if key in content}
     return Protocol(
         name=content["name"].text() if "name" in content else path.stem,
         classes=classes,
         unseen=_unseen(classes, content["unseen"]) if "unseen" in content else (),
         background=content["background"].text() if "background" in content else "ignored",
         synonyms=synonyms if any(synonyms) else (),
-        **flags,
+        reduce_zero_label="reduce_zero_label" in content and content["reduce_zero_label"].flag(),
+        drop_unseen="drop_unseen" in content and content["drop_unseen"].flag(),
     )
 
 
