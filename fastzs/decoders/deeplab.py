@@ -1,10 +1,12 @@
 """DeepLab on torchvision's ResNets: a dilated backbone and the heads of DeepLabV2 and DeepLabV3+.
 
 Sources: Chen et al., "DeepLab" (V2), TPAMI 2018; Chen et al., "Encoder-Decoder with Atrous Separable Convolution"
-(V3+), ECCV 2018. The heads carry mmsegmentation's names, under which MaskCLIP+ was published.
+(V3+), ECCV 2018. The heads of :class:`DeepLab` carry mmsegmentation's names, under which MaskCLIP+ was published;
+:class:`SumHead` and :class:`PlainV3PlusHead` are those of the systems before CLIP.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -12,6 +14,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet
+
+from fastzs.clip.memo import Memo
 
 HEADS = ("deeplabv2", "deeplabv3+")
 RESNETS = ("resnet50", "resnet101", "resnet152")  # those that torchvision can dilate
@@ -114,3 +118,118 @@ class DeepLab(nn.Module):
         fine = self.layer1(self.stem(images))
         x = self.layer4(self.layer3(self.layer2(fine)))
         return self.head(x, fine) if isinstance(self.head, DeepLabV3PlusHead) else self.head(x)
+
+
+class SumHead(nn.Module):
+    """DeepLabV2's first form: the sum of parallel 3x3 convolutions with bias, without norm or ReLU.
+
+    Nothing non-linear follows, so that a matrix on its result can be multiplied into the kernels: :meth:`scores`.
+    """
+
+    def __init__(self, inner: int, outer: int, dilations: Sequence[int] = (6, 12, 18, 24), std: float = 0.01):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(inner, outer, 3, padding=d, dilation=d) for d in dilations)
+        self._kernels: Memo[tuple[list[Tensor], Tensor]] = Memo()
+        for conv in self.convs:
+            nn.init.normal_(conv.weight, std=std)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, inner, h, w] -> [B, outer, h, w]."""
+        return self._sum(x, [conv.weight for conv in self.convs], self.bias)
+
+    @property
+    def bias(self) -> Tensor:
+        """All branches' biases together, [outer]."""
+        return torch.stack([conv.bias for conv in self.convs]).sum(0)
+
+    def scores(self, x: Tensor, text: Tensor) -> Tensor:
+        """Products of the result with ``text`` [C, outer]: [B, inner, h, w] -> [B, C, h, w].
+
+        With fewer classes than channels the kernels are contracted with the text, exactly: C outputs are computed
+        instead of ``outer``, once for a text while it and the weights stay as they are.
+        """
+        if len(text) >= text.shape[1]:
+            return torch.einsum("cd,bdhw->bchw", text, self(x))
+        weights = [conv.weight for conv in self.convs]
+        kernels, bias = self._kernels((text, *weights, *(conv.bias for conv in self.convs)), lambda: self._folded(text))
+        return self._sum(x, kernels, bias)
+
+    def _folded(self, text: Tensor) -> tuple[list[Tensor], Tensor]:
+        return [torch.einsum("cd,dikl->cikl", text, conv.weight) for conv in self.convs], text @ self.bias
+
+    def _sum(self, x: Tensor, kernels: Sequence[Tensor], bias: Tensor) -> Tensor:
+        out = bias[:, None, None]
+        for conv, kernel in zip(self.convs, kernels, strict=True):
+            out = out + F.conv2d(x, kernel, None, 1, conv.padding, conv.dilation)
+        return out
+
+
+class PlainV3PlusHead(nn.Module):
+    """DeepLabV3+ with ordinary convolutions, as ZS3 and Joint have it; enlargements keep the corners.
+
+    Args:
+        inner: channels of the coarse map.
+        fine: channels of the map of stride 4.
+        outer: channels of the result; published: 256.
+        fine_out: channels that the fine map is brought to; published: 48.
+        dropout: after the joined branches, and in both steps of the refinement.
+    """
+
+    def __init__(
+        self,
+        inner: int,
+        fine: int,
+        outer: int = 256,
+        fine_out: int = 48,
+        dilations: Sequence[int] = (6, 12, 18),
+        dropout: Sequence[float] = (0.5, 0.5, 0.1),
+    ):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            [ConvNorm(inner, outer, 1), *(ConvNorm(inner, outer, 3, rate) for rate in dilations)]
+        )
+        self.pool = ConvNorm(inner, outer, 1)
+        self.project = ConvNorm((len(dilations) + 2) * outer, outer, 1)
+        self.low = ConvNorm(fine, fine_out, 1)
+        self.refine = nn.ModuleList([ConvNorm(outer + fine_out, outer, 3), ConvNorm(outer, outer, 3)])
+        self.drop = nn.ModuleList(nn.Dropout(rate) for rate in dropout)
+
+    def context(self, x: Tensor) -> Tensor:
+        """The joined branches: [B, inner, h, w] -> [B, outer, h, w]."""
+        mean = self.pool(x.mean((2, 3), keepdim=True)).expand(-1, -1, *x.shape[2:])
+        return self.drop[0](self.project(torch.cat([*(branch(x) for branch in self.branches), mean], dim=1)))
+
+    def forward(self, x: Tensor, fine: Tensor) -> Tensor:
+        """x [B, inner, h, w] and features of stride 4 [B, fine, H / 4, W / 4] -> [B, outer, H / 4, W / 4]."""
+        x = F.interpolate(self.context(x), fine.shape[2:], mode="bilinear", align_corners=True)
+        x = torch.cat([x, self.low(fine)], dim=1)
+        for conv, drop in zip(self.refine, self.drop[1:], strict=True):
+            x = drop(conv(x))
+        return x
+
+
+_ZS3_HEAD = (
+    (r"aspp\.aspp(\d)\.atrous_conv\.", lambda m: f"branches.{int(m[1]) - 1}.conv."),
+    (r"aspp\.aspp(\d)\.bn\.", lambda m: f"branches.{int(m[1]) - 1}.bn."),
+    (r"aspp\.convs\.([0-3])\.0\.", lambda m: f"branches.{m[1]}.conv."),
+    (r"aspp\.convs\.([0-3])\.1\.", lambda m: f"branches.{m[1]}.bn."),
+    (r"aspp\.(global_avg_pool|convs\.4)\.1\.", lambda m: "pool.conv."),
+    (r"aspp\.(global_avg_pool|convs\.4)\.2\.", lambda m: "pool.bn."),
+    (r"aspp\.(conv1|project\.0)\.", lambda m: "project.conv."),
+    (r"aspp\.(bn1|project\.1)\.", lambda m: "project.bn."),
+    (r"decoder\.(conv1|project\.0)\.", lambda m: "low.conv."),
+    (r"decoder\.(bn1|project\.1)\.", lambda m: "low.bn."),
+    (r"decoder\.last_conv\.([04])\.", lambda m: f"refine.{int(m[1]) // 4}.conv."),
+    (r"decoder\.last_conv\.([15])\.", lambda m: f"refine.{int(m[1]) // 4}.bn."),
+)
+
+
+def from_zs3(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of ZS3's or Joint's names (``aspp.``, ``decoder.``) by those of :class:`PlainV3PlusHead`."""
+    out = {}
+    for name, tensor in state.items():
+        for pattern, rename in _ZS3_HEAD:
+            if found := re.match(pattern, name):
+                out[rename(found) + name[found.end() :]] = tensor
+    return out

@@ -170,11 +170,11 @@ class MaskFormer(nn.Module):
 def sine_position(like: Tensor) -> Tensor:
     """DETR's fixed embedding of rows and columns, [1, D, h, w], for a map [B, D, h, w]; half of D for either."""
     channels, (h, w) = like.shape[1], like.shape[2:]
-    half = channels // 2
-    frequency = 10000.0 ** (torch.arange(0, half, 2, device=like.device) / half)  # [D / 4]
+    half, dtype = channels // 2, torch.promote_types(like.dtype, torch.float32)
+    frequency = 10000.0 ** (torch.arange(0, half, 2, device=like.device, dtype=dtype) / half)  # [D / 4]
     angles = []
     for length in (h, w):
-        place = torch.arange(1, length + 1, device=like.device) / (length + 1e-6) * (2 * math.pi)
+        place = torch.arange(1, length + 1, device=like.device, dtype=dtype) / (length + 1e-6) * (2 * math.pi)
         angle = place[:, None] / frequency
         angles.append(torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1).T)  # [D / 2, length]
     rows, columns = angles
