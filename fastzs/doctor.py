@@ -193,6 +193,11 @@ def _bridged_attention(device: torch.device):
     return ops.bridged_attention(q, k, v, ops.TokenLayout(1, (16, 16), (4, 4)))
 
 
+def _refine(device: torch.device):
+    logits, image = torch.randn(1, 20, 16, 16, device=device), torch.rand(3, 128, 128, device=device)
+    return ops.refine(logits, image)
+
+
 # A typical call of each op, small enough that the whole report takes a moment.
 CALLS: dict[str, tuple[str, Callable[[torch.device], object]]] = {
     "label_map": ("2 windows, 20 classes, fp32 32 x 32 to 512 x 683", _label_map),
@@ -202,5 +207,6 @@ CALLS: dict[str, tuple[str, Callable[[torch.device], object]]] = {
     "bridged_attention": ("12 heads, 16 x 16 patches, 4 x 4 bridge tokens, fp32", _bridged_attention),
     "dropout_attention": ("8 heads, 256 queries and keys, fp32", _dropout_attention),
     "dropout": ("after a relu, fp32 1024 x 2048", _dropout),
+    "refine": ("20 classes, fp32 16 x 16 to 128 x 128, 10 iterations", _refine),
     "mask_loss": ("fp32 logits 20 x 32 x 32, target 512 x 512", _mask_loss),
 }

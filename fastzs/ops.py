@@ -8,10 +8,12 @@ from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
 from fastzs.kernels.mask_loss.api import MaskLoss, mask_loss, pixel_text_mask_loss
 from fastzs.kernels.pixel_text_logits.api import pixel_text_logits
+from fastzs.kernels.refine.api import Refined, refine
 
 __all__ = [
     "LabelMap",
     "MaskLoss",
+    "Refined",
     "TokenLayout",
     "bridged_attention",
     "dense_attention",
@@ -23,4 +25,5 @@ __all__ = [
     "pixel_text_logits",
     "pixel_text_mask_loss",
     "prompt_denoising",
+    "refine",
 ]

@@ -14,6 +14,7 @@ TESTS = Path(__file__).parent
 PART = (
     "kernels/test_mask_loss.py",
     "kernels/test_label_map.py",
+    "kernels/test_refine.py",
     "kernels/test_key_smoothing.py",
     "kernels/test_pixel_text_logits.py",
     "kernels/test_bridged_attention.py",
