@@ -24,6 +24,7 @@ from fastzs.files import temporary_beside
 from fastzs.runs import OutputError
 
 LINKS = ("last", "best")
+ADVICE = "it is damaged; remove it, or go on from another checkpoint in a new folder with --start"
 _STEP = re.compile(r"step_\d{7,}")
 
 
@@ -85,22 +86,30 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    advice = "it is damaged; remove it, or go on from another checkpoint in a new folder with --start"
-    try:
-        about = json.loads((folder / "checkpoint.json").read_text())
-        digests = dict(about["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {folder}: checkpoint.json cannot be read ({error}); {advice}") from error
-    for name, digest in digests.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"checkpoint {folder}: {name} is missing; {advice}")
-        if _digest(path) != digest:
-            raise CheckpointError(f"checkpoint {folder}: {name} is not as it was written; {advice}")
+    check_digests(folder)
     try:
         return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"checkpoint {folder}: training.pt cannot be read ({error}); {advice}") from error
+        raise CheckpointError(f"checkpoint {folder}: training.pt cannot be read ({error}); {ADVICE}") from error
+
+
+def check_digests(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """See that the files of a checkpoint are as they were written, all or some; their SHA-256 by name.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    try:
+        digests = dict(json.loads((folder / "checkpoint.json").read_text())["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {folder}: checkpoint.json cannot be read ({error}); {ADVICE}") from error
+    for name in digests if names is None else names:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"checkpoint {folder}: {name} is missing; {ADVICE}")
+        if _digest(path) != digests.get(name):
+            raise CheckpointError(f"checkpoint {folder}: {name} is not as it was written; {ADVICE}")
+    return digests
 
 
 def _digest(path: Path) -> str:

@@ -20,8 +20,8 @@ from fastzs.data.protocols import Protocol
 from fastzs.metrics import ConfusionMatrix, Scores
 from fastzs.models.base import SegmentationModel
 from fastzs.result import Segmentation
-from fastzs.segmenter import Segmenter, seen_classes
-from fastzs.vocabulary import Vocabulary
+from fastzs.segmenter import Segmenter
+from fastzs.vocabulary import Vocabulary, class_indices
 
 AnyDataset = PairsDataset | ShapesDataset
 TOLD = 5  # problems that a message names; the rest are counted
@@ -36,7 +36,7 @@ def own_calibration(model: SegmentationModel, protocol: Protocol) -> float:
     if model.seen is None or not protocol.unseen:
         return 0.0
     try:
-        same = seen_classes(model, protocol.classes)[0] == list(protocol.seen)
+        same = class_indices(model.seen, protocol.classes) == list(protocol.seen)
     except ValueError:  # classes that this protocol does not have
         same = False
     return model.calibration if same else 0.0

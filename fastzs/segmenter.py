@@ -21,11 +21,12 @@ from fastzs.devices import Precision, choose_device, choose_precision
 from fastzs.features import ImageFeatures
 from fastzs.models import SZN, ClipRC, LSeg, MaskCLIP, MaskCLIPPlus, ZegCLIP, ZegFormer, ZSSeg
 from fastzs.models.base import Features, SegmentationModel
+from fastzs.models.saved import is_file_name
 from fastzs.ops import label_map
 from fastzs.pictures import Picture, read_picture
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
-from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
+from fastzs.vocabulary import Vocabulary, class_indices, text_vectors
 from fastzs.windows import resize_size, window_grid
 
 MODELS: dict[str, Any] = {
@@ -105,11 +106,9 @@ def _network(
             f"{model} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
             f"start from fastzs.models.{kind.__name__}(...); model='maskclip' needs none"
         )
-    if Path(checkpoint).is_file() or Path(checkpoint).suffix in (".pth", ".pt", ".safetensors"):
-        if (backbone, str(weights)) != ("ViT-B-16", "openai"):
-            options = {"backbone": backbone, "weights": str(weights)} | options
-        return kind.from_checkpoint(checkpoint, **options)
-    return kind.from_pretrained(str(checkpoint), **options)
+    if is_file_name(checkpoint) and (backbone, str(weights)) != ("ViT-B-16", "openai"):
+        options = {"backbone": backbone, "weights": str(weights)} | options
+    return kind.open(checkpoint, **options)
 
 
 class View(NamedTuple):
@@ -424,22 +423,18 @@ class Segmenter:
 def seen_classes(model: SegmentationModel, names: Sequence[str]) -> tuple[list[int] | None, Tensor | None]:
     """Which of ``names`` a model was trained on: their indices, and bool [C] without those it has to treat as unseen.
 
-    None and None if it was not told any.
+    Training classes that are not among the names are not asked for, and are nobody's loss. None and None if the model
+    was not told any.
 
     Raises:
-        ValueError: a class is not among the names, an index is too large, a class is given twice.
+        ValueError: an index is too large, a class is given twice.
     """
     if model.seen is None:
         return None, None
-    given: Sequence = model.seen
-    if model.absent_seen == "ignored":
-        here = {normal_name(name) for name in names}
-        given = [item for item in given if not isinstance(item, str) or normal_name(item) in here]
-    trained = class_indices(given, names) if given else []
+    trained = class_indices(model.seen, names, among=True)
     competing = torch.zeros(len(names), dtype=torch.bool)
     competing[trained] = True
-    if model.train_unseen:
-        competing[class_indices(model.train_unseen, names)] = False
+    competing[class_indices(model.train_unseen, names, among=True)] = False
     return trained, competing
 
 

@@ -166,8 +166,15 @@ def text_vectors(model: "SegmentationModel", vocabulary: Vocabulary) -> Tensor:
     return text
 
 
-def class_indices(seen: Sequence, names: Sequence[str]) -> list[int]:
-    """Positions of the seen classes, given by name or index, among ``names``, ascending."""
+def class_indices(seen: Sequence, names: Sequence[str], *, among: bool = False) -> list[int]:
+    """Positions of the seen classes, given by name or index, among ``names``, ascending.
+
+    Args:
+        among: names that are not among ``names`` are left out, and so may all be.
+
+    Raises:
+        ValueError: a class is not among the names, an index is too large, a class is given twice.
+    """
     place = {normal_name(name): i for i, name in enumerate(names)}
     indices, unknown = [], []
     for item in seen:
@@ -175,8 +182,10 @@ def class_indices(seen: Sequence, names: Sequence[str]) -> list[int]:
             index = place.get(normal_name(item))
         else:
             index = int(item) if 0 <= int(item) < len(names) else None
+        if index is None and among and isinstance(item, str):
+            continue
         (unknown if index is None else indices).append(item if index is None else index)
-    if unknown or not indices:
+    if unknown or not (indices or among):
         what = f"{_some([str(item) for item in unknown])} is not among" if unknown else "no class is among"
         raise ValueError(
             f"seen classes: {what} the {len(names)} names ({_some(list(names))}); write them as the vocabulary does"

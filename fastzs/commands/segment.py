@@ -129,7 +129,7 @@ def run(config: Namespace) -> int:
 
     options = dict(config.options)
     if config.seen is not None:
-        options["seen"] = [name.strip() for name in config.seen.split(",")]
+        options["seen"] = [name.strip() for name in config.seen.split(",") if name.strip()] or None
     names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
     job = Job(load, vocabulary, config.background, 0.5 if config.threshold is None else config.threshold)

@@ -234,9 +234,7 @@ def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
     options["seen"] = [protocol.classes[i] for i in protocol.seen] if recipe.setting == "inductive" else None
     if config.start is None:
         return kind(backbone=config.backbone, weights=config.weights, **options)
-    if Path(config.start).is_file() or Path(config.start).suffix in (".pth", ".pt", ".safetensors"):
-        return kind.from_checkpoint(config.start, **options)
-    return kind.from_pretrained(config.start, **options)
+    return kind.open(config.start, **options)
 
 
 def _check_arguments(function: Callable, given: Mapping[str, Any], what: str, reserved: Collection[str] = ()) -> None:

@@ -95,11 +95,10 @@ class SegmentationModel(nn.Module):
         activation: what turns logits into scores, see :func:`fastzs.ops.label_map`.
         text_dim: width D of the text vectors.
         default_templates: see :data:`fastzs.clip.TEMPLATES`.
-        seen: training classes, by name or index, whose scores are lowered by ``calibration`` in testing; None if the
-            model was not told any.
+        seen: training classes, by name or index, whose scores are lowered by ``calibration`` in testing, those of them
+            that are asked for; None if the model was not told any.
         calibration: see ``seen``; on the scale of the scores.
         train_unseen: those of ``seen`` that :meth:`decode` has to treat as unseen.
-        absent_seen: what becomes of seen names that a vocabulary does not hold: they are an "error", or "ignored".
         fixed_classes: names of the classes if they were fixed in training, else None.
         learned_class: name of a class whose text vector is trained, see :meth:`learned_vector`; None without one.
         class_options: attributes that hold classes by name or index, which training turns into indices and passes to
@@ -119,7 +118,6 @@ class SegmentationModel(nn.Module):
     seen: Sequence[str | int] | None = None
     calibration: float = 0.0
     train_unseen: Sequence[str | int] = ()
-    absent_seen: ClassVar[Literal["error", "ignored"]] = "error"
     fixed_classes: Sequence[str] | None = None
     learned_class: str | None = None
     class_options: ClassVar[tuple[str, ...]] = ()

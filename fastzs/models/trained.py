@@ -1,5 +1,6 @@
 """What every trained system shares: the CLIP whose text it reads, and checkpoints."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,7 +12,10 @@ from torch import Tensor
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, WeightsError
 from fastzs.clip.state import file_fingerprint, read_state
+from fastzs.models import saved
 from fastzs.models.base import SegmentationModel
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
 class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs", license="apache-2.0"):
@@ -54,7 +58,7 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
             "seen": self.seen,
             "calibration": calibration,
         }
-        self._hub_mixin_config = self.settings
+        self._hub_mixin_config = {saved.MODEL: type(self).__name__}
 
     @property
     def clip(self) -> Clip:
@@ -71,6 +75,50 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
                 )
             self._clip = clip_module.load(self.backbone_name, self.weights)
         return self._clip
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """Write the settings and all weights into a folder; :meth:`from_pretrained` reads it."""
+        self._hub_mixin_config = {saved.MODEL: type(self).__name__, **self.settings}
+        return super().save_pretrained(save_directory, **options)
+
+    @classmethod
+    def open(cls, place: str | Path, **options: Any) -> Self:
+        """A checkpoint: a file by :meth:`from_checkpoint`, a folder or hub id by :meth:`from_pretrained`."""
+        place = os.path.expanduser(place)
+        return (cls.from_checkpoint if saved.is_file_name(place) else cls.from_pretrained)(place, **options)
+
+    @classmethod
+    def from_pretrained(cls, place: str | Path, **options: Any) -> Self:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Read a folder or hub id that ``save_pretrained`` or ``push_to_hub`` wrote.
+
+        Every parameter comes from the file, and every tensor of the file is used.
+
+        Args:
+            place: folder or hub id.
+            options: constructor arguments that win over the saved ones; ``revision``, ``token``, ``cache_dir``,
+                ``force_download`` and ``local_files_only`` as the hub takes them.
+
+        Raises:
+            WeightsError: there is no such place, it is another model's, damaged, or its files do not fit each other;
+                the message names the file.
+            CheckpointError: a file is not as training wrote it.
+        """
+        hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+        folder = saved.find(place, **hub)
+        config = saved.read_config(folder, cls)
+        identity = saved.fingerprint(folder, config)
+        path = folder / saved.WEIGHTS
+        state = read_state(path)
+        try:
+            model = cls(**{**config, **options})
+        except (TypeError, AttributeError, KeyError) as error:
+            if options:
+                raise
+            raise WeightsError(f"{folder / saved.CONFIG}: its settings make no {cls.__name__}: {error}") from error
+        with torch.no_grad():
+            model._load(path, state)
+        model.fingerprint = identity
+        return model.eval()
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:

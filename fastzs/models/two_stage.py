@@ -54,7 +54,6 @@ class TwoStage(TrainedModel):
     """
 
     activation = "none"
-    absent_seen = "ignored"
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     crop = stride = None  # whole pictures
 
