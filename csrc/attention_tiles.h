@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 
 #include "cpu.h"
+#include "memory.h"
 #include "simd.h"
 
 namespace fastzs::attention {
@@ -176,8 +176,6 @@ FASTZS_INLINE void multiply_rows(
   }
 }
 
-FASTZS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // A token's d numbers as floats; out is filled up with zeros to whole vectors.
 template <int LANES, typename T>
 FASTZS_INLINE void read(const T* p, int64_t stride, int d, float* out) {
@@ -312,26 +310,5 @@ FASTZS_INLINE void scale_row(float* a, float factor, int columns) {
   using V = Simd<LANES>;
   for (int i = 0; i < columns; i += LANES) V::store(a + i, V::load(a + i) * factor);
 }
-
-// The next `count` floats of a thread's memory, on a boundary of 64 bytes if the memory is.
-FASTZS_INLINE float* take(float*& memory, int64_t count) {
-  float* taken = memory;
-  memory += round_up(count, 16);
-  return taken;
-}
-
-// Floats on a boundary of 64 bytes.
-class Floats {
- public:
-  explicit Floats(int64_t count) : memory_(new char[count * sizeof(float) + 64]) {
-    const auto at = reinterpret_cast<uintptr_t>(memory_.get());
-    data_ = reinterpret_cast<float*>((at + 63) / 64 * 64);
-  }
-  float* data() const { return data_; }
-
- private:
-  std::unique_ptr<char[]> memory_;
-  float* data_;
-};
 
 }  // namespace fastzs::attention

@@ -18,13 +18,16 @@
 #include <cstring>
 
 #define FASTZS_INLINE inline __attribute__((always_inline))
+#define FASTZS_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 
 // Whether an inline function may name an instruction: GCC wants the instruction set where the function ends up, clang
 // already where it is written.
 #if defined(__x86_64__) && !defined(__clang__)
 #define FASTZS_X86_ASM 1
+#define FASTZS_AVX_VNNI __builtin_cpu_supports("avxvnni")
 #else
 #define FASTZS_X86_ASM 0
+#define FASTZS_AVX_VNNI false
 #endif
 
 namespace fastzs {
@@ -34,25 +37,30 @@ namespace fastzs {
 #define FASTZS_BF16_PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")))
 #endif
 
-enum class Isa { portable, avx2, avx512, avx512_bf16 };
+// In the order of their widths; each x86 set but portable is asked for by itself, since processors leave some out.
+enum class Isa { portable, avx2, avx2_vnni, avx512, avx512_vnni, avx512_bf16 };
 
-// The widest instruction set this CPU has and FASTZS_CPU_ISA (portable, avx2, avx512 or avx512_bf16) allows.
+// The last instruction set this CPU has and FASTZS_CPU_ISA (the name of one, or none) allows.
 // An op asks once, before its threads start: getenv must not meet a write to the environment.
 inline Isa cpu_isa() {
 #if defined(__x86_64__)
+  const char* const names[] = {"portable", "avx2", "avx2_vnni", "avx512", "avx512_vnni", "avx512_bf16"};
   const char* limit = std::getenv("FASTZS_CPU_ISA");
-  if (limit && std::strcmp(limit, "portable") == 0) return Isa::portable;
+  int last = static_cast<int>(Isa::avx512_bf16);
+  for (int i = 0; limit != nullptr && i < last; ++i)
+    if (std::strcmp(limit, names[i]) == 0) last = i;
   __builtin_cpu_init();
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && !(limit && std::strcmp(limit, "avx2") == 0)) {
-    const bool held_back = limit && std::strcmp(limit, "avx512") == 0;
-    return !held_back && __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
-  }
-  if (avx2) return Isa::avx2;
-#endif
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool has[] = {
+      true, avx2, avx2 && FASTZS_AVX_VNNI, avx512, vnni, vnni && __builtin_cpu_supports("avx512bf16")};
+  while (!has[last]) --last;
+  return static_cast<Isa>(last);
+#else
   return Isa::portable;
+#endif
 }
 
 inline bool has_pairs(Isa isa) { return FASTZS_X86_ASM && isa == Isa::avx512_bf16; }
@@ -70,7 +78,9 @@ inline bool has_pairs(Isa isa) { return FASTZS_X86_ASM && isa == Isa::avx512_bf1
   void name(::fastzs::Isa isa, const Arguments& a) {                                                             \
     switch (isa) {                                                                                               \
       case ::fastzs::Isa::avx512_bf16:                                                                           \
+      case ::fastzs::Isa::avx512_vnni:                                                                           \
       case ::fastzs::Isa::avx512: return name##_avx512(a);                                                       \
+      case ::fastzs::Isa::avx2_vnni:                                                                             \
       case ::fastzs::Isa::avx2: return name##_avx2(a);                                                           \
       case ::fastzs::Isa::portable: return name##_portable(a);                                                   \
     }                                                                                                            \

@@ -17,6 +17,7 @@ struct Vectors;
     typedef int32_t I __attribute__((vector_size(4 * LANES)));    \
     typedef uint32_t U __attribute__((vector_size(4 * LANES)));   \
     typedef int16_t S __attribute__((vector_size(2 * LANES)));    \
+    typedef uint8_t B __attribute__((vector_size(LANES)));        \
   };
 FASTZS_VECTORS(4)
 FASTZS_VECTORS(8)
@@ -73,6 +74,12 @@ struct Simd {
     v = size > 0x7f800000 ? I{} + 0x7e00 : v;
     const S half = __builtin_convertvector(v | ((bits >> 16) & 0x8000), S);
     __builtin_memcpy(p, &half, sizeof half);
+  }
+  // The first `count` values, at most LANES, rounded to integers in [-127, 127] and moved up by 128.
+  static FASTZS_INLINE void store_bytes(uint8_t* p, F x, int64_t count) {
+    const I bits = (I)(x + 12582912.0f) + 128;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+    const auto bytes = __builtin_convertvector(bits & 255, typename Vectors<LANES>::B);
+    __builtin_memcpy(p, &bytes, count < LANES ? count : LANES);
   }
   // `count` values, `step` apart, at most LANES; zeros behind them.
   template <class T>

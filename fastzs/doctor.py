@@ -14,6 +14,7 @@ from fastzs import __version__, ops
 from fastzs.devices import choose_device, choose_precision
 from fastzs.kernels import extension
 from fastzs.kernels.dispatch import watch
+from fastzs.kernels.packed_linear.weights import pack_weight
 from fastzs.vocabulary import cache_folder
 
 PACKAGES = (
@@ -188,6 +189,12 @@ def _dropout(device: torch.device):
     return ops.dropout(torch.randn(1, 1024, 2048, device=device), 0.1, relu=True)
 
 
+def _packed_linear(device: torch.device):
+    first = pack_weight(torch.randn(768, 768), None, torch.float32)
+    first = first._replace(panels=first.panels.to(device), columns=first.columns.to(device))
+    return ops.packed_linear(torch.randn(1024, 768, device=device), first)
+
+
 def _bridged_attention(device: torch.device):
     q, k, v = torch.randn(3, 1, 12, 273, 64, device=device)
     return ops.bridged_attention(q, k, v, ops.TokenLayout(1, (16, 16), (4, 4)))
@@ -208,5 +215,6 @@ CALLS: dict[str, tuple[str, Callable[[torch.device], object]]] = {
     "dropout_attention": ("8 heads, 256 queries and keys, fp32", _dropout_attention),
     "dropout": ("after a relu, fp32 1024 x 2048", _dropout),
     "refine": ("20 classes, fp32 16 x 16 to 128 x 128, 10 iterations", _refine),
+    "packed_linear": ("fp32, 1024 rows, 768 to 768", _packed_linear),
     "mask_loss": ("fp32 logits 20 x 32 x 32, target 512 x 512", _mask_loss),
 }

@@ -7,6 +7,7 @@ from fastzs.kernels.dropout_attention.api import dropout_attention
 from fastzs.kernels.key_smoothing.api import key_smoothing, prompt_denoising
 from fastzs.kernels.label_map.api import LabelMap, label_map
 from fastzs.kernels.mask_loss.api import MaskLoss, mask_loss, pixel_text_mask_loss
+from fastzs.kernels.packed_linear.api import packed_linear
 from fastzs.kernels.pixel_text_logits.api import pixel_text_logits
 from fastzs.kernels.refine.api import Refined, refine
 
@@ -22,6 +23,7 @@ __all__ = [
     "key_smoothing",
     "label_map",
     "mask_loss",
+    "packed_linear",
     "pixel_text_logits",
     "pixel_text_mask_loss",
     "prompt_denoising",

@@ -1,0 +1,72 @@
+"""``packed_linear`` on the CPU: the operator ``fastzs::packed_linear`` (csrc/packed_linear.cpp), no gradient."""
+
+import platform
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..extension import why_missing
+from .reference import ACTIVATIONS
+from .weights import PackedNorm, PackedWeight
+
+# At import, not in a call: torch.compile cannot trace the loading of a library.
+MISSING = why_missing("packed_linear", "cpu")
+NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # as in csrc/packed_linear.cpp
+
+
+def why_not_cpu(x: Tensor) -> str | None:
+    """None if it can take x, else the reason."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"x is {x.dtype}; wanted float32 or bfloat16"
+    if x.requires_grad and torch.is_grad_enabled():
+        return "it has no gradient"
+    return MISSING
+
+
+def why_int8_is_slow() -> str | None:
+    """None if this processor multiplies bytes faster than floats, else the reason."""
+    if MISSING is not None:
+        return MISSING
+    can = torch.cpu.get_capabilities()
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return f"int8 products are written for x86 processors with VNNI, this one is {platform.machine()}"
+    if not (can.get("avx512_vnni") or can.get("avx_vnni")):
+        return "this processor has no VNNI instructions: int8 products would be slower than fp32's"
+    return None
+
+
+def run(
+    x: Tensor,  # [rows, inputs], contiguous
+    first: PackedWeight,
+    second: PackedWeight | None,
+    activation: str,
+    before: PackedNorm | None,
+    residual: Tensor | None,
+    after: PackedNorm | None,
+) -> Tensor:
+    return torch.ops.fastzs.packed_linear(
+        x,
+        before and before.table,
+        before.eps if before else 0.0,
+        first.panels,
+        first.columns,
+        first.outputs,
+        NUMBERS[activation],
+        second and second.panels,
+        second and second.columns,
+        second.outputs if second else 0,
+        residual,
+        after and after.table,
+        after.eps if after else 0.0,
+    )
+
+
+def _fake(x, before, eps, weight, columns, outputs, activation, weight2, columns2, outputs2, residual, after, eps2):
+    return x.new_empty(x.shape[0], outputs if weight2 is None else outputs2)
+
+
+if MISSING is None:
+    library.register("packed_linear", _fake)
