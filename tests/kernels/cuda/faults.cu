@@ -38,6 +38,11 @@ __global__ void group_sum_kernel(const float* in, float* out, int width) {
   out[threadIdx.x] = sum;
 }
 
+__global__ void vote_kernel(const float* in, float* out) {
+  const unsigned votes = __ballot_sync(0xffffffff, in[threadIdx.x] < 40);
+  out[threadIdx.x] = __popc(votes) + 100 * __ffs(votes);
+}
+
 __global__ void offset_kernel(const float* in, float* out, int read, int write) {
   out[static_cast<int>(threadIdx.x) + write] = in[static_cast<int>(threadIdx.x) + read];
 }
@@ -123,6 +128,7 @@ Tensor run_on_host(const Tensor& x, int64_t which) {
     case 17: reverse_kernel<true><<<dim3(1, 65536), THREADS, 0, stream>>>(in, out, 2); break;
     case 18: reverse_kernel<true><<<0, THREADS, 0, stream>>>(in, out, 2); break;
     case 19: reverse_kernel<true><<<blocks, THREADS, 0, nullptr>>>(in, out, 2); break;
+    case 21: vote_kernel<<<1, THREADS, 0, stream>>>(in, out); break;
     case 20: reverse_kernel<true><<<blocks, THREADS, 0, stream>>>(in, out, 2); break;
   }
   const cudaError_t error = cudaGetLastError();

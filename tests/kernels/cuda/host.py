@@ -22,7 +22,7 @@ FORWARD, BACKWARD, RANDOM = range(3)
 REWRITES = [
     # kernel<T, 1><<<grid, block, shared, stream>>>(a): the arguments stay where they are
     (r"(\w+)((?:<[^<>;(){}]*>)?)<<<([^;]*?)>>>\((?=[^)])", r'cuda_on_host::launch("\1", \3)(\1\2, '),
-    (r"__shared__ (\w+) (\w+)((?:\[[^]]+\])+);", r"auto& \2 = cuda_on_host::shared_array<\1\3>(__LINE__);"),
+    (r"__shared__ (\w+) (\w+)((?:\[[^]]+\])*);", r"auto& \2 = cuda_on_host::shared_array<\1\3>(__LINE__);"),
     (r"aoti_torch_get_current_cuda_stream", "cuda_on_host_stream"),
     (r"torch::stable::accelerator::DeviceGuard", "cuda_on_host::DeviceGuard"),
     (r"torch::stable::(new_empty|to)\(", r"cuda_on_host::\1("),

@@ -5,6 +5,16 @@
 
 from ..mutants import Change
 
+TEMPLATE = "template <class T>\n__device__ float logit_at("
+COUNTED = [  # the host's part prints how many logits its kernels interpolated
+    (TEMPLATE, f"static long long logits_read = 0;\n{TEMPLATE}"),
+    ("  float a = read(map, at.n00)", "  ++logits_read;\n  float a = read(map, at.n00)"),
+    (
+        "  const cudaError_t error",
+        '  fprintf(stderr, "%lld logits\\n", logits_read);\n  logits_read = 0;\n  const cudaError_t error',
+    ),
+]
+
 MUTATIONS: dict[str, dict[str, list[Change]]] = {
     "mask_loss_cuda.cu": {
         "nothing": [],
@@ -42,8 +52,31 @@ MUTATIONS: dict[str, dict[str, list[Change]]] = {
     },
     "label_map_cuda.cu": {
         "nothing": [],
-        "a group's classes past the last": [("if (c0 + g >= a.C) continue;", "")],
-        "pixels past the last": [("if (n >= pixels) return;", "")],
+        "same: every class is evaluated": [("if (K == 1 && a.C > GROUP) {", "if (false) {")],
+        "same: logits are counted": COUNTED,
+        "same: every logit is counted": [*COUNTED, ("if (K == 1 && a.C > GROUP) {", "if (false) {")],
+        "same: many covers and marks are given up": [
+            ("MOST_COVERS = 8", "MOST_COVERS = 2"),
+            ("MOST_MARKS = 64", "MOST_MARKS = 12"),
+        ],
+        "a group's classes past the last": [
+            ("const int c = ids[g];\n      if (c < 0) continue;", "const int c = ids[g];")
+        ],
+        "pixels past the last": [("if (r >= a.out_h || x >= a.out_w) return;", "if (r >= a.out_h) return;")],
+        "no barrier after the covers": [("cover_count = count;\n  }\n  __syncthreads();", "cover_count = count;\n  }")],
+        "no barrier after the marks": [("  __syncthreads();\n  return total;", "  return total;")],
+        "no barrier after the tallies": [("tallies[warp] = tally;\n  __syncthreads();", "tallies[warp] = tally;")],
+        "no barrier after the rivals": [("  __syncthreads();\n\n  float size = 0,", "  float size = 0,")],
+        "no barrier after the choice": [
+            ("  }\n  __syncthreads();\n  const int r = first_row", "  }\n  const int r = first_row")
+        ],
+        "a class above at one mark is left out": [
+            ("lead[n] = fmaxf(lead[n], z - of_rival[n][m])", "lead[n] = z - of_rival[n][m]")
+        ],
+        "calibration is not compared": [("* size && penalties[n] <= penalty)", "* size)")],
+        "what is not finite leaves others out": [("total == total ? size : INFINITY", "size")],
+        "a window's node lines are no marks": [("lo[last] - lo[first] + 2}", "2}")],
+        "marks of another window": [("marks[threadIdx.x] = {window * a.C * a.h * a.w,", "marks[threadIdx.x] = {0,")],
         "places outside a window": [("|| y >= box[2] || u >= box[3]) continue;", ") continue;")],
         "the node below the last row": [("min(y0 + 1, a.h - 1) * a.w", "(y0 + 1) * a.w")],
         "the rows of all windows are the first's": [("row = window * a.span_y + y;", "row = y;")],

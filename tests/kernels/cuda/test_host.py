@@ -44,6 +44,7 @@ def test_right_kernels(run):
     assert torch.equal(run(x, 1), x.view(2, 32).sum(1, keepdim=True).expand(2, 32).flatten())
     assert torch.equal(run(x, 2), x.view(16, 4).sum(1, keepdim=True).expand(16, 4).flatten())
     assert torch.equal(run(x, 3), x)
+    assert run(x, 21).view(2, 32).unique(dim=1).flatten().tolist() == [132, 108]  # how many are below 40, and the first
 
 
 @pytest.mark.parametrize("which", FAULTS)

@@ -5,7 +5,7 @@
 // barrier or for its warp, then the next one runs; who comes first is chosen from outside (cuda_on_host_order), and a
 // missing barrier shows as a result that depends on it. Every buffer ends, or begins, at a page that cannot be
 // touched; a kernel that leaves its buffers raises an error that says where. Shared arrays and new tensors are full of
-// ones in binary, which is NaN. What would be undefined on a GPU (a barrier that some threads pass elsewhere, a lane
+// NaN. What would be undefined on a GPU (a barrier that some threads pass elsewhere, a lane
 // that waits for one that has left, a launch without a device guard or into another stream) is an error here.
 #pragma once
 
@@ -50,7 +50,6 @@ static dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace cuda_on_host {
 
 constexpr int WARP = 32, MOST_THREADS = 1024, PAGE = 4096, STACK = 1 << 17;
-constexpr unsigned char POISON = 0xff;
 
 // ---- memory that may not be left --------------------------------------------------------------------------------
 
@@ -68,6 +67,12 @@ static Order order = FORWARD;
 static std::mt19937 shuffler;
 static std::map<char*, Region> regions;  // by their data
 
+// Memory that nobody wrote holds 0x7fffffffffffffff: NaN in every width, and one index of two leads far out.
+inline unsigned char poison_at(const char* address) { return reinterpret_cast<uintptr_t>(address) % 8 == 7 ? 0x7f : 0xff; }
+inline void poison(char* from, size_t bytes) {
+  for (char* at = from; at < from + bytes; ++at) *at = static_cast<char>(poison_at(at));
+}
+
 // Bytes that end where touching is an error; in backward order, bytes that begin there.
 inline char* allocate(size_t bytes) {
   Region r;
@@ -75,7 +80,7 @@ inline char* allocate(size_t bytes) {
   r.base = static_cast<char*>(mmap(nullptr, r.pages * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   if (r.base == MAP_FAILED || mprotect(r.inside(), r.room(), PROT_READ | PROT_WRITE) != 0)
     throw std::bad_alloc();
-  std::memset(r.inside(), POISON, r.room());
+  poison(r.inside(), r.room());
   r.data = order == BACKWARD ? r.inside() : r.inside() + r.room() - bytes;
   regions[r.data] = r;
   return r.data;
@@ -92,7 +97,7 @@ inline void check_surroundings(const std::string& kernel) {
   for (const auto& [data, r] : regions) {
     for (const char* at = r.inside(); at < r.inside() + r.room(); ++at) {
       if (at == r.data) at += r.bytes;
-      if (at < r.inside() + r.room() && static_cast<unsigned char>(*at) != POISON)
+      if (at < r.inside() + r.room() && static_cast<unsigned char>(*at) != poison_at(at))
         throw std::runtime_error(kernel + " wrote outside a buffer of " + std::to_string(r.bytes) + " bytes");
     }
   }
@@ -124,6 +129,7 @@ struct Fiber {
   unsigned mask;          // lanes it waits with
   int partner;            // the lane whose value it takes
   uint64_t sent, received;
+  unsigned votes;         // lanes that sent something other than 0
 };
 
 struct Machine {
@@ -193,8 +199,12 @@ inline bool release_warp(int warp) {
       all = all && fibers[other].state == AT_WARP && fibers[other].line == fibers[lane].line && fibers[other].mask == mask;
     }
     if (!all) continue;
+    unsigned votes = 0;
+    for (int other = 0; other < lanes; ++other)
+      if ((mask >> other & 1) != 0 && fibers[other].sent != 0) votes |= 1u << other;
     for (int other = 0; other < lanes; ++other) {
       if ((mask >> other & 1) == 0) continue;
+      fibers[other].votes = votes;
       const int from = fibers[other].partner;
       if ((mask >> from & 1) == 0) throw std::runtime_error(name_of(first + other) + " takes from a lane not in the mask");
       fibers[other].received = fibers[from].sent;
@@ -359,7 +369,7 @@ Array& shared_array(int line) {
   if (data == nullptr) data = allocate(sizeof(Array)), bytes = sizeof(Array);
   const auto found = std::find(machine.fresh.begin(), machine.fresh.end(), line);
   if (found != machine.fresh.end()) {
-    std::memset(data, POISON, bytes);
+    poison(data, bytes);
     machine.fresh.erase(found);
   }
   return *reinterpret_cast<Array*>(data);
@@ -376,6 +386,7 @@ T value_of_lane(int line, unsigned mask, T value, int partner) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
   Fiber& fiber = machine.fibers[machine.current];
   fiber.state = AT_WARP, fiber.line = line, fiber.mask = mask, fiber.partner = partner;
+  fiber.sent = 0;
   std::memcpy(&fiber.sent, &value, sizeof value);
   to_scheduler();
   std::memcpy(&value, &fiber.received, sizeof value);
@@ -387,6 +398,11 @@ T value_of_xor_lane(int line, unsigned mask, T value, int change, int width) {
   const int lane = machine.current % WARP, partner = lane ^ change;
   // another group of lanes gives nothing: a thread keeps its own value
   return value_of_lane(line, mask, value, lane / width == partner / width ? partner : lane);
+}
+
+inline unsigned votes_of_lanes(int line, unsigned mask, bool vote) {
+  value_of_lane(line, mask, vote, machine.current % WARP);
+  return machine.fibers[machine.current].votes;
 }
 
 // ---- instructions -----------------------------------------------------------------------------------------------
@@ -442,6 +458,9 @@ inline torch::stable::Tensor to(const torch::stable::Tensor& tensor, torch::head
 #define __syncthreads() cuda_on_host::wait_at_barrier(__LINE__)
 #define __shfl_xor_sync(mask, value, change, width) \
   cuda_on_host::value_of_xor_lane(__LINE__, mask, value, change, width)
+#define __ballot_sync(mask, vote) cuda_on_host::votes_of_lanes(__LINE__, mask, vote)
+#define __popc(bits) __builtin_popcount(bits)
+#define __ffs(bits) __builtin_ffs(bits)
 #define __trap() cuda_on_host::trap()
 
 inline int min(int a, int b) { return a < b ? a : b; }
