@@ -134,7 +134,7 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
         path = Path(path)
         if not path.is_file():
             raise WeightsError(f"checkpoint {path}: there is no such file")
-        state = read_state(path, cls.opaque)
+        state = cls._read(path)
         cls._check_kind(path, state)
         used = cls._used(state)
         try:
@@ -150,6 +150,11 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
         model.fingerprint = file_fingerprint(path)
         model._clip = model._own_clip(path, state)
         return model.eval()
+
+    @classmethod
+    def _read(cls, path: Path) -> dict[str, Tensor]:
+        """All tensors of a checkpoint, by their names in the file."""
+        return read_state(path, cls.opaque)
 
     @classmethod
     def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:

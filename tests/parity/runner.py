@@ -3,10 +3,36 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.parity import losses, lseg, maskclip, maskclip_plus, metrics, pamr, prompt_tuned, szn, text
+from tests.parity import (
+    deop,
+    generative,
+    losses,
+    lseg,
+    maskclip,
+    maskclip_plus,
+    metrics,
+    pamr,
+    projection,
+    prompt_tuned,
+    szn,
+    text,
+)
 from tests.parity.golden import Check, Golden, read
 
-FAMILIES = (losses, lseg, maskclip, maskclip_plus, metrics, pamr, prompt_tuned, szn, text)
+FAMILIES = (
+    deop,
+    generative,
+    losses,
+    lseg,
+    maskclip,
+    maskclip_plus,
+    metrics,
+    pamr,
+    projection,
+    prompt_tuned,
+    szn,
+    text,
+)
 RUNNERS: dict[str, Callable[[Golden], Iterator[Check]]] = {
     prefix: runner for family in FAMILIES for prefix, runner in family.RUNNERS.items()
 }
