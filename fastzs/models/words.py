@@ -1,7 +1,8 @@
 """What the systems before CLIP share: a dilated ResNet, and classes that are known by word vectors of any width."""
 
+import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,15 @@ class WordModel(TrainedModel):
 
     default_templates = "raw"
     opaque = ("numpy",)
+    settled: ClassVar[tuple[str, ...]] = ()  # options of the base that a subclass gives itself
+
+    def __init_subclass__(cls, **options: Any):
+        """Subclasses hand options on; the class's signature lists them all, for those who check names against it."""
+        super().__init_subclass__(**options)
+        own = [p for p in inspect.signature(cls.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD][1:]
+        names = {p.name for p in own} | set(cls.settled)
+        base = [p for p in inspect.signature(cls.__base__).parameters.values() if p.name not in names]  # type: ignore[arg-type]
+        cls.__signature__ = inspect.Signature([*own, *(p for p in base if p.kind is p.KEYWORD_ONLY)])  # type: ignore[attr-defined]
 
     def __init__(
         self,

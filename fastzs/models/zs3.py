@@ -62,6 +62,8 @@ class ZS3(FixedClasses):
         layout: what unseen classes' labels are used for, see the module's text.
     """
 
+    settled = ("form",)
+
     def __init__(
         self,
         classes: Sequence[str] | int,
