@@ -1,6 +1,7 @@
 """Keeping what depends on weights alone, while the weights stay as they are."""
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -43,3 +44,28 @@ class Memo(Generic[T]):
 
     def __reduce__(self):
         return (Memo, ())
+
+
+class Recent(Generic[T]):
+    """Holds the ``size`` results that were used last, by key."""
+
+    def __init__(self, size: int):
+        self.size = size
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+
+    def __call__(self, key: Hashable, compute: Callable[[], T]) -> T:
+        if key not in self._values:
+            self._values[key] = compute()
+            while len(self._values) > self.size:
+                self._values.popitem(last=False)
+        self._values.move_to_end(key)
+        return self._values[key]
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __deepcopy__(self, memo: dict) -> "Recent[T]":
+        return Recent(self.size)
+
+    def __reduce__(self):
+        return (Recent, (self.size,))

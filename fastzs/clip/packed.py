@@ -61,7 +61,7 @@ class PackedAttention(Attention):
 
     def __init__(self, attention: Attention, onednn: bool):
         nn.Module.__init__(self)
-        self.heads = attention.heads
+        self.heads, self.norm = attention.heads, attention.norm
         weights, biases = attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3)
         pairs = zip("qkv", weights, biases, strict=True)
         self.in_proj = nn.ModuleDict({name: PackedLinear(w, b, onednn=onednn) for name, w, b in pairs})
@@ -93,7 +93,7 @@ def pack(model: nn.Module) -> None:
     """
     for tower in model.modules():
         if isinstance(tower, VisionTransformer):
-            onednn = onednn_pays(tower.conv1.weight.dtype)
+            onednn = onednn_pays(tower.dtype)
             for block in tower.blocks:
                 block.attn = PackedAttention(block.attn, onednn)
                 block.mlp = packed_mlp(block.mlp, onednn)

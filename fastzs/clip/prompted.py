@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastzs.clip.memo import Memo
-from fastzs.clip.vision import Block, VisionTransformer
+from fastzs.clip.blocks import Block, Rotation
+from fastzs.clip.vision import VisionTransformer
 from fastzs.ops import TokenLayout, bridged_attention
 from fastzs.trace import traced
 
@@ -89,17 +90,24 @@ class PromptedVisionTransformer(VisionTransformer):
 
     @torch.no_grad()
     def reset_bridge(self) -> None:
-        """All region tokens as CLS enters, but with the class embedding added once (published; CLS has it twice)."""
-        self.region_level_bridge.copy_(
-            (self.class_embedding + self.positional_embedding[0]).expand_as(self.region_level_bridge)
-        )
+        """All region tokens as CLS enters, but with the class embedding added once (published; CLS has it twice).
+
+        In a tower without CLS they start as the mean of the positional table.
+        """
+        self.region_level_bridge.zero_()
+        if self.prefix:
+            self.region_level_bridge.add_(self.class_embedding)
+        if self.variant.positions and self.prefix and self.variant.prefix_position:
+            self.region_level_bridge.add_(self.positional_embedding[0])
+        elif self.variant.positions:
+            self.region_level_bridge.add_(self.positional_embedding.mean(0))
 
     @torch.no_grad()
     def start_from(self, plain: VisionTransformer) -> None:
         """Take the weights of a CLIP ViT of the same sizes; its positions are resized to this tower's grid."""
         state = plain.state_dict()
-        side = math.isqrt(self.positional_embedding.shape[0] - 1)
-        state["positional_embedding"] = plain.positions((side, side))
+        if self.variant.positions:
+            state["positional_embedding"] = plain.positions((self.grid, self.grid))
         self.load_state_dict(state, strict=False)
         if self.bridge:
             self.reset_bridge()
@@ -144,55 +152,73 @@ class PromptedVisionTransformer(VisionTransformer):
             ValueError: the picture has fewer patches along a side than the bridge has tokens.
         """
         tokens, grid = self.embed(images)
-        layout = TokenLayout(1, grid, self.bridge)
+        layout, rotation = TokenLayout(self.prefix, grid, self.bridge), self.rotation(grid)
         if self.bridge:
             regions = self.region_level_bridge.to(tokens).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([tokens, regions], dim=1)
-        x = self.ln_pre(tokens)  # [B, 1 + N + R, C]
+        x = self.ln_pre(tokens)  # [B, prefix + N + R, C]
         blocks = self.blocks
         if not self.deep_prompts:
-            x = self._carry(x, layout) if self.prompts else _run(blocks, x, layout)
+            x = self._carry(x, layout, rotation) if self.prompts else _run(blocks, x, layout, rotation)
         else:
             prompts = self.prompt_kv(x.shape[0])
             for i, block in enumerate(blocks):
-                x = self._layer(block, x, layout, prompts[i] if i < len(prompts) else None)
+                x = self._layer(block, x, layout, prompts[i] if i < len(prompts) else None, rotation)
             # the published code leaves the bridge out here
             x = torch.cat([self.prompt_norm(x[:, : layout.shared]), x[:, layout.shared :]], dim=1)
-        x = F.normalize(self.ln_post(x) @ self.proj, dim=-1)
-        patches, bridge = x[:, 1 : layout.shared], x[:, layout.shared :]
-        return Encoded(patches, x[:, 0], bridge if self.bridge else None, grid)
+        y = F.normalize(self.to_text(x), dim=-1)
+        patches, bridge = y[:, self.prefix : layout.shared], y[:, layout.shared :]
+        if self.variant.pool == "token":
+            cls = y[:, 0]
+        else:
+            cls = F.normalize(self.embedding(x[:, : layout.shared]), dim=-1)
+        return Encoded(patches, cls, bridge if self.bridge else None, grid)
 
-    def _layer(self, block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _layer(
+        self,
+        block: Block,
+        x: Tensor,
+        layout: TokenLayout,
+        prompt_kv: tuple[Tensor, Tensor] | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(step, block, x, layout, prompt_kv, use_reentrant=False))
-        return step(block, x, layout, prompt_kv)
+            return cast(Tensor, checkpoint(step, block, x, layout, prompt_kv, rotation, use_reentrant=False))
+        return step(block, x, layout, prompt_kv, rotation)
 
-    def _carry(self, x: Tensor, layout: TokenLayout) -> Tensor:
+    def _carry(self, x: Tensor, layout: TokenLayout, rotation: Rotation | None) -> Tensor:
         """All layers with the first one's prompts as tokens; the last layer computes only the rows that are read."""
         (prompts,) = self.prompt_tokens(x.shape[0])
-        m = self.prompts
-        x = torch.cat([x[:, :1], prompts.expand(x.shape[0], -1, -1), x[:, 1:]], dim=1)
+        first, last = self.prefix, self.prefix + self.prompts
+        x = torch.cat([x[:, :first], prompts.expand(x.shape[0], -1, -1), x[:, first:]], dim=1)
         blocks = self.blocks
-        x = _run(blocks[:-1], x, TokenLayout(1 + m, layout.grid, layout.bridge))
-        prompt_kv = keys_values(blocks[-1], x[:, 1 : 1 + m])
-        return step(blocks[-1], torch.cat([x[:, :1], x[:, 1 + m :]], dim=1), layout, prompt_kv)
+        shifted = rotation and rotation._replace(first=last)
+        x = _run(blocks[:-1], x, TokenLayout(last, layout.grid, layout.bridge), shifted)
+        prompt_kv = keys_values(blocks[-1], x[:, first:last])
+        return step(blocks[-1], torch.cat([x[:, :first], x[:, last:]], dim=1), layout, prompt_kv, rotation)
 
 
 def keys_values(block: Block, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values of tokens [B, M, C] in a layer, each [B, H, M, d]."""
-    k, v = block.attn.project(block.ln_1(tokens), "kv")
+    k, v = block.attn.project(block.seen(tokens), "kv")
     return k, v
 
 
 @traced("model.tower.block")
-def step(block: Block, x: Tensor, layout: TokenLayout, prompt_kv: tuple[Tensor, Tensor] | None) -> Tensor:
-    """One layer: tokens [B, layout.length, C] -> the same."""
-    q, k, v = block.project(x)
+def step(
+    block: Block,
+    x: Tensor,
+    layout: TokenLayout,
+    prompt_kv: tuple[Tensor, Tensor] | None,
+    rotation: Rotation | None = None,
+) -> Tensor:
+    """One layer: tokens [B, layout.length, C] -> the same; prompts and regions have no rotary positions."""
+    q, k, v = block.project(x, rotation)
     x = block.add_attended(x, bridged_attention(q, k, v, layout, prompt_kv=prompt_kv))
     return block.add_mlp(x)
 
 
-def _run(blocks: list[Block], x: Tensor, layout: TokenLayout) -> Tensor:
+def _run(blocks: list[Block], x: Tensor, layout: TokenLayout, rotation: Rotation | None) -> Tensor:
     for block in blocks:
-        x = step(block, x, layout, None)
+        x = step(block, x, layout, None, rotation)
     return x

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
+from fastzs.kernels.dense_attention.api import KINDS
 from fastzs.ops import dense_attention
 
 
@@ -24,6 +25,9 @@ class ResNet(ModifiedResNet):
         output_stride: pixels per feature: 32 as trained, 16 or 8 with the last stages dilated (the first block of
             a stage keeps half the dilation of the others, MaskCLIP's ``contract_dilation``).
     """
+
+    operators = KINDS
+    prefix = 1  # the mean comes before the positions
 
     def __init__(
         self,

@@ -5,21 +5,53 @@ tensors are read. No pickled code runs.
 """
 
 import hashlib
+import json
 import pickle
+import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+_LFS = b"version https://git-lfs"
+_SAVED = (b"PK", b"\x80")  # how what torch.save wrote begins: an archive, or a pickle
 
 
 class WeightsError(ValueError):
     """Weights that cannot be found, read or fitted; the message says which and what to do."""
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
+
+    Raises:
+        WeightsError: there is no such file, or it is no JSON, or no mapping.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path.parent}: there is no {path.name} in it") from error
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path}: expected a mapping, got {type(content).__name__}")
+    return content
+
+
+def contents(path: Path) -> str:
+    """What is in a weights file, as a digest; files in the hub's cache are called by theirs, others are read."""
+    real = path.resolve()
+    if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", real.name):
+        return f"sha:{real.name}"
+    return file_fingerprint(path)
+
+
 def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 22):
@@ -59,18 +91,26 @@ def read_state(path: Path, opaque: Sequence[str] = ()) -> dict[str, Tensor]:
         WeightsError: unreadable, truncated, not a dictionary of tensors, or a pickle that wants to run code.
     """
     try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS))
+        if start == _LFS:
+            raise WeightsError(f"{path}: is a pointer of git-lfs, not the weights; fetch them with 'git lfs pull'")
         if path.suffix == ".safetensors":
             return load_file(path)
         if is_torchscript(path):
             return dict(torch.jit.load(path, map_location="cpu").state_dict())
         mapped = zipfile.is_zipfile(path)  # other files are of an old format, which is read whole
+        if not start.startswith(_SAVED):
+            raise WeightsError(f"{path}: is not a weights file; expected safetensors, or what torch.save wrote")
         with torch.serialization.safe_globals(_stand_ins(path, opaque)):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path}: refused, since reading it would run code or create objects other than tensors "
-            f"({str(error).splitlines()[0]}); save its state_dict with safetensors and use that"
+            f"({_what_was_refused(error)}); save its state_dict with safetensors and use that"
         ) from error
+    except WeightsError:
+        raise
     except Exception as error:
         raise WeightsError(f"{path}: cannot be read as weights ({type(error).__name__}: {error})") from error
     for wrapper in ("state_dict", "model_state_dict"):
@@ -84,6 +124,12 @@ def read_state(path: Path, opaque: Sequence[str] = ()) -> dict[str, Tensor]:
     if not state:
         raise WeightsError(f"{path}: holds no tensors")
     return state
+
+
+def _what_was_refused(error: Exception) -> str:
+    """The object that torch did not want to make, by its name, out of a message of many lines."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return found[1] if found else re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines()[0]
 
 
 def _stand_ins(path: Path, opaque: Sequence[str]) -> list[Callable | tuple[Callable, str]]:
@@ -116,6 +162,41 @@ _MASKCLIP_NAMES = (
     ("downsample.1.", "downsample.0."),
     ("downsample.2.", "downsample.1."),
 )
+
+
+_OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
+# beside the towers: of the loss, of CoCa's decoder, and buffers that are computed
+_OTHER = re.compile(
+    r"logit_scale|logit_bias|attn_mask|text_decoder\..*|text\.transformer\.embeddings\.position_ids|"
+    r"text\.attn_mask|backbone\..*|decode_head\..*|" + "|".join(_OPENAI_MARKS)
+)
+
+
+def is_openai(state: Mapping[str, Tensor]) -> bool:
+    """Whether tensors under OpenAI's names are OpenAI's own, saved again.
+
+    They bring numbers that only OpenAI's archives hold, or are half in fp16 and half in fp32, as OpenAI's code leaves
+    them.
+    """
+    if any(mark in state for mark in _OPENAI_MARKS):
+        return True
+    pair = [state.get(name) for name in ("visual.proj", "visual.ln_post.weight")]
+    return (
+        pair[0] is not None and pair[1] is not None and (pair[0].dtype, pair[1].dtype) == (torch.float16, torch.float32)
+    )
+
+
+def split(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """The vision tower's tensors, the text tower's, and what belongs to neither, under their own names."""
+    visual, text, other = {}, {}, {}
+    for key, value in state.items():
+        if key.startswith("visual."):
+            visual[key.removeprefix("visual.")] = value
+        elif _OTHER.fullmatch(key):
+            other[key] = value
+        else:
+            text[key.removeprefix("text.").removeprefix("text_encoder.")] = value
+    return visual, text, other
 
 
 def is_maskclip(state: dict[str, Tensor]) -> bool:
@@ -155,8 +236,17 @@ def _openai_name(name: str) -> str:
     return name
 
 
-def fit(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
-    wanted = module.state_dict()
+def _finite(tensor: Tensor) -> bool:
+    lowest, highest = tensor.aminmax()  # one pass, no copy; NaN comes through
+    return bool(torch.isfinite(lowest) and torch.isfinite(highest))
+
+
+def check(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
+    """Whether ``state`` has the tensors of ``wanted``, of the same shapes, no others, and none with NaN.
+
+    Raises:
+        WeightsError: it does not; the message names keys.
+    """
     missing = sorted(set(wanted) - set(state))
     unexpected = sorted(set(state) - set(wanted))
     wrong = [
@@ -171,7 +261,16 @@ def fit(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
             if names
         ]
         raise WeightsError(f"{source}: the weights do not fit the backbone; " + "; ".join(parts))
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    bad = [k for k, v in state.items() if v.is_floating_point() and v.numel() and not _finite(v)]
     if bad:
         raise WeightsError(f"{source}: NaN or infinite values in {', '.join(bad[:6])}")
+
+
+def fit(module: torch.nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load ``state`` into ``module``, strictly.
+
+    Raises:
+        WeightsError: see :func:`check`.
+    """
+    check(module.state_dict(), state, source)
     module.load_state_dict(state)

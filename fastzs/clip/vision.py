@@ -1,117 +1,40 @@
-"""CLIP's vision transformer as a dense encoder: any picture size, and the last block opened for segmentation.
+"""CLIP's vision transformer as a dense encoder: any image size, and the last block opened for segmentation.
 
-Parameters carry OpenAI's names, so the ``visual.`` part of a CLIP state dict loads as it is.
+Parameters carry OpenAI's names, so the ``visual.`` part of a CLIP state dict loads as it is. Later towers (SigLIP,
+EVA-02, PE-Core, CoCa, CLIPA, MobileCLIP-B, ViTamin) are the same class with a :class:`fastzs.clip.variants.Variant`;
+:mod:`fastzs.clip.towers` translates their weights.
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021;
 the dense readings of the last block: Zhou et al., "Extract Free Dense Labels from CLIP" (MaskCLIP), 2022,
 and its successors (see :mod:`fastzs.kernels.dense_attention`).
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
+import timm.layers
 import torch
 import torch.nn.functional as F
+from timm import create_model
 from torch import Tensor, nn
 
-from fastzs.clip import frozen
-from fastzs.clip.frozen import QUICK_GELU
+from fastzs.clip.blocks import Attention as Attention
+from fastzs.clip.blocks import Block, GatedMlp, Rotation, Transformer
+from fastzs.clip.blocks import QuickGELU as QuickGELU
+from fastzs.clip.memo import Recent
+from fastzs.clip.pools import AttentionPool
+from fastzs.clip.variants import Variant
+from fastzs.kernels.dense_attention.api import KINDS
 from fastzs.ops import dense_attention
-from fastzs.trace import traced
 
-
-class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation OpenAI trained CLIP with.
-
-    Written as silu(1.702 x) / 1.702, it keeps one tensor for backward instead of two.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(QUICK_GELU * x).mul_(1 / QUICK_GELU)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention with separate access to queries, keys and values."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.normal_(self.in_proj_weight, std=width**-0.5)
-
-    def project(self, x: Tensor, which: Literal["q", "k", "v", "kv", "qkv"] = "qkv") -> tuple[Tensor, ...]:
-        """Queries, keys and values of ``x`` [B, L, C], as asked, each [B, heads, L, C / heads]."""
-        width = x.shape[-1]
-        first, last = "qkv".index(which[0]), "qkv".index(which[-1]) + 1
-        rows = slice(first * width, last * width)
-        y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
-        y = y.unflatten(-1, (len(which), self.heads, width // self.heads))  # [B, L, n, H, d]
-        return y.permute(2, 0, 3, 1, 4).unbind(0)
-
-    @property
-    def sources(self) -> list[Tensor]:
-        """What :meth:`project` computes with, for those who keep what it gave."""
-        return [self.in_proj_weight, self.in_proj_bias]
-
-    def merge(self, heads: Tensor) -> Tensor:
-        """Output projection of per-head results [B, heads, L, d] -> [B, L, C]."""
-        return self.out_proj(heads.transpose(1, 2).flatten(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
-        return self.merge(F.scaled_dot_product_attention(q, k, v))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, heads: int, mlp_width: int, quick_gelu: bool, norm_eps: float):
-        super().__init__()
-        self.ln_1 = nn.LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width, eps=norm_eps)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, mlp_width))
-        self.mlp.add_module("gelu", QuickGELU() if quick_gelu else nn.GELU())
-        self.mlp.add_module("c_proj", nn.Linear(mlp_width, width))
-
-    def project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values of tokens [B, L, C] before their norm, each [B, heads, L, C / heads]."""
-        if self.training and frozen.passes_through(x, self.ln_1, self.attn):
-            qkv = frozen.projections(x, self.ln_1, self.attn.in_proj_weight, self.attn.in_proj_bias)
-            return tuple(y.unflatten(-1, (self.attn.heads, -1)).transpose(1, 2) for y in qkv)
-        return self.attn.project(self.ln_1(x))
-
-    def add_attended(self, x: Tensor, heads: Tensor) -> Tensor:
-        """Tokens [B, L, C] plus what attention gave them, per head [B, heads, L, C / heads]."""
-        attended = self.attn.merge(heads)
-        return attended.add_(x) if attended.dtype == x.dtype else x + attended
-
-    def add_mlp(self, x: Tensor) -> Tensor:
-        """Tokens [B, L, C] plus what the MLP makes of them."""
-        if self.training and frozen.passes_through(x, self.ln_2, self.mlp):
-            first, gelu, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.mlp))
-            return frozen.mlp(x, self.ln_2, first, last, isinstance(gelu, QuickGELU))
-        return x + self.mlp(self.ln_2(x))
-
-    @traced("model.tower.block")
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.project(x)
-        x = self.add_attended(x, F.scaled_dot_product_attention(q, k, v))
-        return self.add_mlp(x)
-
-
-class Transformer(nn.Module):
-    """The blocks, under the name the published state dicts give them."""
-
-    def __init__(self, layers: int, *block):
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(*block) for _ in range(layers))
+GRIDS_KEPT = 16  # positional tables of that many image sizes are kept
 
 
 class VisionTransformer(nn.Module):
-    """CLIP ViT of any size; see :meth:`forward` for the picture embedding and :meth:`dense` for features per patch.
+    """CLIP ViT of any size; see :meth:`forward` for the image embedding and :meth:`dense` for features per patch.
+
+    Where an attention pool makes the embedding, a patch goes to the text space by the pool's value and output
+    projections, its norms and its MLP, as if the pool saw this patch alone.
 
     Args:
         width, layers, heads, mlp_ratio, patch_size, output_dim: as in open_clip's configurations.
@@ -122,7 +45,10 @@ class VisionTransformer(nn.Module):
             "bilinear" in DenseCLIP, ZegCLIP and CLIP-RC, "bicubic" in MaskCLIP.
         double_class_embedding: add the class embedding twice, as DenseCLIP's code and after it ZegCLIP's and
             CLIP-RC's do (raoyongming/DenseCLIP#20).
+        variant: what differs from CLIP's own ViT, as a :class:`Variant` or what its ``differences`` gave.
     """
+
+    operators = KINDS  # what :meth:`dense` takes as ``kind``
 
     def __init__(
         self,
@@ -138,22 +64,43 @@ class VisionTransformer(nn.Module):
         norm_eps: float = 1e-5,
         position_mode: Literal["bilinear", "bicubic"] = "bilinear",
         double_class_embedding: bool = False,
+        variant: Variant | Mapping[str, Any] | None = None,
     ):
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} is not a multiple of heads {heads}")
-        self.patch_size = patch_size
+        variant = Variant.of(variant)
+        self.variant = variant
+        self.width, self.output_dim, self.patch_size, self.grid = width, output_dim, patch_size, grid
+        self.prefix = variant.prefix
         self.position_mode = position_mode
         self.double_class_embedding = double_class_embedding
         std = width**-0.5
-        self.class_embedding = nn.Parameter(std * torch.randn(width))
-        self.positional_embedding = nn.Parameter(std * torch.randn(1 + grid * grid, width))
-        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
-        self.ln_pre = nn.LayerNorm(width, eps=norm_eps)
-        self.transformer = Transformer(layers, width, heads, int(width * mlp_ratio), quick_gelu, norm_eps)
-        self.ln_post = nn.LayerNorm(width, eps=norm_eps)
-        self.proj = nn.Parameter(std * torch.randn(width, output_dim))
-        self._position_cache: dict[tuple, Tensor] = {}
+        if self.prefix:
+            self.class_embedding = nn.Parameter(std * torch.randn(width))
+        if variant.positions:
+            self._own_rows = self.prefix if variant.prefix_position else 0  # of the table, for what is no patch
+            self.positional_embedding = nn.Parameter(std * torch.randn(self._own_rows + grid * grid, width))
+        if variant.stem:
+            self.conv1 = cast(Any, create_model(variant.stem, num_classes=0)).patch_embed
+            self.conv1.flatten, self.conv1.strict_img_size = False, False
+        else:
+            self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=variant.stem_bias)
+        self.ln_pre = nn.LayerNorm(width, eps=norm_eps) if variant.norm_input else nn.Identity()
+        options = {key: getattr(variant, key) for key in _OF_BLOCKS}
+        self.transformer = Transformer(layers, width, heads, int(width * mlp_ratio), quick_gelu, norm_eps, **options)
+        pooled_width = width
+        if variant.pool == "attention":
+            pooled_width = variant.pool_width
+            sizes = (variant.pool_heads, variant.pool_mlp, variant.pool_tanh_gelu, variant.pool_norm)
+            self.pool = AttentionPool(width, pooled_width, *sizes, norm_eps)
+        self.ln_post = nn.LayerNorm(pooled_width if variant.norm_after_pool else width, eps=norm_eps)
+        if variant.projection:
+            self.proj = nn.Parameter(std * torch.randn(pooled_width, output_dim))
+        if variant.projection_bias:
+            self.proj_bias = nn.Parameter(torch.zeros(output_dim))
+        self._tables: Recent[Tensor] = Recent(GRIDS_KEPT)
+        self._rotations: Recent[tuple[Tensor, Tensor]] = Recent(GRIDS_KEPT)
 
     @property
     def blocks(self) -> list[Block]:
@@ -161,31 +108,46 @@ class VisionTransformer(nn.Module):
         return [block for block in self.transformer.resblocks if isinstance(block, Block)]
 
     @property
-    def width(self) -> int:
-        return self.proj.shape[0]
-
-    @property
-    def output_dim(self) -> int:
-        return self.proj.shape[1]
+    def dtype(self) -> torch.dtype:
+        return self.blocks[0].ln_1.weight.dtype
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Positional table resized to ``grid``, [1 + h * w, C], kept per grid while it is not being trained."""
+        """Positional table resized to ``grid``, [1 + h * w, C], kept per grid while it is not being trained.
+
+        Without a row for CLS it is [h * w, C].
+        """
         table = self.positional_embedding
-        side = math.isqrt(table.shape[0] - 1)
-        if grid == (side, side):
+        if grid == (self.grid, self.grid):
             return table
         # writes to tensors made in inference mode are not counted, so nothing is kept of them
-        kept = not (table.requires_grad and torch.is_grad_enabled()) and not table.is_inference()
-        key = (grid, table.dtype, table.device, table.data_ptr(), table._version) if kept else None
-        if key in self._position_cache:
-            return self._position_cache[key]
-        patches = table[1:].T.reshape(1, -1, side, side)
+        if (table.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or table.is_inference():
+            return self._resized(grid)
+        key = (grid, table.dtype, table.device, table.data_ptr(), table._version)
+        return self._tables(key, lambda: self._resized(grid).detach())
+
+    def _resized(self, grid: tuple[int, int]) -> Tensor:
+        table, own = self.positional_embedding, self._own_rows
+        patches = table[own:].T.reshape(1, -1, self.grid, self.grid)
         patches = patches.to(torch.promote_types(table.dtype, torch.float32))
         patches = F.interpolate(patches, grid, mode=self.position_mode, align_corners=False)
-        resized = torch.cat([table[:1], patches.flatten(2)[0].T.to(table.dtype)])
-        if key:
-            self._position_cache[key] = resized = resized.detach()
-        return resized
+        return torch.cat([table[:own], patches.flatten(2)[0].T.to(table.dtype)])
+
+    def rotation(self, grid: tuple[int, int]) -> Rotation | None:
+        """What the blocks turn queries and keys by, where positions are rotary."""
+        if self.variant.rotary is None:
+            return None
+        table = self.blocks[0].ln_1.weight
+
+        def compute() -> tuple[Tensor, Tensor]:
+            heads = self.blocks[0].attn.heads
+            options = dict(self.variant.rotary or {})
+            made = timm.layers.RotaryEmbeddingCat(self.width // heads, in_pixels=False, **options)
+            sin, cos = made.get_embed(list(grid)).to(table.device, table.dtype).chunk(2, dim=-1)
+            return sin.contiguous(), cos.contiguous()
+
+        if torch.compiler.is_compiling():
+            return Rotation(*compute(), self.prefix)
+        return Rotation(*self._rotations((grid, table.dtype, table.device), compute), self.prefix)
 
     def embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patch embedding and positions: images [B, 3, H, W] -> tokens [B, 1 + h * w, C] before ``ln_pre``, (h, w).
@@ -194,29 +156,71 @@ class VisionTransformer(nn.Module):
         """
         height, width = images.shape[-2:]
         images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        patches = self.conv1(images.to(self.conv1.weight.dtype))  # [B, C, h, w]
+        patches = self.conv1(images.to(self.dtype))  # [B, C, h, w]
         grid = (patches.shape[2], patches.shape[3])
-        cls = self.class_embedding * (2 if self.double_class_embedding else 1)
-        tokens = torch.cat([cls.expand(images.shape[0], 1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
-        return tokens + self.positions(grid), grid
-
-    def trunk(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens [B, 1 + h * w, C] that enter the last block, and the grid (h, w)."""
-        tokens, grid = self.embed(images)
-        tokens = self.ln_pre(tokens)
-        for block in self.blocks[:-1]:
-            tokens = block(tokens)
+        tokens = patches.flatten(2).transpose(1, 2)
+        before = not self.variant.prefix_position
+        if self.variant.positions and before:
+            tokens = tokens + self.positions(grid)
+        if self.prefix:
+            cls = self.class_embedding * (2 if self.double_class_embedding else 1)
+            tokens = torch.cat([cls.expand(images.shape[0], 1, -1), tokens], dim=1)
+        if self.variant.positions and not before:
+            tokens = tokens + self.positions(grid)
         return tokens, grid
 
-    def pooled(self, tokens: Tensor) -> Tensor:
-        """Picture embedding [B, D] from the tokens entering the last block: only the CLS row is computed."""
-        last = self.blocks[-1]
-        y = last.ln_1(tokens)
+    def trunk(self, images: Tensor, watch: Callable[..., None] | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens [B, prefix + h * w, C] that enter the last block, and the grid (h, w).
+
+        Args:
+            watch: is called with (index of the block, tokens that enter it, q, k, v) for each block before the last;
+                q, k and v are [B, heads, L, d], as its attention takes them.
+        """
+        tokens, grid = self.embed(images)
+        tokens, rotation = self.ln_pre(tokens), self.rotation(grid)
+        for index, block in enumerate(self.blocks[:-1]):
+            if watch is not None:
+                watch(index, tokens, *block.project(tokens, rotation))
+            tokens = block(tokens, rotation)
+        return tokens, grid
+
+    def pooled(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Image embedding [B, D] from the tokens entering the last block; of CLS alone where nothing else is read."""
+        last, rotation = self.blocks[-1], self.rotation(grid)
+        if self.variant.pool != "token":
+            return self.embedding(last(tokens, rotation))
+        y = last.seen(tokens)
         (q,) = last.attn.project(y[:, :1], "q")
         k, v = last.attn.project(y, "kv")
-        cls = tokens[:, :1] + last.attn.merge(F.scaled_dot_product_attention(q, k, v))
-        cls = cls + last.mlp(last.ln_2(cls))
-        return self.ln_post(cls[:, 0]) @ self.proj
+        k = k if rotation is None else rotation(k)  # CLS is not turned
+        cls = tokens[:, :1] + last.given(F.scaled_dot_product_attention(q, k, v))
+        return self.to_text(last.add_mlp(cls))[:, 0]
+
+    def embedding(self, tokens: Tensor) -> Tensor:
+        """Image embedding [B, D] from what the last block gives, [B, prefix + h * w, C]."""
+        variant = self.variant
+        if variant.pool == "token":
+            return self.to_text(tokens[:, 0])
+        tokens = tokens if variant.norm_after_pool else self.ln_post(tokens)
+        if variant.pool == "mean":
+            pooled = tokens[:, self.prefix :].mean(1)
+        else:
+            pooled = self.pool(tokens if variant.pool_prefix else tokens[:, self.prefix :])
+        return self.project(self.ln_post(pooled) if variant.norm_after_pool else pooled)
+
+    def to_text(self, tokens: Tensor) -> Tensor:
+        """The way of one token alone into the text space: what the last block gives [..., C] -> [..., D]."""
+        x = tokens if self.variant.norm_after_pool and self.variant.pool == "attention" else self.ln_post(tokens)
+        if self.variant.pool == "attention":
+            x = self.pool.read(x)
+            x = self.ln_post(x) if self.variant.norm_after_pool else x
+        return self.project(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The linear layer into the text space, where there is one."""
+        if self.variant.projection_bias:
+            return torch.addmm(self.proj_bias, x.flatten(0, -2), self.proj).unflatten(0, x.shape[:-1])
+        return x @ self.proj if self.variant.projection else x
 
     def dense(
         self, tokens: Tensor, grid: tuple[int, int], kind: str = "identity", residual: bool = True, ffn: bool = True
@@ -227,47 +231,66 @@ class VisionTransformer(nn.Module):
             kind: the last block's attention operator, see :func:`fastzs.ops.dense_attention`.
             residual, ffn: keep the last block's residual connection and its MLP.
         """
-        features = self.ln_post(self.last_values(tokens, grid, kind, residual, ffn)) @ self.proj
-        return features.transpose(1, 2).unflatten(2, grid)
+        return self.read(self.last_values(tokens, grid, kind, residual, ffn), grid)
+
+    def read(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches as the last block gives them, [B, h * w, C], in the text space, [B, D, h, w]."""
+        return self.to_text(patches).transpose(1, 2).unflatten(2, grid)
 
     def last_values(self, tokens: Tensor, grid: tuple[int, int], kind: str, residual: bool, ffn: bool) -> Tensor:
         """Patch rows of the last block under the operator ``kind``, [B, h * w, C], before ``ln_post``."""
-        last = self.blocks[-1]
-        y = last.ln_1(tokens)
-        patches = tokens[:, 1:]
         if kind == "identity":
-            (v,) = last.attn.project(y[:, 1:], "v")
-            attended = last.attn.merge(v)
+            last = self.blocks[-1]
+            (attended,) = last.attn.project(last.seen(tokens[:, self.prefix :]), "v")
         else:
-            q, k, v = last.attn.project(y)
-            attended = last.attn.merge(dense_attention(q, k, v, kind, grid))
-        z = patches + attended if residual else attended
-        return z + last.mlp(last.ln_2(z)) if ffn else z
+            attended = dense_attention(*self.projections(tokens, grid), kind, grid)
+        return self.finish(tokens, attended, residual, ffn)
+
+    def projections(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """Queries, keys and values of the last block, each [B, heads, prefix + h * w, d]; rotary positions are in."""
+        return self.blocks[-1].project(tokens, self.rotation(grid))
+
+    def finish(self, tokens: Tensor, attended: Tensor, residual: bool, ffn: bool) -> Tensor:
+        """The rest of the last block, [B, h * w, C], after an attention [B, heads, h * w, d] of the caller's own."""
+        last = self.blocks[-1]
+        z = last.given(attended)
+        z = tokens[:, self.prefix :] + z if residual else z
+        return last.add_mlp(z) if ffn else z
 
     def keys(self, tokens: Tensor) -> Tensor:
-        """Key vectors of the last block after its output projection, [B, h * w, C] (MaskCLIP's key smoothing)."""
+        """Key vectors of the last block after its output projection, [B, h * w, C] (MaskCLIP's key smoothing).
+
+        Rotary positions are left out, since the smoothing compares what patches show and not where they are.
+        """
         last = self.blocks[-1]
-        (k,) = last.attn.project(last.ln_1(tokens[:, 1:]), "k")
+        (k,) = last.attn.project(last.seen(tokens[:, self.prefix :]), "k")
         return last.attn.merge(k)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Picture embedding: images [B, 3, H, W], normalised -> [B, D], not normalised (CLIP's ``encode_image``)."""
-        return self.pooled(self.trunk(images)[0])
+        """Image embedding: images [B, 3, H, W], normalised -> [B, D], not normalised (CLIP's ``encode_image``)."""
+        return self.pooled(*self.trunk(images))
+
+
+_OF_BLOCKS = ("tanh_gelu", "gate", "mlp_norm", "attention_norm", "norm_last")
 
 
 def vit_sizes(tower: VisionTransformer) -> dict[str, Any]:
     """The arguments that build a tower of the same sizes again."""
     block = tower.blocks[0]
-    return {
+    gelu = None if isinstance(block.mlp, GatedMlp) else block.mlp.gelu
+    sizes: dict[str, Any] = {
         "width": tower.width,
         "layers": len(tower.blocks),
         "heads": block.attn.heads,
         "patch_size": tower.patch_size,
-        "grid": math.isqrt(len(tower.positional_embedding) - 1),
+        "grid": tower.grid,
         "output_dim": tower.output_dim,
         "mlp_ratio": mlp_ratio(cast(nn.Linear, block.mlp.c_fc).out_features, tower.width),
-        "quick_gelu": not isinstance(block.mlp.gelu, nn.GELU),
+        "quick_gelu": gelu is not None and not isinstance(gelu, nn.GELU),
     }
+    if differences := tower.variant.differences():
+        sizes |= {"variant": differences, "norm_eps": tower.ln_post.eps}
+    return sizes
 
 
 def mlp_ratio(hidden: int, width: int) -> float:

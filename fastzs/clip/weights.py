@@ -1,40 +1,41 @@
 """Where CLIP weights come from: an open_clip tag, a hub id, a file, a folder, the package itself, or nowhere."""
 
 import difflib
+import hashlib
 import json
+import logging
 import os
-import socket
-import urllib.parse
-import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import huggingface_hub
 import open_clip
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from torch import Tensor
 
-from fastzs.clip.resnet import ResNet
+from fastzs.clip import hub, of_transformers, tokenizers, towers
 from fastzs.clip.state import (
     WeightsError,
-    file_fingerprint,
+    contents,
     fit,
     is_maskclip,
+    is_openai,
     is_torchscript,
+    read_json,
     read_state,
+    split,
     to_openai_names,
 )
-from fastzs.clip.text import TextEncoder, WordTokenizer
-from fastzs.clip.vision import VisionTransformer
+from fastzs.clip.text import TextEncoder
+from fastzs.clip.tokenizers import Tokenizer
+from fastzs.clip.towers import Tower
 
+log = logging.getLogger(__name__)
 HUB_NAMES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
 SHAPES = Path(__file__).parent / "shapes"
 OPENAI_MEAN, OPENAI_STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-_VIT_OPTIONS = {"image_size", "layers", "width", "patch_size", "head_width", "mlp_ratio"}
-_RESNET_OPTIONS = {"image_size", "layers", "width", "patch_size", "head_width"}
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,12 @@ class Clip:
         config: open_clip's model configuration (``embed_dim``, ``vision_cfg``, ``text_cfg``).
         quick_gelu: OpenAI's activation.
         mean, std: per channel on the 0 to 1 scale.
-        fingerprint: identifies the weights in caches.
-        tokenizer, templates, background: of weights with a closed vocabulary: theirs, else ``None``.
+        fingerprint: identifies, in caches, all that decides a text vector or an image's features: the weights'
+            contents, the configuration, the activation, the preprocessing and the tokenizer.
+        tokenizer: texts to token ids; CLIP's own if ``None``.
+        templates, background: of weights with a closed vocabulary: theirs, else ``None``.
         published: these are OpenAI's weights, the ones that published systems build on.
+        layout: how the file names its tensors: "open_clip" (and OpenAI), or "transformers".
     """
 
     backbone: str
@@ -60,10 +64,11 @@ class Clip:
     std: Sequence[float]
     fingerprint: str
     path: Path | None = None
-    tokenizer: Callable[[Sequence[str]], Tensor] | None = None
+    tokenizer: Tokenizer | None = None
     templates: str | None = None
     background: tuple[str, ...] | None = None
     published: bool = False
+    layout: str = "open_clip"
     _text: list[TextEncoder] = field(default_factory=list, repr=False)
 
     @property
@@ -74,7 +79,21 @@ class Clip:
     def is_resnet(self) -> bool:
         return isinstance(self.config["vision_cfg"].get("layers"), list | tuple)
 
-    def vision(self, **options) -> VisionTransformer | ResNet:
+    @cached_property
+    def sigmoid(self) -> tuple[float, float] | None:
+        """Scale and bias of the logits that a model trained with the sigmoid loss gives, else None.
+
+        The probability that a text fits is sigmoid(scale cos + bias).
+        """
+        if self.path is None:
+            bias = self.config.get("init_logit_bias")
+            return None if bias is None else (10.0, float(bias))  # SigLIP's initial scale
+        _, _, other = split(self._state())
+        if "logit_bias" not in other:
+            return None
+        return float(other["logit_scale"].exp()), float(other["logit_bias"])
+
+    def vision(self, **options) -> Tower:
         """The vision tower with its weights, frozen, in evaluation mode.
 
         ``options`` go to :class:`VisionTransformer` (``quick_gelu``, ``norm_eps``, ``position_mode``,
@@ -83,16 +102,15 @@ class Clip:
         Raises:
             WeightsError: unsupported architecture, tensors that do not fit, NaN among them.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            if not self.is_resnet:
-                options = {"quick_gelu": self.quick_gelu} | options
-            tower = build_vision(self.backbone, self.config, **options)
+        state = None
         if self.path is not None:
-            state = {k.removeprefix("visual."): v for k, v in self._state().items() if k.startswith("visual.")}
+            state, _, _ = split(self._state())
             if not state:
                 raise WeightsError(f"{self.source}: the file holds no vision tower (no keys under 'visual.')")
-            fit(tower, state, self.source)
+        config = self.config | {"quick_gelu": self.quick_gelu}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            tower = towers.build(config, self.backbone, state, self.source, **options)
         return tower.requires_grad_(False).eval()
 
     def text(self) -> TextEncoder:
@@ -102,78 +120,43 @@ class Clip:
             WeightsError: the weights hold no text tower, or tensors that do not fit.
         """
         if not self._text:
+            config = self.config["text_cfg"]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
-                encoder = TextEncoder(self.config["text_cfg"], self.embed_dim, self.quick_gelu, self.tokenizer)
+                encoder = TextEncoder(config, self.embed_dim, self.quick_gelu, self.tokenizer)
             if self.path is not None:
-                state = {
-                    k.removeprefix("text.").removeprefix("text_encoder."): v
-                    for k, v in self._state().items()
-                    if not k.startswith("visual.") and not k.startswith("backbone.")
-                }
-                if "token_embedding.weight" not in state:
+                _, state, _ = split(self._state())
+                if not state:
                     raise WeightsError(
                         f"{self.source}: the file holds no text tower; give text embeddings as an array "
                         "(Vocabulary(names, embeddings=...)) or use weights that have one"
                     )
-                wanted = encoder.tower.state_dict()
-                fit(encoder.tower, {k: v for k, v in state.items() if k in wanted}, self.source)
+                fit(encoder.tower, state, self.source)
             self._text.append(encoder.requires_grad_(False).eval())
         return self._text[0]
 
     def _state(self) -> dict[str, Tensor]:
         assert self.path is not None
+        if self.layout == "transformers":
+            return of_transformers.read(self.path, self.config)
         return to_openai_names(read_state(self.path))
-
-
-def build_vision(backbone: str, config: dict, **options) -> VisionTransformer | ResNet:
-    """A vision tower of open_clip's configuration, randomly initialised.
-
-    Raises:
-        WeightsError: the configuration asks for something other than a CLIP ViT or CLIP ResNet.
-    """
-    vision = config["vision_cfg"]
-    resnet = isinstance(vision.get("layers"), list | tuple)
-    unsupported = sorted(set(vision) - (_RESNET_OPTIONS if resnet else _VIT_OPTIONS))
-    if unsupported:
-        raise WeightsError(
-            f"backbone {backbone!r} is not a plain CLIP ViT or ResNet (its configuration sets {', '.join(unsupported)})"
-        )
-    head_width = vision.get("head_width", 64)
-    if resnet:
-        return ResNet(
-            vision["layers"],
-            config["embed_dim"],
-            vision["width"] * 32 // head_width,
-            vision.get("image_size", 224),
-            vision["width"],
-            **options,
-        )
-    return VisionTransformer(
-        width=vision["width"],
-        layers=vision["layers"],
-        heads=vision["width"] // head_width,
-        patch_size=vision["patch_size"],
-        grid=vision.get("image_size", 224) // vision["patch_size"],
-        output_dim=config["embed_dim"],
-        mlp_ratio=vision.get("mlp_ratio", 4.0),
-        **options,
-    )
 
 
 def load(backbone: str = "ViT-B-16", weights: str | Path = "openai") -> Clip:
     """Resolve ``weights`` for ``backbone``.
 
     Args:
-        backbone: an open_clip model name: a CLIP ViT ("ViT-B-16", "ViT-L-14-336", "ViT-H-14", ...) or ResNet
-            ("RN50", "RN50x16", ...). Ignored where the weights bring their own configuration ("shapes", hub ids
-            and folders with an open_clip_config.json).
+        backbone: an open_clip model name ("ViT-B-16", "ViT-B-16-SigLIP2", "EVA02-L-14", "convnext_base_w", "RN50",
+            ...; :func:`fastzs.list_backbones` has all). Ignored where the weights bring their own configuration
+            ("shapes", hub ids and folders).
         weights: "shapes" (the package's own small model), "random", an open_clip tag of the backbone ("openai",
-            "laion2b_s34b_b88k", ...), a hub id ("hf-hub:org/name"), a file, or a folder with
-            ``open_clip_config.json`` and ``open_clip_model.safetensors``.
+            "webli", "laion2b_s34b_b88k", ...), a hub id ("hf-hub:org/name"), a file, or a folder: with
+            ``open_clip_config.json`` and ``open_clip_model.safetensors``, or as transformers saves CLIP and SigLIP
+            (``config.json``, ``model.safetensors``, ``tokenizer.json``).
 
     Raises:
-        WeightsError: unknown backbone or weights (the nearest known are named), not downloaded and no network.
+        WeightsError: unknown backbone or weights (the nearest known are named), not downloaded and no network, a
+            package that the text tower needs is not installed.
     """
     name = str(weights)
     if name == "shapes":
@@ -185,67 +168,127 @@ def load(backbone: str = "ViT-B-16", weights: str | Path = "openai") -> Clip:
     config = open_clip.get_model_config(backbone)
     if config is None:
         raise WeightsError(_unknown("backbone", backbone, open_clip.list_models()))
-    quick_gelu = config.get("quick_gelu", False)
-    common = {"backbone": backbone, "config": config}
     if name == "random":
-        fingerprint = f"random:{backbone}"
-        return Clip(
-            **common, source="random", quick_gelu=quick_gelu, mean=OPENAI_MEAN, std=OPENAI_STD, fingerprint=fingerprint
-        )
+        return _random(backbone, config)
     if Path(name).is_file():
-        path = Path(name).resolve()
-        openai = is_torchscript(path) or is_maskclip(read_state(path))
-        return Clip(
-            **common,
-            source=name,
-            path=path,
-            quick_gelu=quick_gelu or openai,
-            published=openai,
-            mean=OPENAI_MEAN,
-            std=OPENAI_STD,
-            fingerprint=file_fingerprint(path),
-        )
+        return _from_file(backbone, config, Path(name))
     tags = open_clip.list_pretrained_tags_by_model(backbone)
     if name not in tags:
         if Path(name).suffix or "/" in name:
             raise WeightsError(f"weights {name!r}: there is no such file or folder")
         raise WeightsError(_unknown(f"weights for {backbone}", name, [*tags, "shapes", "random"]))
     pretrained = open_clip.get_pretrained_cfg(backbone, name)
-    return Clip(
-        **common,
+    return _clip(
+        backbone=backbone,
+        config=_with_text_model(config, backbone),
         source=name,
+        tokenizer=tokenizers.of_hub(config["text_cfg"], backbone),
         path=_download(backbone, name, pretrained),
-        quick_gelu=pretrained.get("quick_gelu", quick_gelu),
+        quick_gelu=pretrained.get("quick_gelu", config.get("quick_gelu", False)),
         published=name == "openai",
         mean=pretrained.get("mean") or OPENAI_MEAN,
         std=pretrained.get("std") or OPENAI_STD,
-        fingerprint=f"open_clip:{backbone}/{name}",
     )
 
 
+def _clip(*, path: Path, tokenizer: Tokenizer | None = None, **fields: Any) -> Clip:
+    """A Clip of a weights file with its fingerprint."""
+    names = ("backbone", "config", "quick_gelu", "mean", "std", "layout")
+    identity = [contents(path), {name: fields.get(name) for name in names}, _identity(tokenizer)]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()
+    return Clip(path=path, tokenizer=tokenizer, fingerprint=f"sha256:{digest}", **fields)
+
+
+def _identity(tokenizer: Tokenizer | None) -> object:
+    if isinstance(tokenizer, tokenizers.FileTokenizer):
+        return [contents(tokenizer.folder / name) for name in tokenizers.FILES] + [tokenizer.clean]
+    if isinstance(tokenizer, tokenizers.WordTokenizer):
+        return list(tokenizer.words)
+    return type(tokenizer).__name__
+
+
+def _random(backbone: str, config: dict) -> Clip:
+    text = config["text_cfg"]
+    tokenizer = None
+    if "hf_tokenizer_name" in text and "hf_model_name" not in text:
+        tokenizer = tokenizers.StandInTokenizer(text.get("context_length", 77), text["vocab_size"])
+    fields = {"backbone": backbone, "config": config, "quick_gelu": config.get("quick_gelu", False)}
+    normalisation = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
+    return Clip(**fields, **normalisation, source="random", tokenizer=tokenizer, fingerprint=f"random:{backbone}")
+
+
+def _from_file(backbone: str, config: dict, path: Path) -> Clip:
+    path = path.resolve()
+    state = read_state(path)
+    openai = is_torchscript(path) or is_maskclip(state) or is_openai(state)
+    quick_gelu = config.get("quick_gelu", False)
+    if not (openai or quick_gelu) and f"{backbone}-quickgelu" in open_clip.list_models():
+        log.warning(
+            "%s does not say which activation its weights were trained with: GELU is taken, as %s has it; "
+            "OpenAI's weights, and others of QuickGELU, need the backbone %s-quickgelu",
+            path,
+            backbone,
+            backbone,
+        )
+    return _clip(
+        backbone=backbone,
+        config=_with_text_model(config, backbone),
+        source=str(path),
+        path=path,
+        tokenizer=tokenizers.of_hub(config["text_cfg"], backbone) if _has_text(state) else None,
+        quick_gelu=quick_gelu or openai,
+        published=openai,
+        mean=OPENAI_MEAN,
+        std=OPENAI_STD,
+    )
+
+
+def _has_text(state: dict[str, Tensor]) -> bool:
+    return bool(split(to_openai_names(state))[1])
+
+
+def _with_text_model(config: dict, backbone: str) -> dict:
+    """The configuration, with the folder of the Hugging Face text model's own one in place of its hub id.
+
+    Raises:
+        WeightsError: transformers is not installed, or the model's configuration cannot be fetched.
+    """
+    name = config["text_cfg"].get("hf_model_name")
+    if name is None or Path(name).is_dir():
+        return config
+    tokenizers.need_transformers(f"{backbone}: its text tower ({name})")
+    folder = hub.file(f"{backbone}'s text tower", name, ("config.json",)).parent
+    return config | {"text_cfg": config["text_cfg"] | {"hf_model_name": str(folder)}}
+
+
 def _from_folder(folder: Path, source: str) -> Clip:
-    """A folder as open_clip and the hub lay it out; ``words.json`` beside the weights makes a closed vocabulary."""
-    config_path = folder / "open_clip_config.json"
-    if not config_path.is_file():
-        raise WeightsError(f"weights folder {folder}: there is no open_clip_config.json in it")
-    config = json.loads(config_path.read_text(encoding="utf-8"))
+    """A folder as open_clip and the hub lay it out, or as transformers does.
+
+    ``words.json`` beside the weights makes a closed vocabulary.
+    """
+    if not (folder / "open_clip_config.json").is_file():
+        if (folder / "config.json").is_file():
+            return _clip(**of_transformers.describe(folder, source))
+        raise WeightsError(f"weights folder {folder}: there is no open_clip_config.json in it, and no config.json")
+    config = read_json(folder / "open_clip_config.json")
+    model, preprocess = config.get("model_cfg"), config.get("preprocess_cfg", {})
+    if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+        raise WeightsError(
+            f"{folder / 'open_clip_config.json'}: expected model_cfg with embed_dim, vision_cfg and text_cfg"
+        )
     path = next((folder / name for name in HUB_NAMES if (folder / name).is_file()), None)
     if path is None:
         raise WeightsError(f"weights folder {folder}: none of {', '.join(HUB_NAMES)} is in it")
-    model, preprocess = config["model_cfg"], config.get("preprocess_cfg", {})
-    words_path = folder / "words.json"
-    closed = json.loads(words_path.read_text(encoding="utf-8")) if words_path.is_file() else None
-    tokenizer = WordTokenizer(closed["words"], model["text_cfg"]["context_length"]) if closed else None
-    return Clip(
+    closed = read_json(folder / "words.json") if (folder / "words.json").is_file() else None
+    return _clip(
         backbone=source,
         source=source,
-        config=model,
+        config=_with_text_model(model, source),
         path=path,
         quick_gelu=model.get("quick_gelu", False),
         mean=preprocess.get("mean", OPENAI_MEAN),
         std=preprocess.get("std", OPENAI_STD),
-        fingerprint=file_fingerprint(path),
-        tokenizer=tokenizer,
+        tokenizer=tokenizers.of_folder(folder, model["text_cfg"], source),
         templates="shapes" if closed else None,
         background=tuple(closed["background"]) if closed else None,
     )
@@ -253,8 +296,14 @@ def _from_folder(folder: Path, source: str) -> Clip:
 
 def _from_hub(source: str) -> Clip:
     repository = source.removeprefix("hf-hub:")
-    config = _hub_file(source, repository, ("open_clip_config.json",))
-    _hub_file(source, repository, HUB_NAMES)
+    config = hub.file(source, repository, ("open_clip_config.json", "config.json"))
+    if config.name == "config.json":
+        for name in of_transformers.FILES:
+            hub.optional_file(source, repository, name)
+    else:
+        hub.file(source, repository, HUB_NAMES)
+        for name in tokenizers.FILES if "hf_tokenizer_name" in str(read_json(config)) else ():
+            hub.optional_file(source, repository, name)
     return _from_folder(config.parent, source)
 
 
@@ -262,46 +311,11 @@ def _download(backbone: str, tag: str, pretrained: dict) -> Path:
     what = f"{backbone}/{tag}"
     if pretrained.get("hf_hub"):
         repository, filename = os.path.split(pretrained["hf_hub"])
-        return _hub_file(what, repository, (filename,) if filename else HUB_NAMES)
+        return hub.file(what, repository, (filename,) if filename else HUB_NAMES)
     try:
         return Path(open_clip.download_pretrained(pretrained))
     except Exception as error:
-        raise _cannot_fetch(what, "it", pretrained.get("url", ""), type(error).__name__) from error
-
-
-def _hub_file(what: str, repository: str, names: Sequence[str]) -> Path:
-    """The first of ``names`` that the hub's cache has, else that can be fetched; without a network it fails at once."""
-    for name in names:
-        if isinstance(cached := try_to_load_from_cache(repository, name), str):
-            return Path(cached)
-    if not _online():
-        raise _cannot_fetch(what, names[0], repository, "no network")
-    last: Exception | None = None
-    for name in names:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except Exception as error:
-            last = last or error
-    raise _cannot_fetch(what, names[0], repository, type(last).__name__) from last
-
-
-def _online() -> bool:
-    """Whether the hub can be asked at all: its name resolves, or a proxy is set that may know it."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlparse(huggingface_hub.constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return False
-    return True
-
-
-def _cannot_fetch(what: str, filename: str, where: str, reason: str) -> WeightsError:
-    return WeightsError(
-        f"the weights {what} are not in the cache and could not be fetched ({reason}); on a machine with a network "
-        f"fetch {filename} from {where} and pass its path as weights, or use weights='shapes' (drawn shapes only) or "
-        "weights='random' (no meaning, only the path) now"
-    )
+        raise hub.cannot_fetch(what, "it", pretrained.get("url", ""), type(error).__name__) from error
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:

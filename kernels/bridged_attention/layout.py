@@ -18,12 +18,12 @@ class TokenLayout:
     in the published code.
 
     Args:
-        prefix: number of tokens before the patches.
+        prefix: number of tokens before the patches; 0 in towers without CLS (SigLIP).
         grid: rows and columns of patches.
         bridge: rows and columns of bridge tokens, or None without them (ZegCLIP).
 
     Raises:
-        ValueError: a count is not positive, or the bridge has more rows or columns than the grid.
+        ValueError: a count is too small, or the bridge has more rows or columns than the grid.
     """
 
     prefix: int
@@ -31,10 +31,10 @@ class TokenLayout:
     bridge: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if self.prefix < 1 or min(self.grid) < 1 or min(self.bridge or (1, 1)) < 1:
+        if self.prefix < 0 or min(self.grid) < 1 or min(self.bridge or (1, 1)) < 1:
             raise ValueError(
                 f"token layout: prefix {self.prefix}, grid {self.grid}, bridge {self.bridge}; "
-                "wanted every count at least 1"
+                "wanted a prefix of at least 0, every other count at least 1"
             )
         if self.bridge and (self.bridge[0] > self.grid[0] or self.bridge[1] > self.grid[1]):
             raise ValueError(

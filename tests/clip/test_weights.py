@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastzs import clip
+from fastzs.clip import hub as hub_files
 from fastzs.clip import weights
 from fastzs.clip.state import WeightsError, read_state, to_openai_names
 
@@ -136,6 +137,8 @@ def test_weights_that_do_not_fit_name_the_keys(folder, tmp_path):
         "unexpected: extra": tensors | {"visual.extra": torch.zeros(1)},
         r"of another shape: proj is \[32, 8\], wanted \[32, 16\]": tensors | {"visual.proj": torch.zeros(32, 8)},
         "NaN or infinite values in proj": tensors | {"visual.proj": torch.full((32, 16), torch.nan)},
+        "NaN or infinite values in conv1.weight": tensors
+        | {"visual.conv1.weight": tensors["visual.conv1.weight"].index_fill(0, torch.tensor(3), torch.inf)},
     }
     for message, broken in cases.items():
         save_file({k: v.contiguous() for k, v in broken.items()}, folder / "open_clip_model.safetensors")
@@ -168,8 +171,8 @@ def test_unknown_names_suggest_known_ones(backbone, name, wanted):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """An empty hub cache and no network."""
-    monkeypatch.setattr(weights, "_online", lambda: False)
-    monkeypatch.setattr(weights, "try_to_load_from_cache", lambda repo, name: hub_cache.get((repo, name)))
+    monkeypatch.setattr(hub_files, "online", lambda: False)
+    monkeypatch.setattr(hub_files, "try_to_load_from_cache", lambda repo, name: hub_cache.get((repo, name)))
     hub_cache: dict[tuple[str, str], str] = {}
     return hub_cache
 
@@ -198,8 +201,8 @@ def test_online_but_refused_names_the_reason(hub, monkeypatch):
     def refused(*args):
         raise PermissionError("gated")
 
-    monkeypatch.setattr(weights, "_online", lambda: True)
-    monkeypatch.setattr(weights, "hf_hub_download", refused)
+    monkeypatch.setattr(hub_files, "online", lambda: True)
+    monkeypatch.setattr(hub_files, "hf_hub_download", refused)
     with pytest.raises(WeightsError, match="PermissionError"):
         clip.load("ViT-B-16", "openai")
 

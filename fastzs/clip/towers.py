@@ -1,0 +1,106 @@
+"""Vision towers by open_clip's configuration: which of this package's classes computes one, and its weights."""
+
+from typing import Any
+
+import torch
+from open_clip.model import _build_vision_tower
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer as OpenClipViT
+from timm.models.convnext import ConvNeXt
+from timm.models.eva import Eva
+from timm.models.fastvit import FastVit
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor, nn
+
+from fastzs.clip import translate
+from fastzs.clip.conv import ConvTower
+from fastzs.clip.resnet import ResNet
+from fastzs.clip.state import WeightsError, check
+from fastzs.clip.vision import VisionTransformer
+
+Tower = VisionTransformer | ResNet | ConvTower
+
+
+def blueprint(config: dict, name: str) -> nn.Module:
+    """open_clip's own tower of a configuration, without memory for its weights (device "meta").
+
+    Raises:
+        WeightsError: the configuration asks for what open_clip or timm cannot build.
+    """
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    try:
+        with torch.device("meta"):
+            return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+    except Exception as error:
+        raise WeightsError(f"backbone {name!r}: open_clip cannot build its vision tower ({error})") from error
+
+
+def build(config: dict, name: str, state: dict[str, Tensor] | None, source: str, **options) -> Tower:
+    """A vision tower with weights, or with random ones where ``state`` is None.
+
+    Args:
+        config: open_clip's model configuration.
+        name: of the backbone, and ``source``: of the weights, for messages.
+        state: the tensors under open_clip's names, without ``visual.``.
+        options: of :class:`VisionTransformer` (``quick_gelu``, ``norm_eps``, ``position_mode``,
+            ``double_class_embedding``) or :class:`ResNet` (``output_stride``).
+
+    Raises:
+        WeightsError: an architecture that is not supported, tensors that do not fit, NaN among them.
+    """
+    if "sizes" in config["vision_cfg"]:  # transformers' SigLIP, which open_clip's configurations cannot describe
+        sizes = config["vision_cfg"]["sizes"] | options
+        if state is not None:
+            with torch.device("meta"):
+                check(VisionTransformer(**sizes).state_dict(), state, source)
+        return _filled(lambda: VisionTransformer(**sizes), state)
+    model = blueprint(config, name)
+    if state is not None:
+        check(model.state_dict(), state, source)
+    if isinstance(model, ModifiedResNet):
+        return _filled(lambda: _resnet(config, **options), state)
+    if isinstance(model, OpenClipViT):
+        sizes = translate.open_clip_sizes(model, name) | options
+        return _filled(lambda: VisionTransformer(**sizes), state and translate.from_open_clip(state))
+    assert isinstance(model, TimmModel)
+    if isinstance(model.trunk, TimmViT | Eva):
+        sizes = translate.timm_sizes(model, name) | options
+        return _filled(lambda: VisionTransformer(**sizes), state and translate.from_timm(state, sizes))
+    if isinstance(model.trunk, ConvNeXt | FastVit):
+        return _filled(lambda: _conv(config), state and _conv_names(state))
+    raise WeightsError(
+        f"backbone {name!r}: {_REFUSED.get(type(model.trunk).__name__, 'its kind of network is not known')}"
+    )
+
+
+_REFUSED = {
+    "SwinTransformer": "its attention is inside windows of a fixed image size, so other sizes cannot be read",
+    "VisionTransformerRelPos": "its attention adds learnt biases between positions, which no attention here computes",
+}
+
+
+def _filled(make: Any, state: dict[str, Tensor] | None) -> Any:
+    if state is None:
+        return make()
+    with torch.device("meta"):
+        tower = make()
+    tower.to_empty(device="cpu")
+    tower.load_state_dict(state)
+    return tower
+
+
+def _resnet(config: dict, **options) -> ResNet:
+    vision = config["vision_cfg"]
+    heads = vision["width"] * 32 // vision.get("head_width", 64)
+    sizes = (vision["layers"], config["embed_dim"], heads, vision.get("image_size", 224), vision["width"])
+    return ResNet(*sizes, **options)
+
+
+def _conv(config: dict) -> ConvTower:
+    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
+    return ConvTower(_build_vision_tower(config["embed_dim"], vision, False), config["embed_dim"])
+
+
+def _conv_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"network.{k.removeprefix('trunk.')}" if k.startswith("trunk.") else k: v for k, v in state.items()}
