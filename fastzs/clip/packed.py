@@ -6,6 +6,7 @@ having them reordered in every call, and QuickGELU needs no pass of its own: ``x
 from the unpacked tower's by rounding.
 """
 
+import copy
 import platform
 from typing import cast
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.clip.blocks import GatedMlp
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
 
@@ -75,8 +77,18 @@ class PackedAttention(Attention):
         return [cast(PackedLinear, projection).bias for projection in self.in_proj.values()]
 
 
-def packed_mlp(mlp: nn.Sequential, onednn: bool) -> nn.Sequential:
-    """The MLP of a block with packed products, the first of which computes QuickGELU too."""
+def packed_mlp(mlp: nn.Sequential | GatedMlp, onednn: bool) -> nn.Module:
+    """The MLP of a block with packed products, the first of which computes QuickGELU, or the gate's SiLU, too."""
+    if isinstance(mlp, GatedMlp):
+        silu = isinstance(mlp.act, nn.SiLU)
+        small = copy.copy(mlp)
+        small._modules = dict(mlp._modules)  # the given one keeps its own
+        small.gate = PackedLinear(mlp.gate.weight, mlp.gate.bias, silu=silu, onednn=onednn)
+        small.act = nn.Identity() if silu else mlp.act
+        for name in ("c_fc", "c_proj"):
+            layer = mlp.get_submodule(name)
+            setattr(small, name, PackedLinear(layer.weight, layer.bias, onednn=onednn))  # pyright: ignore[reportArgumentType]
+        return small
     fc, gelu, proj = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(mlp))
     quick = isinstance(gelu, QuickGELU)
     scale = QUICK_GELU if quick else 1.0

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastzs.clip.memo import Memo
 from fastzs.clip.blocks import Block, Rotation
+from fastzs.clip.memo import Memo
 from fastzs.clip.vision import VisionTransformer
 from fastzs.ops import TokenLayout, bridged_attention
 from fastzs.trace import traced

@@ -333,8 +333,8 @@ def _clip_tower(
     if sizes is None:
         assert clip is not None
         tower = clip.vision()
-        if not isinstance(tower, VisionTransformer):
-            raise WeightsError(f"LSeg: {clip.backbone} is not a vision transformer, which the DPT decoder reads")
+        if not isinstance(tower, VisionTransformer) or tower.variant.differences():
+            raise WeightsError(f"LSeg: {clip.backbone} is not CLIP's own vision transformer, which the decoder reads")
         sizes = vit_sizes(tower)
         if not pretrained:
             tower = VisionTransformer(**sizes)

@@ -100,12 +100,19 @@ class MaskCLIP(SegmentationModel):
             options = {"output_stride": output_stride}
         else:
             exact = clip.published if exact_gelu is None else exact_gelu
-            options = {
-                "quick_gelu": clip.quick_gelu and not exact,
-                "norm_eps": norm_eps or (1e-6 if clip.published else 1e-5),
-                "position_mode": "bicubic" if bicubic_positions else "bilinear",
-            }
+            options = {"position_mode": "bicubic" if bicubic_positions else "bilinear"}
+            if exact:
+                options["quick_gelu"] = False
+            if norm_eps or clip.published:
+                options["norm_eps"] = norm_eps or 1e-6
         self.visual = clip.vision(**options)
+        wanted = ((dense, f"dense={dense!r}"), ("kk" if smoothing else dense, f"smoothing={smoothing!r}"))
+        for operator, setting in wanted:
+            if operator not in self.visual.operators:
+                raise ValueError(
+                    f"MaskCLIP: {setting} does not apply to {clip.backbone}; it takes dense={self.visual.operators}"
+                    + ("" if "kk" in self.visual.operators else ", since its last stage has no attention")
+                )
         self.activation = "none" if smoothing else "softmax"  # smoothed output is made of probabilities
         imagenet = clip.published if imagenet_normalization is None else imagenet_normalization
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (clip.mean, clip.std)

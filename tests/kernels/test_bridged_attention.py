@@ -29,6 +29,7 @@ LAYOUTS = {
     "no-bridge": (TokenLayout(1, (4, 5)), 3),
     "published": (TokenLayout(1, (32, 32), (4, 4)), 10),
     "tiny": (TokenLayout(1, (1, 1), (1, 1)), 0),
+    "no-prefix": (TokenLayout(0, (4, 5), (2, 2)), 3),
 }
 
 
@@ -211,9 +212,9 @@ def test_dense_mask_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, (2, 2), None), "every count at least 1"),
-        ((1, (0, 2), None), "every count at least 1"),
-        ((1, (2, 2), (0, 1)), "every count at least 1"),
+        ((-1, (2, 2), None), "a prefix of at least 0"),
+        ((1, (0, 2), None), "every other count at least 1"),
+        ((1, (2, 2), (0, 1)), "every other count at least 1"),
         ((1, (3, 5), (4, 4)), "leaves regions empty on a grid of 3 x 5"),
     ],
 )

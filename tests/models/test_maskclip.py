@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastzs.clip
 from fastzs.clip.vision import QuickGELU
 from fastzs.kernels.dense_attention.api import KINDS
 from fastzs.models import MaskCLIP
@@ -106,6 +107,15 @@ def test_bad_settings_are_refused(options, message):
         MaskCLIP(tiny_clip(), **options)
 
 
-def test_unknown_operator_names_the_known(images, text):
-    with pytest.raises(ValueError, match="qq"):
-        MaskCLIP(tiny_clip(), dense="qv")(images, text)
+def test_unknown_operator_names_the_known():
+    with pytest.raises(ValueError, match=r"dense='qv' does not apply to tiny; it takes .*'qq'"):
+        MaskCLIP(tiny_clip(), dense="qv")
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"), [({"dense": "qq"}, "dense='qq'"), ({"smoothing": "paper"}, "smoothing")]
+)
+def test_a_tower_without_attention_is_refused_at_once_with_the_reason(options, setting):
+    clip = fastzs.clip.load("convnext_tiny", "random")
+    with pytest.raises(ValueError, match=f"{setting}.* convnext_tiny; it takes .*identity.*no attention"):
+        MaskCLIP(clip, **options)
