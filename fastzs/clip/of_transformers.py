@@ -48,7 +48,7 @@ def describe(folder: Path, source: str) -> dict[str, Any]:
             f"weights folder {folder}: there is no tokenizer.json in it; save the tokenizer beside the model with "
             "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    clean = {"clean": "canonicalize"} if kind == "siglip" else {}
+    clean = "canonicalize" if kind == "siglip" else "whitespace"
     length = model["text_cfg"]["context_length"]
     preprocessor = folder / "preprocessor_config.json"
     preprocess = read_json(preprocessor) if preprocessor.is_file() else {}
@@ -62,7 +62,7 @@ def describe(folder: Path, source: str) -> dict[str, Any]:
         "quick_gelu": model["quick_gelu"],
         "mean": preprocess.get("image_mean", usual[0]),
         "std": preprocess.get("image_std", usual[1]),
-        "tokenizer": tokenizers.FileTokenizer(folder, length, **clean),
+        "tokenizer": tokenizers.FileTokenizer(folder, length, clean),
         "layout": "transformers",
     }
 

@@ -8,7 +8,7 @@ from the unpacked tower's by rounding.
 
 import copy
 import platform
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -81,13 +81,13 @@ def packed_mlp(mlp: nn.Sequential | GatedMlp, onednn: bool) -> nn.Module:
     """The MLP of a block with packed products, the first of which computes QuickGELU, or the gate's SiLU, too."""
     if isinstance(mlp, GatedMlp):
         silu = isinstance(mlp.act, nn.SiLU)
-        small = copy.copy(mlp)
+        small: Any = copy.copy(mlp)
         small._modules = dict(mlp._modules)  # the given one keeps its own
         small.gate = PackedLinear(mlp.gate.weight, mlp.gate.bias, silu=silu, onednn=onednn)
         small.act = nn.Identity() if silu else mlp.act
         for name in ("c_fc", "c_proj"):
-            layer = mlp.get_submodule(name)
-            setattr(small, name, PackedLinear(layer.weight, layer.bias, onednn=onednn))  # pyright: ignore[reportArgumentType]
+            layer = cast(nn.Linear, mlp.get_submodule(name))
+            setattr(small, name, PackedLinear(layer.weight, layer.bias, onednn=onednn))
         return small
     fc, gelu, proj = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(mlp))
     quick = isinstance(gelu, QuickGELU)
@@ -108,7 +108,7 @@ def pack(model: nn.Module) -> None:
             onednn = onednn_pays(tower.dtype)
             for block in tower.blocks:
                 block.attn = PackedAttention(block.attn, onednn)
-                block.mlp = packed_mlp(block.mlp, onednn)
+                block.mlp = packed_mlp(block.mlp, onednn)  # pyright: ignore[reportAttributeAccessIssue]
             tower.register_state_dict_pre_hook(_refuse_to_save)
 
 

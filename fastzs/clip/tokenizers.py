@@ -149,9 +149,10 @@ def of_hub(text_cfg: dict, source: str) -> Tokenizer | None:
         return _from_files(found.parent, text_cfg)
     need_transformers(f"{source}: its tokenizer ({repository})")
     try:
-        return open_clip.tokenizer.HFTokenizer(
+        made: Any = open_clip.tokenizer.HFTokenizer(
             repository, context_length=text_cfg.get("context_length", 77), **text_cfg.get("tokenizer_kwargs", {})
         )
+        return made
     except Exception as error:
         reason = type(error).__name__ if hub.online() else "no network"
         raise hub.cannot_fetch(what, "tokenizer.json", repository, reason) from error

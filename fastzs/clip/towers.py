@@ -28,10 +28,9 @@ def blueprint(config: dict, name: str) -> nn.Module:
     Raises:
         WeightsError: the configuration asks for what open_clip or timm cannot build.
     """
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
     try:
         with torch.device("meta"):
-            return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+            return _open_clips(config)
     except Exception as error:
         raise WeightsError(f"backbone {name!r}: open_clip cannot build its vision tower ({error})") from error
 
@@ -80,6 +79,11 @@ _REFUSED = {
 }
 
 
+def _open_clips(config: dict) -> nn.Module:
+    vision: Any = config["vision_cfg"] | {"timm_model_pretrained": False}  # its weights come from elsewhere
+    return _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+
+
 def _filled(make: Any, state: dict[str, Tensor] | None) -> Any:
     if state is None:
         return make()
@@ -98,8 +102,7 @@ def _resnet(config: dict, **options) -> ResNet:
 
 
 def _conv(config: dict) -> ConvTower:
-    vision = {**config["vision_cfg"], "timm_model_pretrained": False}
-    return ConvTower(_build_vision_tower(config["embed_dim"], vision, False), config["embed_dim"])
+    return ConvTower(_open_clips(config), config["embed_dim"])
 
 
 def _conv_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

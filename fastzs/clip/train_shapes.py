@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastzs.clip.text import TextEncoder, WordTokenizer
+from fastzs.clip.text import TextEncoder
+from fastzs.clip.tokenizers import WordTokenizer
 from fastzs.clip.vision import VisionTransformer
 from fastzs.data import shapes
 
@@ -125,7 +126,7 @@ class Model(nn.Module):
         text = self.text(torch.cat([self.phrase_tokens[article], self.text.tokenizer(captions)]))
         phrases, captions = text[: len(PHRASES)], text[len(PHRASES) :]
 
-        picture = F.normalize(self.visual.pooled(tokens), dim=-1)
+        picture = F.normalize(self.visual.pooled(tokens, grid), dim=-1)
         logits = scale * picture @ captions.T
         match = torch.arange(len(logits))
         contrastive = (F.cross_entropy(logits, match) + F.cross_entropy(logits.T, match)) / 2

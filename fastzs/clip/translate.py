@@ -7,14 +7,15 @@ the query of an attention pool is computed. So results differ from theirs by rou
 
 from typing import Any
 
-import timm.layers
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
-from open_clip.transformer import VisionTransformer as OpenClipViT
-from timm.layers import AttentionPoolLatent
+from timm.layers.activations import GELU, GELUTanh
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.mlp import Mlp, SwiGLU
+from timm.layers.patch_embed import PatchEmbed
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
 from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
@@ -32,7 +33,6 @@ def _only(value: Any, wanted: Any, name: str, what: str) -> None:
 
 def open_clip_sizes(tower: Any, name: str) -> dict[str, Any]:
     """Arguments of :class:`fastzs.clip.VisionTransformer` for an open_clip ViT."""
-    assert isinstance(tower, OpenClipViT)
     block: Any = tower.transformer.resblocks[0]
     _only(type(block), ResidualAttentionBlock, name, "blocks with norms or scales of heads")
     _only(getattr(tower, "attn_pool_contrastive", None), None, name, "two attention pools")
@@ -111,16 +111,17 @@ def timm_sizes(tower: Any, name: str) -> dict[str, Any]:
     Raises:
         WeightsError: the ViT has something that this package does not compute; the message says what.
     """
-    trunk: TimmViT | Eva = tower.trunk
+    trunk = tower.trunk
     block: Any = trunk.blocks[0]
-    attention, mlp, embed = block.attn, block.mlp, trunk.patch_embed
+    mlp: Any = block.mlp
+    attention, embed = block.attn, trunk.patch_embed
     width = trunk.embed_dim
     _only(trunk.reg_token is not None, False, name, "register tokens")
     _only(attention.gate is not None, False, name, "gated attention")
     _only(isinstance(attention.q_norm, nn.Identity), True, name, "norms of queries and keys")
     _only(attention.head_dim * attention.num_heads, width, name, "heads wider than its tokens")
     options: dict[str, Any] = {
-        "stem_bias": isinstance(embed, timm.layers.PatchEmbed) and embed.proj.bias is not None,
+        "stem_bias": isinstance(embed, PatchEmbed) and embed.proj.bias is not None,
         "prefix": trunk.num_prefix_tokens,
         "prefix_position": not trunk.no_embed_class,
         "positions": trunk.pos_embed is not None,
@@ -128,23 +129,23 @@ def timm_sizes(tower: Any, name: str) -> dict[str, Any]:
         "attention_norm": not isinstance(attention.norm, nn.Identity),
         "norm_last": type(block).__name__ == "EvaBlockPostNorm",
     }
-    if not isinstance(embed, timm.layers.PatchEmbed):
+    if not isinstance(embed, PatchEmbed):
         options["stem"] = trunk.default_cfg["architecture"]
-    if isinstance(mlp, timm.layers.SwiGLU):
+    if isinstance(mlp, SwiGLU):
         options |= {"gate": "silu", "mlp_norm": None if isinstance(mlp.norm, nn.Identity) else "hidden"}
         hidden = mlp.fc1_x.out_features
     elif isinstance(mlp, GeGluMlp):
         options |= {"gate": "gelu", "mlp_norm": "input"}
-        hidden = mlp.w1.out_features
+        hidden = int(mlp.w1.out_features)  # pyright: ignore[reportArgumentType]
     else:
-        gelu = {nn.GELU: False, timm.layers.GELU: False, timm.layers.GELUTanh: True}.get(type(mlp.act))
-        plain = isinstance(mlp, timm.layers.Mlp) and gelu is not None and isinstance(mlp.norm, nn.Identity)
+        gelu = {nn.GELU: False, GELU: False, GELUTanh: True}.get(type(mlp.act))
+        plain = isinstance(mlp, Mlp) and gelu is not None and isinstance(mlp.norm, nn.Identity)
         _only(plain, True, name, f"MLPs of the kind {type(mlp).__name__} with {type(mlp.act).__name__}")
         options["tanh_gelu"] = gelu
         hidden = mlp.fc1.out_features
     rope = getattr(trunk, "rope", None)
     if rope is not None:
-        usual = isinstance(rope, timm.layers.RotaryEmbeddingCat) and not rope.rotate_half and not rope.in_pixels
+        usual = isinstance(rope, RotaryEmbeddingCat) and not rope.rotate_half and not rope.in_pixels
         _only(usual, True, name, f"rotary positions of the kind {type(rope).__name__}")
         kept = ("temperature", "grid_offset", "grid_indexing", "ref_feat_shape")
         options["rotary"] = {key: getattr(rope, key) for key in kept if getattr(rope, key) is not None}
@@ -170,7 +171,7 @@ def _pool_options(trunk: Any) -> dict[str, Any]:
     pool = trunk.attn_pool
     if isinstance(pool, AttentionPoolLatent):
         hidden = pool.mlp.fc1.out_features if pool.mlp is not None else 0
-        tanh = pool.mlp is not None and isinstance(pool.mlp.act, timm.layers.GELUTanh)
+        tanh = pool.mlp is not None and isinstance(pool.mlp.act, GELUTanh)
         # EVA's forward gives its pool every token, the ViT's leaves CLS out unless told otherwise
         options = {"pool": "attention", "pool_prefix": isinstance(trunk, Eva) or trunk.pool_include_prefix}
         options |= {"pool_tanh_gelu": tanh}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, cast
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class Variant:
         if isinstance(given, cls):
             return given
         known = {field.name for field in fields(cls)}
-        given = dict(given or {})
-        if unknown := sorted(set(given) - known):
+        options: dict[str, Any] = dict(cast(Mapping[str, Any], given or {}))
+        if unknown := sorted(set(options) - known):
             raise ValueError(
                 f"vision transformer: unknown variant {', '.join(unknown)}; known: {', '.join(sorted(known))}"
             )
-        return cls(**given)
+        return cls(**options)
 
     def differences(self) -> dict[str, Any]:
         """What differs from CLIP's own."""

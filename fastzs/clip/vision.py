@@ -12,10 +12,10 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
-import timm.layers
 import torch
 import torch.nn.functional as F
 from timm import create_model
+from timm.layers.pos_embed_sincos import RotaryEmbeddingCat
 from torch import Tensor, nn
 
 from fastzs.clip.blocks import Attention as Attention
@@ -141,7 +141,7 @@ class VisionTransformer(nn.Module):
         def compute() -> tuple[Tensor, Tensor]:
             heads = self.blocks[0].attn.heads
             options = dict(self.variant.rotary or {})
-            made = timm.layers.RotaryEmbeddingCat(self.width // heads, in_pixels=False, **options)
+            made = RotaryEmbeddingCat(self.width // heads, in_pixels=False, **options)
             sin, cos = made.get_embed(list(grid)).to(table.device, table.dtype).chunk(2, dim=-1)
             return sin.contiguous(), cos.contiguous()
 
@@ -243,7 +243,8 @@ class VisionTransformer(nn.Module):
             last = self.blocks[-1]
             (attended,) = last.attn.project(last.seen(tokens[:, self.prefix :]), "v")
         else:
-            attended = dense_attention(*self.projections(tokens, grid), kind, grid)
+            q, k, v = self.projections(tokens, grid)
+            attended = dense_attention(q, k, v, kind, grid)
         return self.finish(tokens, attended, residual, ffn)
 
     def projections(self, tokens: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:

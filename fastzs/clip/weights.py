@@ -212,9 +212,16 @@ def _random(backbone: str, config: dict) -> Clip:
     tokenizer = None
     if "hf_tokenizer_name" in text and "hf_model_name" not in text:
         tokenizer = tokenizers.StandInTokenizer(text.get("context_length", 77), text["vocab_size"])
-    fields = {"backbone": backbone, "config": config, "quick_gelu": config.get("quick_gelu", False)}
-    normalisation = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
-    return Clip(**fields, **normalisation, source="random", tokenizer=tokenizer, fingerprint=f"random:{backbone}")
+    return Clip(
+        backbone=backbone,
+        config=config,
+        quick_gelu=config.get("quick_gelu", False),
+        mean=OPENAI_MEAN,
+        std=OPENAI_STD,
+        source="random",
+        tokenizer=tokenizer,
+        fingerprint=f"random:{backbone}",
+    )
 
 
 def _from_file(backbone: str, config: dict, path: Path) -> Clip:

@@ -13,7 +13,7 @@ Left out: the published code's 'whole' test with argmax over raw logits can be h
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class MaskCLIP(SegmentationModel):
             options = {"output_stride": output_stride}
         else:
             exact = clip.published if exact_gelu is None else exact_gelu
-            options = {"position_mode": "bicubic" if bicubic_positions else "bilinear"}
+            options: dict[str, Any] = {"position_mode": "bicubic" if bicubic_positions else "bilinear"}
             if exact:
                 options["quick_gelu"] = False
             if norm_eps or clip.published:

@@ -12,8 +12,8 @@ import huggingface_hub
 from huggingface_hub import try_to_load_from_cache
 
 from fastzs.checkpoints import check_digests
+from fastzs.clip.hub import online as _online
 from fastzs.clip.state import WeightsError, file_fingerprint
-from fastzs.clip.weights import _online
 from fastzs.files import read_text
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
