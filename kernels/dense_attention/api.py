@@ -10,10 +10,10 @@ from fastzs.trace import traced
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
-from . import reference
+from . import proxy, reference
 from .compiled import why_not_cpu
 
-Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
+Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian", "proxy"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 
@@ -26,8 +26,12 @@ def dense_attention(
     grid: tuple[int, int],
     *,
     std: float = 5.0,
+    affinity: Tensor | None = None,  # [B, D, H', W']
+    beta: float = 1.2,
+    gamma: float = 3.0,
+    floor: float | None = None,
     impl: str = "auto",
-) -> Tensor:  # [B, H, h * w, d]
+) -> Tensor:  # [B, H, h * w, d], with "proxy" [B, H, H' * W', d]
     """Patch rows of the last block's attention under one of the training-free operators.
 
     ===============  ============================================================  ==========================
@@ -39,22 +43,33 @@ def dense_attention(
     ``kk``, ``vv``   softmax(k k^T), softmax(v v^T)                                CLIP Surgery, NACLIP's base
     ``qq+kk``        softmax(q q^T) + softmax(k k^T)                               SCLIP, ECCV 2024
     ``kk+gaussian``  softmax(k k^T + Gaussian of the distance between patches)     NACLIP, WACV 2025
+    ``proxy``        softmax(gamma (S - beta mean S)), negative scores masked      ProxyCLIP, ECCV 2024
     ===============  ============================================================  ==========================
 
     The products are scaled by d^-1/2. Keys are all tokens; rows are the patches only.
+
+    With "proxy", S holds the cosines of another network's features, rows and keys are its patches, and CLIP's values
+    are interpolated to its grid (bilinear, ``align_corners=False``); q and k are not used, all heads share the weights.
+    A patch always sees itself, so that a picture of one colour, where every score is negative, has no NaN. The mean is
+    over all pairs of a picture. With ``floor`` the weights are the cosines themselves, those below it 0, divided by
+    their sum + 1e-6 (CLIP-DINOiser, ECCV 2024: 0.2).
 
     Args:
         q, k, v: the last block's projections; the ``P`` tokens before the patches (CLS, prompts) come first.
         grid: rows and columns of the patches.
         std: of NACLIP's Gaussian, in patches.
+        affinity: ``[B, D, H', W']``, the features of "proxy", of any length and floating dtype, finite.
+        beta, gamma: of "proxy": shift and scale of the cosines. Published values work from 1.0 to 1.6 and 2 to 5.
+        floor: of "proxy": weights are cosines of at least this.
         impl: backend, see :mod:`fastzs.kernels.dispatch`. The compiled library (``"cpu"``: heads of a multiple of 8 up
             to 128) and Triton compute fp32, bf16 and fp16 where no gradient is wanted, in memory [B, h * w, H, d], so
-            that joining the heads is a view.
+            that joining the heads is a view. "proxy" has no Triton kernel; the library computes it in fp32 and needs
+            ``H * d`` to be a multiple of 32; the reference goes through the rows in blocks, never ``[N, N]``.
 
     Raises:
         RuntimeError: ``impl`` cannot run here.
         ValueError: unknown ``kind``, shapes, dtypes or devices that disagree, fewer tokens than patches, ``std`` not
-            positive.
+            positive, an ``affinity`` that does not fit or has NaN (looked for on CPUs).
     """
     if kind not in KINDS:
         raise ValueError(f"dense_attention: kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -72,6 +87,13 @@ def dense_attention(
         raise ValueError(f"dense_attention: {q.shape[-2]} tokens are fewer than the {grid[0]} x {grid[1]} patches")
     if std <= 0:
         raise ValueError(f"dense_attention: std must be positive, got {std}")
+    if kind == "proxy":
+        affinity = proxy.check(v, affinity, gamma)
+        reasons = {"cpu": proxy.why_not_cpu(v, affinity), "reference": None}
+        run = proxy.compiled if choose("dense_attention", impl, reasons) == "cpu" else proxy.reference
+        return run(v, affinity, grid, beta, gamma, floor)
+    if affinity is not None or floor is not None:
+        raise ValueError(f"dense_attention: affinity and floor are used only by kind='proxy', got kind={kind!r}")
     reasons = {"cpu": why_not_cpu(q, k, v), "triton": _why_not_triton(q, k, v), "reference": None}
     backend = choose("dense_attention", impl, reasons)
     if backend == "reference":
