@@ -1,8 +1,19 @@
-"""Checks of arguments that several ops share."""
+"""Checks of arguments and devices that several ops share."""
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
+
+OLDEST = (8, 0)  # compute capability: what Triton supports, and what csrc/*.cu is compiled for unless told otherwise
+
+
+def why_too_old(device: torch.device) -> str | None:
+    """Why none of the package's own kernels run on a CUDA device, or None; PyTorch's run on older ones too."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= OLDEST:
+        return None
+    return f"{device} has compute capability {capability[0]}.{capability[1]}; wanted {OLDEST[0]}.{OLDEST[1]} or later"
 
 
 def check_alike(op: str, tensors: Mapping[str, Tensor]) -> None:

@@ -30,6 +30,8 @@ WIDE_VECTORS = torch.backends.cpu.get_cpu_capability().startswith("AVX")
 CPU_ORDER = ("cpu", "split", "reference", "triton", "xformers")
 PORTABLE_ORDER = ("split", "cpu", "reference", "triton", "xformers")
 CUDA_ORDER = ("triton", "split", "reference", "cpu", "xformers")
+# Without a bridge the split is one call of PyTorch's attention, on GPUs cuDNN's or flash attention, tuned for each.
+UNMASKED_CUDA_ORDER = ("split", "triton", "reference", "cpu", "xformers")
 
 
 @traced("ops.bridged_attention")
@@ -88,7 +90,7 @@ def bridged_attention(
     if layout.bridge is not None and q.device.type != "cpu":
         split = f"the merge needs an attention that returns its log-sum-exp, taken here only on the CPU, not {q.device}"
     found = {"cpu": why_not_cpu(q), "split": split, "triton": _why_not_triton(q), "xformers": why_not_xformers(q)}
-    reasons = {name: found.get(name) for name in _order(q)}
+    reasons = {name: found.get(name) for name in _order(q, layout)}
     chosen = choose("bridged_attention", impl, reasons)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen in ("cpu", "triton"):
@@ -102,10 +104,10 @@ def bridged_attention(
     return bridged_attention_split(q, k, v, layout, prompt_kv, factor, chosen == "xformers")
 
 
-def _order(q: Tensor) -> tuple[str, ...]:
+def _order(q: Tensor, layout: TokenLayout) -> tuple[str, ...]:
     """All backends, as auto prefers them for such queries."""
     if q.device.type == "cuda":
-        return CUDA_ORDER
+        return UNMASKED_CUDA_ORDER if layout.bridge is None else CUDA_ORDER
     return CPU_ORDER if WIDE_VECTORS else PORTABLE_ORDER
 
 

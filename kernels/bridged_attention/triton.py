@@ -2,8 +2,11 @@
 
 The programs along axis 0 are of two sorts. The first own a block of rows (or, backward, of keys) of prefix and
 patches: plain attention over the shared keys, after which each patch's one further key, its region's bridge token, is
-folded in from registers. The others own one bridge token each, which meets only the patches of its region. Sums are
-fp32. Exponentials are taken in base 2; the softmax's denominators are kept as natural logarithms, as by every backend.
+folded in from registers. The last of a head owns all its bridge tokens and takes them in turn, each of which meets only
+the patches of its region. A program for each would be 16 programs of 25 at CLIP-RC's 1 + 1024 + 16 tokens in blocks of
+128 rows, each with the shared memory of a block and 1 / 2018 of its products (counted; the gain has not been timed).
+Sums are fp32. Exponentials are taken in base 2; the softmax's denominators are kept as natural logarithms, as by every
+backend.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportAssignmentType=false
@@ -15,14 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import interpreted
+from ..configs import tile
+from ..triton_runtime import architecture, interpreted
 from .layout import TokenLayout
 
-# By the bytes of a number and the widest head: rows, keys, warps. Larger tiles spill registers on one of sm_80, sm_90
-# and sm_100, for which tests/kernels/test_bridged_attention_triton.py compiles these.
-FORWARD = {(2, 64): (128, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 16, 4), (4, 128): (16, 16, 4)}
-BACKWARD_Q = {(2, 64): (64, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 16, 8), (4, 128): (16, 32, 4)}
-BACKWARD_KV = {(2, 64): (32, 64, 8), (2, 128): (32, 64, 8), (4, 64): (16, 32, 8), (4, 128): (16, 16, 8)}
 CELLS = 32  # patches of a region that its bridge token meets at a time
 LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(math.log(2))
@@ -151,25 +150,25 @@ def bridged_attention_fwd_kernel(
         _put(out_ptr, row, out_stride_l, d, inside, acc / total[:, None], D)
         tl.store(lse_ptr + row, (top + tl.log2(total)) * LN_2, mask=inside)
     elif BRIDGE:
-        region = block - row_blocks
-        own = shared + region
-        q1 = _row(q_ptr, own, q_stride_l, d, D)  # [BLOCK_D]
-        top1 = tl.sum(q1 * _row(k_ptr, own, k_stride_l, d, D)) * scale
-        total1 = 1.0
-        acc1 = _row(v_ptr, own, v_stride_l, d, D)
-        for start in range(0, cell_h * cell_w, CELLS):
-            token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
-            k1 = _rows(k_ptr, token, k_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
-            v1 = _rows(v_ptr, token, v_stride_l, d, there, D, UPCAST).to(tl.float32)
-            scores = tl.where(there, tl.sum(k1 * q1[None, :], 1) * scale, float("-inf"))  # [CELLS]
-            highest1 = tl.maximum(top1, tl.max(scores))
-            weights = tl.exp2(scores - highest1)
-            shrink1 = tl.exp2(top1 - highest1)
-            total1 = total1 * shrink1 + tl.sum(weights)
-            acc1 = acc1 * shrink1 + tl.sum(weights[:, None] * v1, 0)
-            top1 = highest1
-        tl.store(out_ptr + own.to(tl.int64) * out_stride_l + d, acc1 / total1, mask=d < D)
-        tl.store(lse_ptr + own, (top1 + tl.log2(total1)) * LN_2)
+        for region in range(0, bridge_h * bridge_w):
+            own = shared + region
+            q1 = _row(q_ptr, own, q_stride_l, d, D)  # [BLOCK_D]
+            top1 = tl.sum(q1 * _row(k_ptr, own, k_stride_l, d, D)) * scale
+            total1 = 1.0
+            acc1 = _row(v_ptr, own, v_stride_l, d, D)
+            for start in range(0, cell_h * cell_w, CELLS):
+                token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
+                k1 = _rows(k_ptr, token, k_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
+                v1 = _rows(v_ptr, token, v_stride_l, d, there, D, UPCAST).to(tl.float32)
+                scores = tl.where(there, tl.sum(k1 * q1[None, :], 1) * scale, float("-inf"))  # [CELLS]
+                highest1 = tl.maximum(top1, tl.max(scores))
+                weights = tl.exp2(scores - highest1)
+                shrink1 = tl.exp2(top1 - highest1)
+                total1 = total1 * shrink1 + tl.sum(weights)
+                acc1 = acc1 * shrink1 + tl.sum(weights[:, None] * v1, 0)
+                top1 = highest1
+            tl.store(out_ptr + own.to(tl.int64) * out_stride_l + d, acc1 / total1, mask=d < D)
+            tl.store(lse_ptr + own, (top1 + tl.log2(total1)) * LN_2)
 
 
 @triton.jit
@@ -261,24 +260,24 @@ def bridged_attention_bwd_q_kernel(
             acc += (weight * (tl.sum(grad.to(tl.float32) * v, 1) - delta))[:, None] * k
         _put(dq_ptr, row, dq_stride_l, d, inside, acc * scale_e, D)
     elif BRIDGE:
-        region = block - row_blocks
-        own = shared + region
-        q1 = _row(q_ptr, own, q_stride_l, d, D)  # [BLOCK_D]
-        grad1 = _row(grad_ptr, own, grad_stride_l, d, D)
-        delta1 = tl.sum(grad1 * _row(out_ptr, own, out_stride_l, d, D))
-        tl.store(delta_ptr + own, delta1)
-        lse1 = tl.load(lse_ptr + own) * PER_LN_2
-        k1 = _row(k_ptr, own, k_stride_l, d, D)
-        weight1 = tl.exp2(tl.sum(q1 * k1) * scale - lse1)
-        acc1 = weight1 * (tl.sum(grad1 * _row(v_ptr, own, v_stride_l, d, D)) - delta1) * k1
-        for start in range(0, cell_h * cell_w, CELLS):
-            token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
-            ks = _rows(k_ptr, token, k_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
-            vs = _rows(v_ptr, token, v_stride_l, d, there, D, UPCAST).to(tl.float32)
-            weights = tl.where(there, tl.exp2(tl.sum(ks * q1[None, :], 1) * scale - lse1), 0.0)  # [CELLS]
-            d_scores = weights * (tl.sum(vs * grad1[None, :], 1) - delta1)
-            acc1 += tl.sum(d_scores[:, None] * ks, 0)
-        tl.store(dq_ptr + own.to(tl.int64) * dq_stride_l + d, acc1 * scale_e, mask=d < D)
+        for region in range(0, bridge_h * bridge_w):
+            own = shared + region
+            q1 = _row(q_ptr, own, q_stride_l, d, D)  # [BLOCK_D]
+            grad1 = _row(grad_ptr, own, grad_stride_l, d, D)
+            delta1 = tl.sum(grad1 * _row(out_ptr, own, out_stride_l, d, D))
+            tl.store(delta_ptr + own, delta1)
+            lse1 = tl.load(lse_ptr + own) * PER_LN_2
+            k1 = _row(k_ptr, own, k_stride_l, d, D)
+            weight1 = tl.exp2(tl.sum(q1 * k1) * scale - lse1)
+            acc1 = weight1 * (tl.sum(grad1 * _row(v_ptr, own, v_stride_l, d, D)) - delta1) * k1
+            for start in range(0, cell_h * cell_w, CELLS):
+                token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
+                ks = _rows(k_ptr, token, k_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
+                vs = _rows(v_ptr, token, v_stride_l, d, there, D, UPCAST).to(tl.float32)
+                weights = tl.where(there, tl.exp2(tl.sum(ks * q1[None, :], 1) * scale - lse1), 0.0)  # [CELLS]
+                d_scores = weights * (tl.sum(vs * grad1[None, :], 1) - delta1)
+                acc1 += tl.sum(d_scores[:, None] * ks, 0)
+            tl.store(dq_ptr + own.to(tl.int64) * dq_stride_l + d, acc1 * scale_e, mask=d < D)
 
 
 @triton.jit
@@ -385,35 +384,38 @@ def bridged_attention_bwd_kv_kernel(
         _put(d_prompt_k_ptr + at, key, d_prompt_stride_l, d, there, dk * scale_e, D)
         _put(d_prompt_v_ptr + at, key, d_prompt_stride_l, d, there, dv, D)
     elif BRIDGE:
-        region = block - key_blocks - prompt_blocks
-        own = shared + region
-        k1 = _row(k_ptr, own, k_stride_l, d, D)  # [BLOCK_D]
-        v1 = _row(v_ptr, own, v_stride_l, d, D)
-        q1 = _row(q_ptr, own, q_stride_l, d, D)
-        grad1 = _row(grad_ptr, own, grad_stride_l, d, D)
-        weight1 = tl.exp2(tl.sum(q1 * k1) * scale - tl.load(lse_ptr + own) * PER_LN_2)
-        dv1 = weight1 * grad1
-        dk1 = weight1 * (tl.sum(v1 * grad1) - tl.load(delta_ptr + own)) * q1
-        for start in range(0, cell_h * cell_w, CELLS):
-            token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
-            qs = _rows(q_ptr, token, q_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
-            grads = _rows(grad_ptr, token, grad_stride_l, d, there, D, UPCAST).to(tl.float32)
-            lses = tl.load(lse_ptr + token, mask=there, other=0.0) * PER_LN_2
-            deltas = tl.load(delta_ptr + token, mask=there, other=0.0)
-            weights = tl.where(there, tl.exp2(tl.sum(qs * k1[None, :], 1) * scale - lses), 0.0)  # [CELLS]
-            dv1 += tl.sum(weights[:, None] * grads, 0)
-            d_scores = weights * (tl.sum(grads * v1[None, :], 1) - deltas)
-            dk1 += tl.sum(d_scores[:, None] * qs, 0)
-        tl.store(dk_ptr + own.to(tl.int64) * dk_stride_l + d, dk1 * scale_e, mask=d < D)
-        tl.store(dv_ptr + own.to(tl.int64) * dk_stride_l + d, dv1, mask=d < D)
+        for region in range(0, bridge_h * bridge_w):
+            own = shared + region
+            k1 = _row(k_ptr, own, k_stride_l, d, D)  # [BLOCK_D]
+            v1 = _row(v_ptr, own, v_stride_l, d, D)
+            q1 = _row(q_ptr, own, q_stride_l, d, D)
+            grad1 = _row(grad_ptr, own, grad_stride_l, d, D)
+            weight1 = tl.exp2(tl.sum(q1 * k1) * scale - tl.load(lse_ptr + own) * PER_LN_2)
+            dv1 = weight1 * grad1
+            dk1 = weight1 * (tl.sum(v1 * grad1) - tl.load(delta_ptr + own)) * q1
+            for start in range(0, cell_h * cell_w, CELLS):
+                token, there = _cell(start, region, prefix, w, cell_h, cell_w, bridge_w, CELLS)
+                qs = _rows(q_ptr, token, q_stride_l, d, there, D, UPCAST).to(tl.float32)  # [CELLS, BLOCK_D]
+                grads = _rows(grad_ptr, token, grad_stride_l, d, there, D, UPCAST).to(tl.float32)
+                lses = tl.load(lse_ptr + token, mask=there, other=0.0) * PER_LN_2
+                deltas = tl.load(delta_ptr + token, mask=there, other=0.0)
+                weights = tl.where(there, tl.exp2(tl.sum(qs * k1[None, :], 1) * scale - lses), 0.0)  # [CELLS]
+                dv1 += tl.sum(weights[:, None] * grads, 0)
+                d_scores = weights * (tl.sum(grads * v1[None, :], 1) - deltas)
+                dk1 += tl.sum(d_scores[:, None] * qs, 0)
+            tl.store(dk_ptr + own.to(tl.int64) * dk_stride_l + d, dk1 * scale_e, mask=d < D)
+            tl.store(dv_ptr + own.to(tl.int64) * dk_stride_l + d, dv1, mask=d < D)
 
 
-def _launch(kernel, tiles: dict, of: int, q: torch.Tensor, layout: TokenLayout, arguments: list, factors: list) -> None:
-    """Start ``kernel``: programs for blocks of rows (``of`` 0) or of keys and prompts (1), and for bridge tokens."""
+def _launch(kernel, name: str, q: torch.Tensor, layout: TokenLayout, arguments: list, factors: list) -> None:
+    """Start ``kernel``: programs for blocks of rows (for "bwd_kv" of keys and of prompts), and one for a bridge."""
     B, H, _, D = q.shape
-    tile = rows, keys, warps = tiles[q.element_size(), 64 if D <= 64 else 128]
+    rows, keys, warps, stages = tile(name, q.element_size(), D, architecture(q.device))
     prompts = arguments[3].shape[2]
-    blocks = triton.cdiv(layout.shared, tile[of]) + layout.regions + (triton.cdiv(prompts, keys) if of == 1 else 0)
+    blocks = triton.cdiv(layout.shared, rows)
+    if name == "bwd_kv":
+        blocks = triton.cdiv(layout.shared, keys) + triton.cdiv(prompts, keys)
+    blocks += layout.bridge is not None
     cell = layout.cell if layout.bridge else (1, 1)
     bridge = layout.bridge or (0, 0)
     with torch.cuda.device(q.device.index if q.is_cuda else -1):
@@ -436,7 +438,7 @@ def _launch(kernel, tiles: dict, of: int, q: torch.Tensor, layout: TokenLayout, 
             BRIDGE=layout.bridge is not None,
             UPCAST=interpreted(),
             num_warps=warps,
-            num_stages=2,
+            num_stages=stages,
             enable_fp_fusion=True,
         )
 
@@ -476,7 +478,7 @@ def forward(
     out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() > 0:
         arguments = [q, k, v, pk, pv, out, lse, *_strides(q, k, v, pk, pv, out)]
-        _launch(bridged_attention_fwd_kernel, FORWARD, 0, q, layout, arguments, [scale * LOG2_E])
+        _launch(bridged_attention_fwd_kernel, "fwd", q, layout, arguments, [scale * LOG2_E])
     return out.to(q.dtype), lse
 
 
@@ -500,7 +502,7 @@ def backward(
     if q.numel() > 0:
         factors = [scale * LOG2_E, scale]
         arguments = [q, k, v, pk, pv, out, grad, lse, delta, dq, *_strides(q, k, v, pk, pv, out, grad, dq)]
-        _launch(bridged_attention_bwd_q_kernel, BACKWARD_Q, 0, q, layout, arguments, factors)
+        _launch(bridged_attention_bwd_q_kernel, "bwd_q", q, layout, arguments, factors)
         arguments = [q, k, v, pk, pv, grad, lse, delta, dk, dv, dpk, dpv, *_strides(q, k, v, pk, pv, grad, dk, dpk)]
-        _launch(bridged_attention_bwd_kv_kernel, BACKWARD_KV, 1, q, layout, arguments, factors)
+        _launch(bridged_attention_bwd_kv_kernel, "bwd_kv", q, layout, arguments, factors)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dpk, dpv

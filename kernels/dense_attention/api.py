@@ -3,6 +3,7 @@
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastzs.trace import traced
@@ -63,7 +64,8 @@ def dense_attention(
         floor: of "proxy": weights are cosines of at least this.
         impl: backend, see :mod:`fastzs.kernels.dispatch`. The compiled library (``"cpu"``: heads of a multiple of 8 up
             to 128) and Triton compute fp32, bf16 and fp16 where no gradient is wanted, in memory [B, h * w, H, d], so
-            that joining the heads is a view. "proxy" has no Triton kernel; the library computes it in fp32 and needs
+            that joining the heads is a view. ``"torch"`` is PyTorch's attention, for kinds other than "proxy" and
+            "kk+gaussian". "proxy" has no Triton kernel; the library computes it in fp32 and needs
             ``H * d`` to be a multiple of 32; the reference goes through the rows in blocks, never ``[N, N]``.
 
     Raises:
@@ -94,14 +96,19 @@ def dense_attention(
         return run(v, affinity, grid, beta, gamma, floor)
     if affinity is not None or floor is not None:
         raise ValueError(f"dense_attention: affinity and floor are used only by kind='proxy', got kind={kind!r}")
-    reasons = {"cpu": why_not_cpu(q, k, v), "triton": _why_not_triton(q, k, v), "reference": None}
+    # PyTorch's own attention, on GPUs cuDNN's or flash attention, wherever nothing is added to the scores
+    masked = "PyTorch's attention would need the Gaussian as a matrix" if kind == "kk+gaussian" else None
+    reasons = {"cpu": why_not_cpu(q, k, v), "torch": masked, "triton": _why_not_triton(q, k, v), "reference": None}
     backend = choose("dense_attention", impl, reasons)
     if backend == "reference":
         return reference.dense_attention(q, k, v, kind, grid, std)
     if kind == "identity":
         return v[..., q.shape[-2] - grid[0] * grid[1] :, :]
     pairs = {"qk": [(q, k)], "qq": [(q, q)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
-    if backend == "cpu":
+    if backend == "torch":
+        rows = slice(q.shape[-2] - grid[0] * grid[1], None)
+        parts = (F.scaled_dot_product_attention(a[..., rows, :], b, v) for a, b in pairs)
+    elif backend == "cpu":
         options = (*grid, q.shape[-1] ** -0.5, std if kind == "kk+gaussian" else 0.0)
         parts = (torch.ops.fastzs.dense_attention(a, b, v, *options) for a, b in pairs)
     else:

@@ -12,11 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_runtime import interpreted
+from ..configs import tile
+from ..triton_runtime import architecture, interpreted
 
-# By the bytes of a number and the widest head: rows, keys, warps. Larger tiles spill registers on one of sm_80, sm_90
-# and sm_100, for which tests/kernels/test_dense_attention_triton.py compiles these.
-TILES = {(2, 64): (64, 64, 8), (2, 128): (64, 64, 8), (4, 64): (32, 32, 8), (4, 128): (16, 16, 4)}
 LOG2_E = math.log2(math.e)
 
 
@@ -96,7 +94,7 @@ def attention(
     upcast = interpreted()  # it cuts what it rounds to bf16, so it gets fp32
     out = q.new_empty((B, patches, H, D), dtype=torch.float32 if upcast else q.dtype).transpose(1, 2)
     if out.numel() > 0:
-        rows, keys, warps = TILES[q.element_size(), 64 if D <= 64 else 128]
+        rows, keys, warps, stages = tile("dense", q.element_size(), D, architecture(q.device))
         with torch.cuda.device(q.device.index if q.is_cuda else -1):
             dense_attention_fwd_kernel[triton.cdiv(patches, rows), B * H](
                 q,
@@ -118,7 +116,7 @@ def attention(
                 GAUSSIAN=std is not None,
                 UPCAST=upcast,
                 num_warps=warps,
-                num_stages=2,
+                num_stages=stages,
                 enable_fp_fusion=True,
             )
     return out.to(q.dtype)

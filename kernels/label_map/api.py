@@ -1,5 +1,6 @@
 """``label_map``: from the windows' low-resolution class maps to the labels of a picture, in one pass."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -113,7 +114,7 @@ def label_map(
             f"label_map: {classes} classes and background={background}; labels are int16, so 0 to {INT16_LABELS - 1}"
         )
     count = classes + (background is not None and background >= classes)
-    penalty = None if seen is None else calibration * _seen_mask(seen, classes, logits)
+    penalty = None if seen is None else _penalty(seen, float(calibration), classes, logits)
     labels, scores = torch.ops.fastzs.label_map(
         logits.detach(),
         _windows(windows, logits.shape[0]),
@@ -157,19 +158,40 @@ def _size(name: str, size: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def _seen_mask(seen: Tensor | Sequence[int], classes: int, logits: Tensor) -> Tensor:
-    """``[C]``, 1 at the seen classes, 0 elsewhere."""
-    given = torch.as_tensor(seen, device=logits.device)
-    if given.dtype == torch.bool:
-        if given.shape != (classes,):
-            raise ValueError(f"label_map: the seen mask has shape {tuple(given.shape)}; wanted ({classes},)")
-        return given.to(score_dtype(logits))
-    if not torch.compiler.is_compiling():
-        wrong = [n for n in given.flatten().tolist() if n not in range(classes)]
-        if wrong:
-            raise ValueError(f"label_map: seen names class {wrong[0]}; wanted 0 to {classes - 1}")
-    mask = torch.zeros(classes, dtype=score_dtype(logits), device=logits.device)
-    return mask.index_fill(0, given.flatten().long(), 1)
+def _penalty(seen: Tensor | Sequence[int], calibration: float, classes: int, logits: Tensor) -> Tensor:
+    """``[C]``, ``calibration`` at the seen classes, 0 elsewhere, on the logits' device."""
+    dtype = score_dtype(logits)
+    if not isinstance(seen, Tensor):
+        seen = tuple(seen)
+        if all(isinstance(n, bool) for n in seen) and seen:
+            seen = torch.tensor(seen)
+        elif torch.compiler.is_compiling():
+            return _penalty_of(seen, calibration, classes, dtype, logits.device)
+        else:
+            return _kept_penalty(tuple(int(n) for n in seen), calibration, classes, dtype, logits.device)
+    if seen.dtype == torch.bool:
+        if seen.shape != (classes,):
+            raise ValueError(f"label_map: the seen mask has shape {tuple(seen.shape)}; wanted ({classes},)")
+        return calibration * seen.to(logits.device, dtype)
+    if seen.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _kept_penalty(tuple(seen.flatten().tolist()), calibration, classes, dtype, logits.device)
+    # Asking a GPU which index is wrong would wait for it: an index out of range fails there.
+    index = seen.flatten().long().to(logits.device)
+    return torch.zeros(classes, dtype=dtype, device=logits.device).index_fill(0, index, calibration)
+
+
+def _penalty_of(
+    seen: tuple[int, ...], calibration: float, classes: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    wrong = [n for n in seen if not 0 <= n < classes]
+    if wrong:
+        raise ValueError(f"label_map: seen names class {wrong[0]}; wanted 0 to {classes - 1}")
+    chosen = set(seen)
+    return torch.tensor([calibration if n in chosen else 0.0 for n in range(classes)], dtype=dtype).to(device)
+
+
+# A vocabulary asks for the same in every picture: one copy to the device, and no wait for it in between.
+_kept_penalty = functools.lru_cache(64)(_penalty_of)
 
 
 def _windows(windows: Tensor | Sequence[Sequence[int]], count: int) -> Tensor:

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
+from ..checks import why_too_old
 from ..extension import why_missing
 from .options import Options
-from .tables import build_tables
+from .tables import tables_of
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
 MISSING = why_missing("label_map_cpu", "cpu")
@@ -29,7 +30,7 @@ def why_not_cuda(logits: Tensor, top_k: int) -> str | None:
         return "the logits are float64"
     if top_k > MOST_K:
         return f"top_k is {top_k}; wanted up to {MOST_K}"
-    return MISSING_CUDA
+    return MISSING_CUDA or why_too_old(logits.device)
 
 
 def label_map_cpu(
@@ -64,7 +65,7 @@ def label_map_cuda(
     labels, scores = options.empty(logits.device)
     torch.ops.fastzs.label_map_cuda(
         logits.contiguous(),
-        *build_tables(logits, windows, options),
+        *tables_of(logits, windows, options),
         options.resized,
         ACTIVATION_CODES[options.activation],
         options.penalty,

@@ -1,5 +1,6 @@
 """Where pixels and windows lie, worked out on the host in fp64, as tables for the GPU kernels."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -45,18 +46,39 @@ class Tables(NamedTuple):
     taps_x: Tensor  # [3, W'] fp64
 
 
-def build_tables(logits: Tensor, windows, options: Options) -> Tables:
+def tables_of(logits: Tensor, windows, options: Options) -> Tables:
     """For logits ``[W, C, h, w]`` of ``windows``."""
-    h, w = logits.shape[2:]
-    picture, grid, output = options.picture_size, options.grid, options.output_size
+    places = tuple(tuple(window) for window in windows)
+    sizes = (options.picture_size, options.grid, options.output_size)
+    return build_tables((logits.shape[2], logits.shape[3]), places, *sizes, logits.device)
+
+
+KEPT = 32  # calls of one size and one set of windows: a table for 12 megapixels takes 0.3 MB
+
+
+@functools.lru_cache(KEPT)
+def build_tables(
+    nodes: tuple[int, int],
+    windows: tuple[tuple[int, ...], ...],
+    picture: tuple[int, int],
+    grid: tuple[int, int],
+    output: tuple[int, int],
+    device: torch.device,
+) -> Tables:
+    """For maps of ``nodes`` rows and columns over ``windows`` of a picture; the arguments are those of ``Options``.
+
+    Kept on the device, for pictures of one size ask for the same: built anew, a picture would cost nine copies from
+    pageable memory, each of which waits for the GPU.
+    """
+    h, w = nodes
     rows = axis_places([p[0] for p in windows], windows[0][2], h, picture[0], grid[0])
     cols = axis_places([p[1] for p in windows], windows[0][3], w, picture[1], grid[1])
     taps_y, taps_x = (torch.stack([t.double() for t in resize_taps(grid[i], output[i])]) for i in (0, 1))
-    if not options.resized:
+    if grid == output:
         taps_y[1], taps_x[1] = taps_y[0], taps_x[0]
     over = (rows.first < taps_y[1][:, None] + 1) & (taps_y[0][:, None] < rows.first + rows.count)  # [H', W]
     row_counts = over.sum(1).int()
     row_windows = (~over).int().argsort(dim=1, stable=True)[:, : int(row_counts.max())].int().contiguous()
     box = torch.stack([rows.first, cols.first, rows.count, cols.count], 1).contiguous()
     tables = (box, row_windows, row_counts, rows.lo, rows.weight, cols.lo, cols.weight, taps_y, taps_x)
-    return Tables(*(table.to(logits.device) for table in tables))
+    return Tables(*(table.to(device) for table in tables))

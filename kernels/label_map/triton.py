@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .options import Options
-from .tables import build_tables
+from .tables import tables_of
 
 PIXELS, CLASSES = 32, 16  # a program's tile; see tests/kernels/test_label_map_triton.py for what it takes of an SM
 WARPS = 4
@@ -43,7 +43,11 @@ def window_logits(logits_ptr, plane, nodes_y, nodes_x, y_lo, y_weight, x_lo, x_w
     return left * (1 - x_weight)[None, :] + right * x_weight[None, :]
 
 
-@triton.jit
+# Sizes of pictures are of many values: a variant of the kernels for each kind of them would be compiled as they come.
+SIZES = ["classes", "nodes_y", "nodes_x", "span_y", "span_x", "out_h", "out_w", "most_windows", "background"]
+
+
+@triton.jit(do_not_specialize=SIZES[:5])
 def label_map_norm_kernel(
     logits_ptr,  # [W, C, h, w]
     rows_lo_ptr,  # [W, SPAN_Y] int32: the lower node of each of a window's grid rows
@@ -86,7 +90,7 @@ def label_map_norm_kernel(
     tl.store(norm_ptr + row * span_x + x, norm, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def label_map_fwd_kernel(
     logits_ptr,  # [W, C, h, w]
     penalty_ptr,  # [C] fp32, or not read
@@ -188,7 +192,7 @@ def label_map_triton(
     device = logits.device
     logits = logits.contiguous()
     count, classes, h, w = logits.shape
-    tables = build_tables(logits, windows, options)
+    tables = tables_of(logits, windows, options)
     most = tables.row_windows.shape[1]
     labels, scores = options.empty(device)
     span_y, span_x = tables.rows_lo.shape[1], tables.cols_lo.shape[1]

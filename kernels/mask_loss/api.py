@@ -7,6 +7,7 @@ import torch
 
 from fastzs.trace import traced
 
+from ..checks import why_too_old
 from ..dispatch import choose
 from ..pixel_text_logits.api import pixel_text_logits, product_dtype, validate
 from ..pixel_text_logits.api import reasons as logits_reasons
@@ -151,6 +152,8 @@ def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None
         cuda = f"the logits are on {device}"
     elif max(*logits.shape[2:], *target.shape[1:]) >= 65535:
         cuda = f"{list(logits.shape[2:])} or {list(target.shape[1:])} is too large; wanted less than 65535"
+    elif cuda is None:
+        cuda = why_too_old(logits.device)
     triton = why_not_triton("the logits are", logits.device)
     if triton is None and target.shape[2] > 128 * logits.shape[3]:
         triton = f"{logits.shape[3]} columns become {target.shape[2]}; wanted at most 128 times as many"

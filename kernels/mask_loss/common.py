@@ -11,6 +11,17 @@ def wide(target: torch.Tensor) -> torch.Tensor:
     return target.to(torch.promote_types(target.dtype, torch.int32))
 
 
+def narrow(target: torch.Tensor, C: int, ignore_index: int) -> torch.Tensor:
+    """Labels that were checked, in 16 bits where they fit, once, for kernels that read them for every class.
+
+    At B 16, C 150 and 512 x 512 int64 labels are 5.0e9 bytes read from the caches, int16 labels 1.3e9; narrowing them
+    reads 34e6 bytes and writes 8e6 (counted).
+    """
+    if target.dtype in (torch.uint8, torch.int16):
+        return target
+    return target.to(torch.int16 if C <= 1 << 15 and -(1 << 15) <= ignore_index < 1 << 15 else torch.int32)
+
+
 def check_labels(target: torch.Tensor, C: int, ignore_index: int) -> None:
     """Raise RuntimeError if a label is neither a class nor ``ignore_index``."""
     target = wide(target)

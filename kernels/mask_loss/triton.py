@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import check_labels
+from .common import check_labels, narrow
 
 FIELDS = 3  # focal, prob, overlap: the sums that have a gradient
 TILE = (
@@ -199,11 +199,15 @@ def mask_sums_nodes_kernel(
     h,
     w,
     BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,  # an image has more nodes than 32 bits count; dividing 64 bits takes several times as long
 ):
     """Adds the corners of the four cells that meet at a logit; one program for some nodes of one field."""
     field = tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] over C * h * w
+    block = tl.program_id(0)
+    if WIDE:
+        block = block.to(tl.int64)
+    n = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK] over C * h * w
     exists = n < C * h * w
     j = n % w
     i = (n // w) % h
@@ -233,6 +237,7 @@ def mask_sums(
     B, C, h, w = logits.shape
     H, W = target.shape[1:]
     check_labels(target, C, ignore_index)
+    target = narrow(target, C, ignore_index)
     columns = triton.next_power_of_2(triton.cdiv(W, w))
     cells = max(TILE // columns, 1)
     fields = 4 + 4 * FIELDS if with_nodes else 4
@@ -274,6 +279,6 @@ def mask_sums(
             if with_nodes:
                 block = 1024
                 mask_sums_nodes_kernel[triton.cdiv(C * h * w, block), FIELDS, images](
-                    work, nodes, first, images, C, h, w, BLOCK=block, **options
+                    work, nodes, first, images, C, h, w, BLOCK=block, WIDE=C * h * w + block >= 1 << 31, **options
                 )
     return sums, nodes

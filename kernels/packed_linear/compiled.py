@@ -7,12 +7,11 @@ from torch import Tensor
 
 from .. import library
 from ..extension import why_missing
-from .reference import ACTIVATIONS
 from .weights import PackedNorm, PackedWeight
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
 MISSING = why_missing("packed_linear", "cpu")
-NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}  # as in csrc/packed_linear.cpp
+NUMBERS = {"none": 0, "relu": 1, "quick_gelu": 2, "gelu": 3}  # as in csrc/packed_linear.cpp
 
 
 def why_not_cpu(x: Tensor) -> str | None:

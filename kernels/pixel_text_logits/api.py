@@ -7,6 +7,7 @@ import torch
 
 from fastzs.trace import traced
 
+from ..checks import why_too_old
 from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from .operator import MISSING
@@ -67,6 +68,8 @@ def reasons(features: torch.Tensor, dtype: torch.dtype) -> dict[str, str | None]
         cpu = f"the features are on {device}"
     if device != "cuda":
         cuda = f"the features are on {device}"
+    elif cuda is None:
+        cuda = why_too_old(features.device)
     triton = why_not_triton("the features are", features.device)
     for seen in (features.dtype, dtype):
         if seen not in (torch.float32, torch.bfloat16, torch.float16):

@@ -9,20 +9,13 @@ import warnings
 import torch
 from torch import Tensor
 
+from .. import library
 from .common import Options, grid_of, possible_winners, side_by_side, window_axis
 from .compiled import refine_cpu
 from .laplacian import laplacian, self_similarity
 from .reference import refine_reference
 
-torch.library.define(
-    "fastzs::refine",
-    "(Tensor logits, Tensor windows, Tensor image, int[] picture_size, str method, int[] dilations, int iterations, "
-    "Tensor? text, int cells, float? scale, bool return_maps, str backend) "
-    "-> (Tensor labels, Tensor scores, Tensor probabilities, Tensor maps)",
-)
 
-
-@torch.library.impl("fastzs::refine", "CompositeExplicitAutograd")
 def refine(
     logits: Tensor,  # [W, C, h, w]
     windows: Tensor,  # [W, 4] int64
@@ -81,8 +74,9 @@ def refine(
     return labels.to(label_dtype(classes)), result.scores, probabilities, none if maps is None else maps
 
 
-@torch.library.register_fake("fastzs::refine")
-def _(logits, windows, image, picture_size, method, dilations, iterations, text, cells, scale, return_maps, backend):
+def _fake(
+    logits, windows, image, picture_size, method, dilations, iterations, text, cells, scale, return_maps, backend
+):
     size, classes, dtype = image.shape[1:], logits.shape[1], score_dtype(logits)
     return (
         logits.new_empty(size, dtype=label_dtype(classes)),
@@ -111,3 +105,13 @@ def score_dtype(logits: Tensor) -> torch.dtype:
 def label_dtype(classes: int) -> torch.dtype:
     """uint8 where that holds every label, 255 left out; else int16."""
     return torch.uint8 if classes <= 255 else torch.int16
+
+
+library.define(
+    "refine",
+    "(Tensor logits, Tensor windows, Tensor image, int[] picture_size, str method, int[] dilations, int iterations, "
+    "Tensor? text, int cells, float? scale, bool return_maps, str backend) "
+    "-> (Tensor labels, Tensor scores, Tensor probabilities, Tensor maps)",
+    refine,
+)
+library.register("refine", _fake)

@@ -205,7 +205,16 @@ def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options:
             dilations = torch.tensor(options.dilations, dtype=torch.int32, device=device)
             weights, target = nodes.new_empty((neighbours, height, width)), torch.empty_like(source)
             refine_weights_kernel[(blocks,)](
-                image, dilations, weights, neighbours, pixels, height, width, PIXELS=PIXELS, num_warps=WARPS
+                image,
+                dilations,
+                weights,
+                neighbours,
+                pixels,
+                height,
+                width,
+                PIXELS=PIXELS,
+                num_warps=WARPS,
+                enable_fp_fusion=True,
             )
         for first in range(0, classes, chunk):
             count = min(chunk, classes - first)
@@ -223,6 +232,7 @@ def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options:
                 width,
                 **tile,
                 num_warps=WARPS,
+                enable_fp_fusion=True,
             )
             for _ in range(options.iterations):
                 refine_step_kernel[grid](
@@ -237,6 +247,7 @@ def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options:
                     width,
                     **tile,
                     num_warps=WARPS,
+                    enable_fp_fusion=True,
                 )
                 source, target = target, source
             refine_take_kernel[(blocks,)](
@@ -252,6 +263,7 @@ def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options:
                 LAST=first + count == classes,
                 PIXELS=PIXELS,
                 num_warps=WARPS,
+                enable_fp_fusion=True,
             )
             if result.maps is not None:
                 result.maps[first : first + count] = source[:count]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +191,12 @@ def test_wrong_backward_would_be_seen(monkeypatch):
     monkeypatch.setattr(split_module, "flash_backward", unmerged)
     with pytest.raises(AssertionError, match="dq"):
         assert_within_bounds(*LAYOUTS["wide"], f64)
+
+
+@pytest.mark.parametrize(("bridge", "first"), [(None, "split"), ((2, 2), "triton")])
+def test_on_gpus_pytorchs_attention_comes_first_where_there_is_no_bridge(bridge, first):
+    there = SimpleNamespace(device=torch.device("cuda"))
+    assert api._order(there, TokenLayout(1, (4, 4), bridge))[0] == first
 
 
 def test_dense_mask_by_hand():

@@ -113,46 +113,6 @@ def test_on_a_gpu(name, dtype, dim):
     check(layout, max(prompts, 1), dtype, device="cuda", dim=dim, prompt_batch=2)
 
 
-KERNELS = {"fwd": "FORWARD", "bwd_q": "BACKWARD_Q", "bwd_kv": "BACKWARD_KV"}
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "dim"), [("bf16", 64), ("bf16", 128), ("fp32", 64)])
-@pytest.mark.parametrize("name", KERNELS)
-def test_resources(name, dtype, dim, arch):
-    """No spilled registers, no atomics, shared memory in its limit, matrix instructions where they exist."""
-    from fastzs.kernels.bridged_attention import triton
-
-    from .aot import SHARED_LIMIT, resources
-
-    kernel = getattr(triton, f"bridged_attention_{name}_kernel")
-    rows, keys, warps = getattr(triton, KERNELS[name])[2 if dtype == "bf16" else 4, dim]
-    constants = {"D": dim, "BLOCK_D": dim, "ROWS": rows, "KEYS": keys, "CELLS": triton.CELLS, "BRIDGE": True}
-    constants["UPCAST"] = False
-    signature = {}
-    for argument in kernel.arg_names:
-        if argument in constants:
-            signature[argument] = "constexpr"
-        elif argument.endswith("_ptr"):
-            signature[argument] = (
-                "*fp32" if argument in ("lse_ptr", "delta_ptr") or "d_prompt" in argument else f"*{dtype}"
-            )
-        else:
-            signature[argument] = "fp32" if argument.startswith("scale") else "i32"
-    aligned = [argument for argument in signature if argument.endswith("_ptr") or "stride" in argument]
-    seen = resources(kernel, signature, constants, arch, warps, aligned=aligned)
-    assert seen.local_accesses == 0
-    # On sm_100, tensor memory is taken and given back in marks in shared memory; no other atomics.
-    assert seen.atomics <= (MARKS if arch == 100 else 0)
-    assert seen.shared <= SHARED_LIMIT[arch]
-    assert (seen.matrix_products > 0) == (dtype != "fp32")
-
-
-MARKS = 12
-
 MUTATIONS = {
     "the bridge key is left out": ("acc = acc * shrink[:, None] + weight[:, None] * v\n", "acc = acc\n"),
     "patches take their neighbours' region": ("i, j = patch // w // cell_h", "i, j = (patch + 1) // w // cell_h"),

@@ -14,18 +14,20 @@ def qkv():
     return torch.randn(3, 2, 4, 1 + 15, 8, dtype=torch.float64, generator=generator).unbind(0)
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize(("kind", "parts"), [("qk", "qk"), ("qq", "qq"), ("kk", "kk"), ("vv", "vv"), ("qq+kk", "qqkk")])
-def test_operators_are_sums_of_attentions(qkv, kind, parts):
+def test_operators_are_sums_of_attentions(qkv, kind, parts, impl):
     by_name = dict(zip("qkv", qkv, strict=True))
     wanted = sum(
         F.scaled_dot_product_attention(by_name[a], by_name[b], qkv[2])
         for a, b in zip(parts[::2], parts[1::2], strict=True)
     )
-    torch.testing.assert_close(dense_attention(*qkv, kind, GRID), wanted[:, :, 1:])
+    torch.testing.assert_close(dense_attention(*qkv, kind, GRID, impl=impl), wanted[:, :, 1:])
 
 
 def test_identity_keeps_each_patchs_value(qkv):
-    assert torch.equal(dense_attention(*qkv, "identity", GRID), qkv[2][:, :, 1:])
+    for impl in ("reference", "torch"):
+        assert torch.equal(dense_attention(*qkv, "identity", GRID, impl=impl), qkv[2][:, :, 1:])
 
 
 def test_neighbour_bias_by_its_formula():
@@ -41,7 +43,9 @@ def test_gaussian_is_added_to_patch_keys_only(qkv):
     bias = torch.zeros(15, 16, dtype=torch.float64)
     bias[:, 1:] = neighbour_bias(GRID, 5.0, torch.float64, q.device)
     wanted = F.scaled_dot_product_attention(k[:, :, 1:], k, v, attn_mask=bias)
-    torch.testing.assert_close(dense_attention(q, k, v, "kk+gaussian", GRID), wanted)
+    torch.testing.assert_close(dense_attention(q, k, v, "kk+gaussian", GRID, impl="reference"), wanted)
+    with pytest.raises(RuntimeError, match=r"impl='torch' cannot run: .*Gaussian as a matrix"):
+        dense_attention(q, k, v, "kk+gaussian", GRID, impl="torch")
 
 
 def test_bad_inputs_are_named(qkv):

@@ -84,29 +84,3 @@ def test_operator():
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(kind, dtype, dim):
     check(kind, (32, 43), dtype=dtype, dim=dim, device="cuda")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(("dtype", "dim"), [("bf16", 64), ("bf16", 128), ("fp32", 64)])
-def test_resources(dtype, dim, arch):
-    """No spilled registers, no atomics, shared memory in its limit, matrix instructions where they exist."""
-    from fastzs.kernels.dense_attention import triton
-
-    from .aot import SHARED_LIMIT, resources
-
-    kernel = triton.dense_attention_fwd_kernel
-    rows, keys, warps = triton.TILES[2 if dtype == "bf16" else 4, dim]
-    constants = {"D": dim, "BLOCK_D": dim, "ROWS": rows, "KEYS": keys, "GAUSSIAN": True, "UPCAST": False}
-    signature = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
-    signature |= dict.fromkeys(("scale", "falloff", "height"), "fp32")
-    signature |= {name: f"*{dtype}" for name in signature if name.endswith("_ptr")}
-    aligned = [name for name in signature if name.endswith("_ptr") or "stride" in name]
-    seen = resources(kernel, signature, constants, arch, warps, aligned=aligned)
-    assert seen.local_accesses == 0
-    # On sm_100, tensor memory is taken and given back in marks in shared memory; no other atomics.
-    assert seen.atomics <= (12 if arch == 100 else 0)
-    assert seen.shared <= SHARED_LIMIT[arch]
-    assert (seen.matrix_products > 0) == (dtype != "fp32")

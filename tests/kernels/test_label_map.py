@@ -1,3 +1,4 @@
+import ast
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from bench.baselines.label_map import published_scores, slide_windows, smooth_logits
 from fastzs.kernels.dispatch import choose
-from fastzs.kernels.label_map import compiled, reference
+from fastzs.kernels.label_map import api, compiled, reference, tables
 from fastzs.kernels.label_map.api import label_map
 from fastzs.kernels.label_map.options import Options
 
@@ -341,6 +342,46 @@ def test_large_picture_in_little_memory(impl, classes, nodes, bound):
     assert float(done.stdout) < bound
 
 
+# ---- nothing waits for a GPU --------------------------------------------------------------------------------------
+
+HOT = ["label_map/api.py", "label_map/operator.py", "label_map/triton.py", "label_map/tables.py", "mask_loss/api.py",
+       "mask_loss/triton.py", "mask_loss/common.py", "key_smoothing/triton.py", "bridged_attention/triton.py",
+       "pixel_text_logits/triton.py", "dense_attention/triton.py"]  # fmt: skip
+HOST = {"windows.tolist()", "seen.flatten().tolist()", "empty.nonzero().tolist()", "target[wrong][0].item()"}
+
+
+def waits(source: str) -> list[str]:
+    """Calls that bring a tensor's values to the host, but for tensors that are there already."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [
+        c for c in calls if isinstance(c.func, ast.Attribute) and c.func.attr in ("tolist", "item", "cpu", "numpy")
+    ]
+    return [ast.unparse(call) for call in named if ast.unparse(call) not in HOST]
+
+
+@pytest.mark.parametrize("name", HOT)
+def test_no_wait_between_the_model_and_the_labels(name):
+    found = waits((Path(__file__).parents[2] / "kernels" / name).read_text())
+    assert [call for call in found if "cumsum" not in call] == []  # check_windows, of windows on the host
+
+
+def test_a_wait_is_seen():
+    assert waits("mask = given.tolist()\nlabels.max().item()") == ["given.tolist()", "labels.max().item()"]
+
+
+def test_tables_and_seen_classes_are_kept(monkeypatch):
+    """The second picture of a size makes nothing on the host that would have to be copied."""
+    logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
+    options = Options((40, 40), (40, 40), "sigmoid", None, -math.inf, 0, 1, "two-stage", torch.uint8, False)
+    first, again = (tables.tables_of(logits, windows, options) for _ in range(2))
+    assert all(a is b for a, b in zip(first, again, strict=True))
+    other = tables.tables_of(logits[..., :3], windows, options)
+    assert not torch.equal(first.cols_lo, other.cols_lo)
+    penalties = [api._penalty(seen, 0.1, 9, logits) for seen in ([1, 4], (1, 4), torch.tensor([1, 4]), range(1, 5, 3))]
+    assert all(penalty is penalties[0] for penalty in penalties)
+    assert api._penalty([1, 4], 0.2, 9, logits)[4] == 0.2
+
+
 # ---- other devices -
 
 
@@ -357,8 +398,6 @@ class Elsewhere:
 @pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
 @pytest.mark.parametrize("device", ["mps", "xpu", "cuda"])
 def test_a_device_without_a_backend_of_its_own_takes_the_library(device, monkeypatch):
-    from fastzs.kernels.label_map import api
-
     monkeypatch.delenv("FASTZS_IMPL", raising=False)
     monkeypatch.setattr(api, "why_not_triton", lambda what, device: "Triton is not installed")
     monkeypatch.setattr(compiled, "MISSING_CUDA", "no nvcc when it was built")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from fastzs.kernels.mask_loss import mask_loss
+from fastzs.kernels.mask_loss.common import narrow
 from fastzs.kernels.mask_loss.compiled import MISSING
 
 from .tolerances import assert_close
@@ -171,6 +172,24 @@ def test_label_out_of_range(label):
     target[1, 2, 3] = label
     with pytest.raises(RuntimeError, match=f"target holds label {label}; wanted labels in"):
         mask_loss(logits, target, impl="reference")
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "ignore_index", "narrowed"),
+    [
+        (torch.int64, 150, 255, torch.int16),
+        (torch.int32, 32768, -100, torch.int16),
+        (torch.int64, 32769, 255, torch.int32),
+        (torch.int64, 20, 1 << 15, torch.int32),
+        (torch.int64, 20, -(1 << 31), torch.int32),
+        (torch.uint8, 20, -(1 << 31), torch.uint8),
+    ],
+)
+def test_narrowed_labels_are_the_same(labels, classes, ignore_index, narrowed):
+    target = torch.tensor([0, min(classes - 1, 250), *([] if labels == torch.uint8 else [ignore_index])]).to(labels)
+    got = narrow(target, classes, ignore_index)
+    assert got.dtype == narrowed
+    assert torch.equal(got.long(), target.long())
 
 
 @pytest.mark.parametrize("labels", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)

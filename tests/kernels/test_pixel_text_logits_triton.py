@@ -175,47 +175,6 @@ def test_operator_agrees_with_its_declaration():
     torch.testing.assert_close(compiled(features, text), pixel_text_logits(*args, impl="triton"))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles")
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(
-    ("features", "text", "layout", "classes"),
-    [
-        ("bf16", "bf16", "map", 128),
-        ("bf16", "bf16", "tokens", 32),
-        ("fp16", "fp16", "rows", 16),
-        ("fp32", "bf16", "map", 128),  # autocast
-        ("fp32", "fp32", "map", 128),
-        ("fp32", "fp32", "tokens", 16),
-    ],
-)
-def test_machine_code(arch, features, text, layout, classes):
-    from fastzs.kernels.pixel_text_logits.triton import PIXELS, TILES, pixel_text_logits_fwd_kernel
-
-    from .aot import SHARED_LIMIT, resources
-
-    most_classes, channels, warps = TILES[4 if text == "fp32" else 2]
-    constants = {
-        "CLASSES": min(classes, most_classes),
-        "PIXELS": PIXELS,
-        "CHANNELS": channels,
-        "FLAT": layout != "rows",
-        "UPCAST": False,
-        "text_stride_d": 1,
-        "features_stride_d" if layout == "tokens" else "features_stride_x": 1,
-    }
-    signature = dict.fromkeys(pixel_text_logits_fwd_kernel.arg_names, "i32")
-    signature.update(features_ptr=f"*{features}", text_ptr=f"*{text}", out_ptr=f"*{text}")
-    signature.update(scale="fp32", smallest_norm="fp32", **dict.fromkeys(constants, "constexpr"))
-    aligned = ["features_ptr", "text_ptr", "out_ptr", "D", "text_stride_c", "features_stride_b", "pixels"]
-    aligned += ["features_stride_x" if layout == "tokens" else "features_stride_d"]
-    seen = resources(pixel_text_logits_fwd_kernel, signature, constants, arch, warps, aligned=aligned)
-    assert seen.local_accesses == 0
-    # On sm_100, tensor memory is taken and given back in four marks in shared memory; no other atomics.
-    assert seen.atomics <= (4 if arch == 100 else 0)
-    assert seen.shared <= SHARED_LIMIT[arch]
-    assert (seen.matrix_products > 0) == (text != "fp32")
-
-
 MUTATIONS = {
     "the norm misses the last step": (
         "squares += f32 * f32",
