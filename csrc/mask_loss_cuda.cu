@@ -3,6 +3,10 @@
 // LANES threads own a cell: each takes some of its pixel columns and walks down the cell's rows, and at the end the
 // threads add up what each of the cell's four corners gets. A second kernel adds the corners that meet at a logit, a
 // third the sums of a class's cells. No atomics: the same bits every time.
+//
+// The pass that checks the labels also narrows them once, to a byte each where there are up to 255 classes, so that the
+// sums read 1 byte a pixel and class whatever the target's dtype is (4 before; counted on the host by
+// tests/kernels/cuda/test_mask_loss.py::test_labels_are_read_as_bytes). Its worth in time is unmeasured on a GPU.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -35,9 +39,15 @@ constexpr int LANES = 4;    // threads of a cell
 constexpr int THREADS = 128;
 constexpr int64_t WORKSPACE = 64 << 20;  // bytes of cells kept at a time, see triton.py
 
+// What a label narrowed to bytes or to 32-bit integers holds where it is ignore_index: no class.
+template <class Label>
+constexpr int IGNORED = static_cast<Label>(-1);
+constexpr int MOST_BYTE_CLASSES = 255;
+
 struct Problem {
   const void* logits;  // [B, C, h, w]
-  const void* target;  // [B, H, W]
+  const void* target;  // [B, H, W], as given
+  void* labels;        // [B, H, W], contiguous: the class, or IGNORED
   float* cells;        // [SUMS + FIELDS * CORNERS, images, h + 1, C, w + 1]
   ScalarType type;
   int64_t logits_stride[4], target_stride[3];
@@ -127,13 +137,13 @@ __global__ void __launch_bounds__(THREADS) mask_sums_fwd_kernel(Problem a) {
     const float wx = upper_weight(x, cell, a.w, a.W);
     const float t = fmaf(wx, top_right - top_left, top_left);
     const float d = fmaf(wx, bottom_right - bottom_left, bottom_left) - t;
-    const Label* label_at = static_cast<const Label*>(a.target) + b * a.target_stride[0] + x * a.target_stride[2];
+    const Label* label_at = static_cast<const Label*>(a.labels) + b * a.H * a.W + x;
     float g[FIELDS] = {}, g_wy[FIELDS] = {};
 #pragma unroll 4
     for (int y = y0; y < y1; ++y) {
       const float wy = fmaf(static_cast<float>(y - y0), step, wy0);
-      const int label = static_cast<int>(label_at[y * a.target_stride[1]]);
-      const bool hit = label == c && label != a.ignore_index;
+      const int label = label_at[y * static_cast<int64_t>(a.W)];
+      const bool hit = label == c;
       const float z = fmaf(d, wy, t), size = fabsf(z);
       const float e = exp2_fast(size * -LOG2E);
       const float high = reciprocal_fast(1 + e), low = e * high;
@@ -149,7 +159,7 @@ __global__ void __launch_bounds__(THREADS) mask_sums_fwd_kernel(Problem a) {
       float dp = low * high;
       if (SKIP) {
         // a product, not a choice: what is not a number must show even where it is left out
-        const float keep = label == a.ignore_index ? 0.0f : 1.0f;
+        const float keep = label == IGNORED<Label> ? 0.0f : 1.0f;
         weight *= keep;
         p *= keep;
         dp *= keep;
@@ -198,10 +208,11 @@ __global__ void __launch_bounds__(THREADS) mask_sums_fwd_kernel(Problem a) {
 }
 
 // Adds the corners of the four cells that meet at a logit: nodes [B, C, FIELDS, h, w].
-__global__ void __launch_bounds__(THREADS) mask_sums_nodes_kernel(Problem a, float* nodes) {
-  const int64_t n = blockIdx.x * static_cast<int64_t>(THREADS) + threadIdx.x;
-  if (n >= static_cast<int64_t>(a.C) * a.h * a.w) return;
-  const int j = n % a.w, i = n / a.w % a.h, c = n / (a.w * static_cast<int64_t>(a.h));
+// A class takes `blocks` blocks, so that only 32-bit numbers are divided.
+__global__ void __launch_bounds__(THREADS) mask_sums_nodes_kernel(Problem a, unsigned blocks, float* nodes) {
+  const unsigned c = blockIdx.x / blocks, n = blockIdx.x % blocks * THREADS + threadIdx.x;
+  if (n >= static_cast<unsigned>(a.h) * a.w) return;
+  const int i = n / a.w, j = n % a.w;
   const int field = blockIdx.y, image = blockIdx.z;
   const int64_t band = a.C * static_cast<int64_t>(a.w + 1), cells = a.images * band * (a.h + 1);
   const float* cell = a.cells + (SUMS + CORNERS * field) * cells + (image * (a.h + 1LL) + i) * band + c * (a.w + 1LL) + j;
@@ -233,19 +244,21 @@ __global__ void __launch_bounds__(THREADS) mask_sums_total_kernel(Problem a, flo
   }
 }
 
-// Stops the program at a label that is neither a class nor ignore_index, as PyTorch's own losses do on a GPU.
-template <class Label>
-__global__ void mask_sums_check_kernel(Problem a, int64_t pixels) {
+// Narrows the labels. Stops the program at one that is neither a class nor ignore_index, as PyTorch's own losses do on
+// a GPU.
+template <class Given, class Label>
+__global__ void mask_sums_labels_kernel(Problem a, int64_t pixels) {
   for (int64_t n = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x; n < pixels;
        n += static_cast<int64_t>(gridDim.x) * blockDim.x) {
     const int64_t x = n % a.W, y = n / a.W % a.H, b = n / (static_cast<int64_t>(a.W) * a.H);
     const int64_t at = b * a.target_stride[0] + y * a.target_stride[1] + x * a.target_stride[2];
-    const int64_t label = static_cast<const Label*>(a.target)[at];
+    const int64_t label = static_cast<const Given*>(a.target)[at];
     if (label != a.ignore_index && (label < 0 || label >= a.C)) {
       printf("mask_loss: target holds label %lld; wanted labels in [0, %d) or ignore_index=%d\n",
              static_cast<long long>(label), a.C, a.ignore_index);
       __trap();
     }
+    static_cast<Label*>(a.labels)[n] = static_cast<Label>(label == a.ignore_index ? IGNORED<Label> : label);
   }
 }
 
@@ -270,10 +283,15 @@ void launch_label(const Problem& a, bool skip, bool with_nodes, cudaStream_t str
   launch_forward<Label, false, false>(a, with_nodes, stream);
 }
 
-template <class Label>
-void launch_check(const Problem& a, int64_t images, cudaStream_t stream) {
+template <class Given>
+void launch_labels(const Problem& a, int64_t images, bool bytes, cudaStream_t stream) {
   const int64_t pixels = images * a.H * a.W;
-  mask_sums_check_kernel<Label><<<std::min<int64_t>((pixels + 1023) / 1024, 1024), 256, 0, stream>>>(a, pixels);
+  const dim3 grid(std::min<int64_t>((pixels + 1023) / 1024, 1024));
+  if (bytes) {
+    mask_sums_labels_kernel<Given, uint8_t><<<grid, 256, 0, stream>>>(a, pixels);
+  } else {
+    mask_sums_labels_kernel<Given, int32_t><<<grid, 256, 0, stream>>>(a, pixels);
+  }
 }
 
 std::tuple<Tensor, Tensor> mask_sums_cuda(
@@ -293,28 +311,22 @@ std::tuple<Tensor, Tensor> mask_sums_cuda(
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(logits.get_device(), &raw_stream));
   const cudaStream_t stream = static_cast<cudaStream_t>(raw_stream);
 
-  // int64 labels are checked as they are, then narrowed; the kernels read bytes or 32-bit integers.
-  const bool bytes = target.scalar_type() == ScalarType::Byte;
+  const bool bytes = C <= MOST_BYTE_CLASSES;
+  Tensor labels = torch::stable::new_empty(logits, {B, H, W}, bytes ? ScalarType::Byte : ScalarType::Int);
   Problem a{};
   a.type = type;
   a.C = C, a.h = h, a.w = w, a.H = H, a.W = W;
   a.alpha = alpha, a.gamma = gamma, a.ignore_index = ignore_index;
-  a.logits = logits.const_data_ptr();
+  a.logits = logits.const_data_ptr(), a.target = target.const_data_ptr(), a.labels = labels.mutable_data_ptr();
   for (int k = 0; k < 4; ++k) a.logits_stride[k] = logits.stride(k);
-  const auto read_target = [&a](const Tensor& labels) {
-    a.target = labels.const_data_ptr();
-    for (int k = 0; k < 3; ++k) a.target_stride[k] = labels.stride(k);
-  };
-  read_target(target);
+  for (int k = 0; k < 3; ++k) a.target_stride[k] = target.stride(k);
   switch (target.scalar_type()) {
-    case ScalarType::Byte: launch_check<uint8_t>(a, B, stream); break;
-    case ScalarType::Short: launch_check<int16_t>(a, B, stream); break;
-    case ScalarType::Int: launch_check<int32_t>(a, B, stream); break;
-    case ScalarType::Long: launch_check<int64_t>(a, B, stream); break;
+    case ScalarType::Byte: launch_labels<uint8_t>(a, B, bytes, stream); break;
+    case ScalarType::Short: launch_labels<int16_t>(a, B, bytes, stream); break;
+    case ScalarType::Int: launch_labels<int32_t>(a, B, bytes, stream); break;
+    case ScalarType::Long: launch_labels<int64_t>(a, B, bytes, stream); break;
     default: STD_TORCH_CHECK(false, "mask_loss: wanted uint8, int16, int32 or int64 labels");
   }
-  const Tensor labels = bytes ? target : torch::stable::to(target, ScalarType::Int);
-  read_target(labels);
 
   const int64_t fields = with_nodes ? SUMS + FIELDS * CORNERS : SUMS, image_cells = (h + 1) * C * (w + 1);
   const int64_t fit = WORKSPACE / (4 * fields * image_cells);
@@ -330,8 +342,9 @@ std::tuple<Tensor, Tensor> mask_sums_cuda(
     bytes ? launch_label<uint8_t>(a, skip, with_nodes, stream) : launch_label<int32_t>(a, skip, with_nodes, stream);
     mask_sums_total_kernel<<<dim3(C, a.images), THREADS, 0, stream>>>(a, static_cast<float*>(sums.mutable_data_ptr()));
     if (with_nodes) {
-      const dim3 grid((C * h * w + THREADS - 1) / THREADS, FIELDS, a.images);
-      mask_sums_nodes_kernel<<<grid, THREADS, 0, stream>>>(a, static_cast<float*>(nodes.mutable_data_ptr()));
+      const unsigned blocks = (h * w + THREADS - 1) / THREADS;
+      const dim3 grid(C * blocks, FIELDS, a.images);
+      mask_sums_nodes_kernel<<<grid, THREADS, 0, stream>>>(a, blocks, static_cast<float*>(nodes.mutable_data_ptr()));
     }
   }
   const cudaError_t error = cudaGetLastError();

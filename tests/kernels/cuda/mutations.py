@@ -15,6 +15,8 @@ COUNTED = [  # the host's part prints how many logits its kernels interpolated
     ),
 ]
 
+SUMS = "template <class Label, bool SQUARE, bool SKIP, bool NODES>\n__global__"
+
 MUTATIONS: dict[str, dict[str, list[Change]]] = {
     "mask_loss_cuda.cu": {
         "nothing": [],
@@ -27,12 +29,28 @@ MUTATIONS: dict[str, dict[str, list[Change]]] = {
         "the node above the first row": [("max(band - 1, 0) * a.logits_stride[2]", "(band - 1) * a.logits_stride[2]")],
         "half of the lanes are added": [("int step = N / 2;", "int step = N / 4;")],
         "lanes leave before the sums": [("  float focal = 0,", "  if (!exists) return;\n  float focal = 0,")],
-        "the first image's target": [("b * a.target_stride[0] + x * a", "x * a")],
+        "same: bytes of labels are counted": [
+            (SUMS, f"static long long bytes_read = 0;\n{SUMS}"),
+            (
+                "      const bool hit = label == c;",
+                "      bytes_read += sizeof(Label);\n      const bool hit = label == c;",
+            ),
+            (
+                "  const cudaError_t error",
+                '  fprintf(stderr, "%lld bytes\\n", bytes_read);\n  bytes_read = 0;\n  const cudaError_t error',
+            ),
+        ],
+        "255 is a class and no label": [("MOST_BYTE_CLASSES = 255", "MOST_BYTE_CLASSES = 256")],
+        "the first image's target": [("b * a.target_stride[0] + y", "y")],
+        "the first image's labels": [("+ b * a.H * a.W + x;", "+ x;")],
+        "a class's nodes begin with the last of the one before": [
+            ("blockIdx.x % blocks * THREADS", "(blockIdx.x % blocks + 1) * THREADS")
+        ],
         "a chunk's image is the batch's": [
             ("WORKSPACE = 64 << 20", "WORKSPACE = 1"),
             ("nodes[(((a.first_image + image) *", "nodes[(((image) *"),
         ],
-        "ignored pixels are of their class": [("label == c && label != a.ignore_index;", "label == c;")],
+        "ignored pixels are of their class": [("label == a.ignore_index ? IGNORED<Label> : label", "label")],
         "two corners are swapped": [("corner[f][1] += upper * wx;", "corner[f][2] += upper * wx;")],
         "every label is a class": [("(label < 0 || label >= a.C)", "false")],
     },

@@ -75,9 +75,19 @@ def test_logits_that_are_not_finite_show(bad, ignored):
 def test_a_label_out_of_range_stops_the_program(label, capfd):
     logits, target = case()
     target[1, 2, 3] = label
-    with pytest.raises(RuntimeError, match=r"mask_sums_check_kernel.*stopped the program"):
+    with pytest.raises(RuntimeError, match=r"mask_sums_labels_kernel.*stopped the program"):
         mask_loss(logits, target, impl="cpu")
     assert f"target holds label {label}; wanted labels in [0, 4) or ignore_index=255" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("labels", [torch.uint8, torch.int64], ids=str)
+@pytest.mark.parametrize(("classes", "size"), [(255, 1), (256, 4)])
+def test_labels_are_read_as_bytes(labels, classes, size, variants, capfd):
+    """One byte for each pixel and class, four with more than 255 classes."""
+    logits, target = case(B=2, C=classes, h=2, w=2, H=5, W=7, ignored=0.0)
+    with installed(variants(SOURCE)["same: bytes of labels are counted"], "mask_sums"):
+        check(logits, target.to(labels), ignore_index=3)
+    assert int(capfd.readouterr().err.split()[0]) == size * logits.shape[0] * classes * target[0].numel()
 
 
 def agrees(operator) -> bool:
@@ -89,6 +99,9 @@ def agrees(operator) -> bool:
             check(logits.to(memory_format=torch.channels_last), target.byte(), ignored="skip", gamma=1.5)
             target[target == 255] = 2  # a label that is also a class
             check(logits, target, ignore_index=2)
+            wide, labels = case(B=1, C=256, h=1, w=2, H=3, W=5, ignored=0.0)
+            labels[0, 0], labels[0, 1] = 255, 7
+            check(wide, labels, ignore_index=7)
             target[0, 0, 0] = 4
             with pytest.raises(RuntimeError, match="stopped the program"):
                 mask_loss(logits, target, impl="cpu")
