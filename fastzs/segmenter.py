@@ -24,6 +24,7 @@ from fastzs.models.base import Features, SegmentationModel
 from fastzs.models.saved import is_file_name
 from fastzs.ops import label_map
 from fastzs.pictures import Picture, read_picture
+from fastzs.readout import read_image
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
 from fastzs.vocabulary import Vocabulary, class_indices, text_vectors
@@ -42,6 +43,12 @@ MODELS: dict[str, Any] = {
 Names = Vocabulary | Sequence[str | Mapping[str, Sequence[str]]]
 Background = Literal["none", "threshold", "prompt"]
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
+# what SCLIP and its successors ask for in PASCAL VOC's background
+STUFF = (
+    "sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk", "bed", "building",
+    "cloud", "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "floor", "hill", "rail",
+    "fence",
+)  # fmt: skip
 MAPS_BYTES = 128 << 20  # of class maps held at a time, where an image keeps its size
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
 TEXTS = 8  # vocabularies whose text vectors a segmenter keeps on its device
@@ -218,7 +225,7 @@ class Segmenter:
         names: Names,
         *,
         background: Background = "none",
-        threshold: float = 0.5,
+        threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
     ) -> Segmentation:
@@ -229,7 +236,8 @@ class Segmenter:
             names: the classes, see :class:`fastzs.Vocabulary`.
             background: pixels of none of the names: there are none; those whose best score is below ``threshold``;
                 or those that fit ``background_names`` better. "background" then is the last of the result's names.
-            threshold: score in 0..1.
+            threshold: score in 0..1; 0.5 if omitted, but where scores shrink with the number of names (the training-free
+                systems) :meth:`fastzs.readout.Readout.threshold`.
             background_names: what "prompt" looks for; a few general words if omitted.
             scores: also keep the winning score of each pixel.
 
@@ -262,7 +270,7 @@ class Segmenter:
         names: Names,
         *,
         background: Background = "none",
-        threshold: float = 0.5,
+        threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
     ) -> Segmentation:
@@ -287,7 +295,7 @@ class Segmenter:
         names: Names,
         *,
         background: Background = "none",
-        threshold: float = 0.5,
+        threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
         seen: Sequence[int] | None = None,
@@ -305,16 +313,20 @@ class Segmenter:
         """
         vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
         if background == "prompt":
-            words = background_names or getattr(self.model.clip, "background", None) or BACKGROUND
+            usual = BACKGROUND if self.model.readout is None else STUFF
+            words = background_names or getattr(self.model.clip, "background", None) or usual
             vocabulary = vocabulary.with_class("background", words)
         elif background == "threshold":
-            if self.model.activation == "softmax" and len(vocabulary) == 1:
+            if self.model.activation in ("softmax", "cosine") and len(vocabulary.phrases) == 1:
                 raise ValueError(
                     "background='threshold' compares the names with each other, so it needs at least two; "
                     "with one name use background='prompt'"
                 )
         elif background != "none":
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
+        if threshold is None:
+            readout = self.model.readout
+            threshold = 0.5 if readout is None else readout.threshold(len(vocabulary.phrases))
         trained, competing = seen_classes(self.model, vocabulary.names)
         return Question(
             names=(*vocabulary.names, "background") if background == "threshold" else vocabulary.names,
@@ -368,7 +380,8 @@ class Segmenter:
     def _decode(self, features: Features, question: Question) -> Tensor:
         """Class maps of windows, fp32 [W, C, h, w]."""
         with span("predict.decode"):
-            return self.model.decode(features, question.text, groups=question.groups, seen=question.seen).float()
+            groups = question.groups if self.model.readout is None else None  # names are joined at the very end
+            return self.model.decode(features, question.text, groups=groups, seen=question.seen).float()
 
     def _decoded(self, features: ImageFeatures, question: Question) -> Iterator[Tensor]:
         """Class maps of an encoded image's windows, ``batch`` at a time."""
@@ -379,6 +392,8 @@ class Segmenter:
         self, image: Tensor, size: tuple[int, int], windows: Tensor, parts: Iterable[Tensor], question: Question
     ) -> Answer:
         """Labels from the class maps of the windows over an image that the model saw in ``size``."""
+        if self.model.readout is not None:
+            return self._read(image, size, windows, parts, question)
         labels: list[list[Tensor]] = [[] for _ in question.calibrations]
         scores: list[list[Tensor]] = [[] for _ in question.calibrations]
         for band in _bands(size, (image.shape[1], image.shape[2]), windows, parts):
@@ -396,6 +411,29 @@ class Segmenter:
                 if mapped.scores is not None:
                     scores[i].append(mapped.scores[band.rows].cpu())
         return Answer(image.cpu(), [torch.cat(rows) for rows in labels], [torch.cat(rows) for rows in scores if rows])
+
+    def _read(
+        self, image: Tensor, size: tuple[int, int], windows: Tensor, parts: Iterable[Tensor], question: Question
+    ) -> Answer:
+        """Labels from the windows' cosines of every name, see :mod:`fastzs.readout`."""
+        assert self.model.readout is not None
+        with span("predict.readout"):
+            cosines = torch.cat(list(parts))
+            found = read_image(
+                self.model.readout,
+                cosines,
+                self.model.covered(windows),
+                size,
+                image.to(cosines.device),
+                question.text,
+                classes=question.groups,
+                threshold=question.options["threshold"],
+                below=len(question.names) - 1,
+                scores=question.options["return_scores"],
+            )
+        labels = found.labels.to("cpu", torch.uint8 if len(question.names) <= 255 else torch.int16)
+        scores = [] if found.scores is None else [found.scores.cpu()] * len(question.calibrations)
+        return Answer(image.cpu(), [labels] * len(question.calibrations), scores)
 
     def _text(self, vocabulary: Vocabulary) -> Tensor:
         """The vocabulary's text vectors as the model takes them; the same tensor while a vocabulary is among the last.

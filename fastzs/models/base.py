@@ -16,9 +16,10 @@ from fastzs.losses import honest_target, inductive_target, transductive_target
 
 if TYPE_CHECKING:
     from fastzs.clip import Clip
+    from fastzs.readout import Readout
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-Activation = Literal["sigmoid", "softmax", "none"]
+Activation = Literal["sigmoid", "softmax", "none", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,9 @@ class SegmentationModel(nn.Module):
     Attributes:
         mean, std: per channel, what images are normalised with, on the 0 to 1 scale.
         short_side, crop, stride: see :class:`fastzs.Segmenter`.
-        activation: what turns logits into scores, see :func:`fastzs.ops.label_map`.
+        activation: what turns logits into scores, see :func:`fastzs.ops.label_map`; "cosine": logits are cosines of
+            every name, and ``readout`` says how they become labels.
+        readout: see :mod:`fastzs.readout`; None unless ``activation`` is "cosine".
         text_dim: width D of the text vectors.
         default_templates: see :data:`fastzs.clip.TEMPLATES`.
         seen: training classes, by name or index, whose scores are lowered by ``calibration`` in testing, those of them
@@ -113,6 +116,7 @@ class SegmentationModel(nn.Module):
     crop: int | tuple[int, int] | None
     stride: int | tuple[int, int] | None
     activation: Activation = "softmax"
+    readout: "Readout | None" = None
     text_dim: int
     default_templates: str = "single"
     seen: Sequence[str | int] | None = None
@@ -190,6 +194,10 @@ class SegmentationModel(nn.Module):
     def text_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of text vectors for parameters of ``dtype``."""
         return dtype
+
+    def covered(self, windows: Tensor) -> Tensor:
+        """What the maps of windows int64 [W, 4] (top, left, height, width) cover; for a model with a readout."""
+        return windows
 
     def learned_vector(self) -> Tensor:
         """The unit vector [1, D] of ``learned_class``, which takes the place of its text vectors."""

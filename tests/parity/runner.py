@@ -16,6 +16,7 @@ from tests.parity import (
     prompt_tuned,
     szn,
     text,
+    training_free,
 )
 from tests.parity.golden import Check, Golden, read
 
@@ -32,6 +33,7 @@ FAMILIES = (
     prompt_tuned,
     szn,
     text,
+    training_free,
 )
 RUNNERS: dict[str, Callable[[Golden], Iterator[Check]]] = {
     prefix: runner for family in FAMILIES for prefix, runner in family.RUNNERS.items()

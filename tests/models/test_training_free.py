@@ -1,0 +1,112 @@
+"""The training-free systems on the built-in weights; parity with the published code is in tests/parity."""
+
+import pytest
+import torch
+
+import fastzs.operators as operators
+from fastzs import clip
+from fastzs.models.resclip import ResCLIP, agreement
+from fastzs.models.training_free import NACLIP, SCLIP, ClearCLIP
+from fastzs.segmenter import Segmenter
+
+NAMES = ["blue moon", {"pink cross": ["pink heart"]}, "orange ring"]
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return clip.load("shapes", "shapes")
+
+
+@pytest.fixture(scope="module")
+def image():
+    return torch.randint(0, 255, (3, 70, 90), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kind", [SCLIP, ClearCLIP, NACLIP])
+def test_labels_an_image_and_asks_it_again(kind, shapes, image):
+    segmenter = Segmenter(kind(shapes), short_side=64, crop=48, stride=24)
+    result = segmenter(image, NAMES, scores=True)
+    assert result.labels.shape == (70, 90)
+    assert result.names == ("blue moon", "pink cross", "orange ring")
+    assert 0 < result.scores.min() <= result.scores.max() <= 1
+    again = segmenter.label(segmenter.encode(image), NAMES, scores=True)
+    assert torch.equal(again.labels, result.labels)
+    assert torch.equal(again.scores, result.scores)
+
+
+def test_background_by_threshold_and_by_words(shapes, image):
+    segmenter = Segmenter(NACLIP(shapes), short_side=64, crop=48, stride=24)
+    by_threshold = segmenter(image, NAMES, background="threshold", threshold=0.9)
+    assert by_threshold.names[-1] == "background"
+    assert (by_threshold.labels == 3).any()
+    assert segmenter(image, NAMES, background="prompt").names[-1] == "background"
+
+
+def test_padded_windows_are_cut_back():
+    """A window whose side is no multiple of 16 is padded on both sides, and its map covers the padding."""
+    model = ClearCLIP(clip.load("shapes", "shapes"))
+    assert model.covered(torch.tensor([[10, 0, 45, 48]])).tolist() == [[9, 0, 48, 48]]
+    assert model.fitted(torch.ones(1, 3, 45, 48)).shape == (1, 3, 48, 48)
+    assert model.fitted(torch.ones(1, 3, 45, 48))[0, 0, 0].sum() == 0
+
+
+def test_an_operator_of_ones_own(shapes, image, tmp_path):
+    @operators.operator("test-kk")
+    def keys(block):
+        weights = (block.k[:, :, block.prefix :] @ block.k.mT * block.scale).softmax(-1)
+        return weights @ block.v
+
+    try:
+        mine, built_in = (NACLIP(shapes, dense=dense).encode(_normal(image)).patches for dense in ("test-kk", "kk"))
+        with pytest.raises(ValueError, match="'test-kk' exists already"):
+            operators.operator("test-kk")(keys)
+    finally:
+        del operators._known["test-kk"]
+    assert (mine - built_in).abs().max() <= 1e-5 * built_in.abs().max()
+    path = tmp_path / "mine.py"
+    path.write_text("def values(block):\n    return block.v[:, :, block.prefix:]\n")
+    own = NACLIP(shapes, dense=f"{path}:values").encode(_normal(image)).patches
+    identity = NACLIP(shapes, dense="identity").encode(_normal(image)).patches
+    assert (own - identity).abs().max() <= 1e-5 * identity.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("dense", "words"),
+    [
+        ("kk+gausian", r"unknown operator 'kk\+gausian'; nearest known: kk\+gaussian"),
+        ("nowhere.py:f", r"there is no file nowhere\.py"),
+    ],
+)
+def test_unknown_operators_are_refused(dense, words, shapes):
+    with pytest.raises(ValueError, match=words):
+        NACLIP(shapes, dense=dense)
+
+
+def test_operators_ask_for_blocks_that_exist(shapes):
+    @operators.operator("test-late", blocks=(40,))
+    def late(block):
+        return block.v
+
+    try:
+        with pytest.raises(ValueError, match="attention of block 40"):
+            NACLIP(shapes, dense="test-late")
+    finally:
+        del operators._known["test-late"]
+
+
+def test_resclip_wants_ten_blocks(shapes):
+    with pytest.raises(ValueError, match="blocks 5 to 8"):
+        ResCLIP(shapes)
+
+
+def test_agreement_is_weaker_across_another_label():
+    labels = torch.tensor([[0, 1, 0, 0]])
+    found = agreement(labels, True, torch.float64)
+    assert found[0, 1] == 0
+    assert found[2, 3] == 1
+    assert found[0, 3] == pytest.approx(torch.e**-1)
+    assert torch.equal(agreement(labels, False, torch.float64), (labels == labels.T).double())
+
+
+def _normal(image):
+    return image[None].float() / 255
