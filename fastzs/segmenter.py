@@ -236,8 +236,8 @@ class Segmenter:
             names: the classes, see :class:`fastzs.Vocabulary`.
             background: pixels of none of the names: there are none; those whose best score is below ``threshold``;
                 or those that fit ``background_names`` better. "background" then is the last of the result's names.
-            threshold: score in 0..1; 0.5 if omitted, but where scores shrink with the number of names (the training-free
-                systems) :meth:`fastzs.readout.Readout.threshold`.
+            threshold: score in 0..1; 0.5 if omitted, but where scores shrink with the number of names (the
+                training-free systems) :meth:`fastzs.readout.Readout.threshold`.
             background_names: what "prompt" looks for; a few general words if omitted.
             scores: also keep the winning score of each pixel.
 
