@@ -12,6 +12,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from torchvision import tv_tensors
 
 from fastzs.data import shapes
 from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
+from fastzs.data.label_ids import stuff_labels
 from fastzs.data.masks import SUFFIXES as MASKS
 from fastzs.data.masks import DataError, Labels, Meaning, read_mask
 from fastzs.data.protocols import WIDE_IGNORE, Protocol
@@ -260,7 +262,7 @@ class VOC2012(PairsDataset):
     """
 
     def __init__(self, root: str | Path, split: str = "val", *, background: bool = False):
-        root = _home(root, "JPEGImages", "VOCdevkit/VOC2012", "VOC2012")
+        root = home(root, "JPEGImages", "VOCdevkit/VOC2012", "VOC2012")
         lists = root / "ImageSets" / "Segmentation"
         files = [lists / f"{split}.txt"]
         if split == "trainaug" and not files[0].is_file():
@@ -280,14 +282,14 @@ class CocoStuff164k(PairsDataset):
     """COCO-Stuff 164k: 171 classes.
 
     Args:
-        root: with ``images/{train,val}2017`` and ``annotations/{train,val}2017/*_labelTrainIds.png``.
+        root: with ``images/{train,val}2017`` and ``annotations/{train,val}2017``, which holds the raw ``*.png`` of
+            stuffthingmaps or ``*_labelTrainIds.png``, which are preferred.
         split: "train" (118,287) or "val" (5,000).
     """
 
     def __init__(self, root: str | Path, split: str = "val"):
-        root = _home(root, "annotations", "coco_stuff164k")
-        pairs = _folder_pairs(root / "images" / f"{split}2017", root / "annotations" / f"{split}2017", "_labelTrainIds")
-        super().__init__(pairs, COCO_STUFF, what=f"COCO-Stuff 164k {split}")
+        pairs, converted = coco_pairs(root, split, "coco_stuff164k", "_labelTrainIds")
+        super().__init__(pairs, COCO_STUFF, remap={} if converted else stuff_labels(), what=f"COCO-Stuff 164k {split}")
 
 
 class PascalContext(PairsDataset):
@@ -309,7 +311,7 @@ class PascalContext(PairsDataset):
         background: bool = False,
         classes: Sequence[str] = CONTEXT,
     ):
-        root = _home(root, "JPEGImages", "VOCdevkit/VOC2010", "VOC2010")
+        root = home(root, "JPEGImages", "VOCdevkit/VOC2010", "VOC2010")
         folder = root / "SegmentationClassContext"
         pairs = [
             Pair(name, root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png")
@@ -333,7 +335,7 @@ class ADE20K150(PairsDataset):
     """
 
     def __init__(self, root: str | Path, split: str = "val"):
-        root = _home(root, "annotations", "ADEChallengeData2016", "ade/ADEChallengeData2016")
+        root = home(root, "annotations", "ADEChallengeData2016", "ade/ADEChallengeData2016")
         folder = {"train": "training", "val": "validation"}.get(split, split)
         pairs = _folder_pairs(root / "images" / folder, root / "annotations" / folder, "")
         super().__init__(pairs, ADE20K, reduce_zero_label=True, what=f"ADE20K {split}")
@@ -348,7 +350,7 @@ class CamVid(PairsDataset):
     """
 
     def __init__(self, root: str | Path, split: str = "val"):
-        root = _home(root, "trainannot", "camvid", "CamVid")
+        root = home(root, "trainannot", "camvid", "CamVid")
         pairs = _folder_pairs(root / split, root / f"{split}annot", "")
         super().__init__(pairs, CAMVID, also_ignored=(len(CAMVID),), what=f"CamVid {split}")
 
@@ -420,10 +422,14 @@ def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> Pai
     if protocol.dataset == "shapes":
         sizes = {"train": 2000, "val": 200}
         return ShapesDataset(split, sizes.get(split, 200))
+    from fastzs.data import benchmark_sets  # which builds on this module
+
     background = protocol.background == "class"
     kinds: dict[str, Callable[..., PairsDataset]] = {
         "voc2012": partial(VOC2012, background=background),
         "coco_stuff164k": CocoStuff164k,
+        "coco_object": benchmark_sets.CocoObject,
+        "cityscapes": benchmark_sets.Cityscapes,
         "pascal_context": partial(
             PascalContext, background=background, classes=CONTEXT if background else protocol.classes
         ),
@@ -471,7 +477,7 @@ def _report(what: str, kind: str, problems: list[str]) -> str:
     return f"{what}: {len(problems)} {kind}:\n  " + "\n  ".join(problems[:TOLD]) + more
 
 
-def _home(root: str | Path, mark: str, *below: str) -> Path:
+def home(root: str | Path, mark: str, *below: str) -> Path:
     """``root``, or the one of the folders ``below`` it, that holds ``mark``."""
     root = _path(root)
     places = [root, *(root / part for part in below)]
@@ -479,6 +485,18 @@ def _home(root: str | Path, mark: str, *below: str) -> Path:
         if (place / mark).is_dir():
             return place
     raise DataError(f"{root}: there is no folder {mark} in it, nor in {', '.join(below)} below it")
+
+
+def coco_pairs(root: str | Path, split: str, below: str, suffix: str) -> tuple[list[Pair], bool]:
+    """Images with their label files, and whether these are converted ones."""
+    root = home(root, "annotations", below, "coco_stuff164k")
+    images, masks = root / "images" / f"{split}2017", root / "annotations" / f"{split}2017"
+    if not images.is_dir():
+        raise DataError(f"{images}: there is no such folder")
+    pictures = sorted(path for path in images.iterdir() if re.fullmatch(r"\d{12}\.jpg", path.name))
+    converted = any((masks / f"{path.stem}{suffix}.png").is_file() for path in pictures)
+    ending = suffix if converted else ""
+    return [Pair(path.stem, path, masks / f"{path.stem}{ending}.png") for path in pictures], converted
 
 
 def _lines(path: Path) -> list[str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastzs import yaml_files
-from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
+from fastzs.data.classes import ADE20K, CAMVID, CITYSCAPES, COCO_OBJECT, COCO_STUFF, CONTEXT, VOC
 from fastzs.data.shapes import GROUNDS, PAIRS, UNSEEN_PAIRS
 
 IGNORE, WIDE_IGNORE = 255, 65535  # the label of ignored pixels, up to 255 classes and above
@@ -181,6 +181,13 @@ PROTOCOLS: dict[str, Protocol] = {
             "pascal_context",
             reduce_zero_label=True,
         ),
+        Protocol("voc21", _VOC_21, (), "voc2012", background="class"),
+        Protocol("voc20", VOC, (), "voc2012", reduce_zero_label=True),
+        Protocol("context60", _CONTEXT_60, (), "pascal_context", background="class"),
+        Protocol("context59", CONTEXT, (), "pascal_context", reduce_zero_label=True),
+        Protocol("coco-object", COCO_OBJECT, (), "coco_object", background="class"),
+        Protocol("coco-stuff171", COCO_STUFF, (), "coco_stuff164k"),
+        Protocol("cityscapes", CITYSCAPES, (), "cityscapes"),
         Protocol("ade150", ADE20K, (), "ade20k", reduce_zero_label=True),
         Protocol("camvid", CAMVID, (), "camvid"),
         Protocol("shapes", _SHAPES, _indices(_SHAPES, UNSEEN_PAIRS), "shapes", background="none"),
