@@ -42,7 +42,8 @@ class VisionTransformer(nn.Module):
         quick_gelu: OpenAI's activation; LAION weights use the exact GELU.
         norm_eps: of every LayerNorm; 1e-5 in CLIP, 1e-6 in MaskCLIP's published configuration.
         position_mode: how the positional table is resized to other grids (align_corners=False, no antialias);
-            "bilinear" in DenseCLIP, ZegCLIP and CLIP-RC, "bicubic" in MaskCLIP.
+            "bilinear" in DenseCLIP, ZegCLIP and CLIP-RC, "bicubic" in MaskCLIP; "offset" is bicubic with the factors
+            (h + 0.1) / grid, as in DINO's code and after it SCLIP's and its successors'.
         double_class_embedding: add the class embedding twice, as DenseCLIP's code and after it ZegCLIP's and
             CLIP-RC's do (raoyongming/DenseCLIP#20).
         variant: what differs from CLIP's own ViT, as a :class:`Variant` or what its ``differences`` gave.
@@ -62,7 +63,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         quick_gelu: bool = True,
         norm_eps: float = 1e-5,
-        position_mode: Literal["bilinear", "bicubic"] = "bilinear",
+        position_mode: Literal["bilinear", "bicubic", "offset"] = "bilinear",
         double_class_embedding: bool = False,
         variant: Variant | Mapping[str, Any] | None = None,
     ):
@@ -129,7 +130,11 @@ class VisionTransformer(nn.Module):
         table, own = self.positional_embedding, self._own_rows
         patches = table[own:].T.reshape(1, -1, self.grid, self.grid)
         patches = patches.to(torch.promote_types(table.dtype, torch.float32))
-        patches = F.interpolate(patches, grid, mode=self.position_mode, align_corners=False)
+        if self.position_mode == "offset":
+            factors = [(side + 0.1) / self.grid for side in grid]
+            patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False)
+        else:
+            patches = F.interpolate(patches, grid, mode=self.position_mode, align_corners=False)
         return torch.cat([table[:own], patches.flatten(2)[0].T.to(table.dtype)])
 
     def rotation(self, grid: tuple[int, int]) -> Rotation | None:
