@@ -18,7 +18,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def _from_file(path: Path, name: str) -> Function:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    function: Any = getattr(module, name, None)
+    function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"operator {path}:{name}: {path} defines no function {name!r}")
-    return function
+    return cast(Function, function)

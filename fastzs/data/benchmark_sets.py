@@ -9,6 +9,7 @@ from pathlib import Path
 from fastzs.data.classes import CITYSCAPES, COCO_OBJECT
 from fastzs.data.datasets import Pair, PairsDataset, coco_pairs, home
 from fastzs.data.label_ids import cityscapes_labels, object_labels
+from fastzs.data.masks import Meaning
 
 
 class Cityscapes(PairsDataset):
@@ -28,7 +29,7 @@ class Cityscapes(PairsDataset):
         converted = any((truth / f"{name}_gtFine_labelTrainIds.png").is_file() for name in names)
         suffix = "_gtFine_labelTrainIds.png" if converted else "_gtFine_labelIds.png"
         pairs = [Pair(name, path, truth / f"{name}{suffix}") for name, path in zip(names, images, strict=True)]
-        remap = {} if converted else cityscapes_labels()
+        remap: Meaning = {} if converted else cityscapes_labels()
         super().__init__(pairs, CITYSCAPES, remap=remap, what=f"Cityscapes {split}")
 
 

@@ -83,10 +83,12 @@ class ResCLIP(TrainingFree):
         self.certain, self.paths = certain, paths
 
     @traced("model.tower")
-    def encode(self, images: Tensor) -> ResFeatures:
+    def encode(self, images: Tensor) -> ResFeatures: 
         """Tokens before the last block, and the earlier blocks' mean attention."""
         maps, watch = watched(BLOCKS)
-        tokens, _ = self.visual.trunk(self.fitted(images), watch)
+        tower = self.visual
+        assert isinstance(tower, VisionTransformer)
+        tokens, _ = tower.trunk(self.fitted(images), watch)
         return ResFeatures(tokens, torch.stack(list(maps.values())).mean(0), images)
 
     def score(self, features: ResFeatures, text: Tensor) -> Tensor:

@@ -152,6 +152,7 @@ class TrainingFree(SegmentationModel):
         """Features [B, D, h, w] of fitted images [B, 3, H, W]; ``images`` is what they were fitted from."""
         tower = self.visual
         if not isinstance(tower, VisionTransformer):
+            assert isinstance(self.kind, str)  # __init__ has seen to it
             tokens, grid = tower.trunk(fitted)
             return tower.dense(tokens, grid, self.kind, self.residual, self.ffn)
         maps, watch = watched(operators.blocks_of(self.kind))
