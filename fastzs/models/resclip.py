@@ -83,7 +83,7 @@ class ResCLIP(TrainingFree):
         self.certain, self.paths = certain, paths
 
     @traced("model.tower")
-    def encode(self, images: Tensor) -> ResFeatures: 
+    def encode(self, images: Tensor) -> ResFeatures:
         """Tokens before the last block, and the earlier blocks' mean attention."""
         maps, watch = watched(BLOCKS)
         tower = self.visual
