@@ -35,8 +35,10 @@ class Recipe:
     iterations: int = _option(20_000, "optimizer steps")
     batch: int = _option(16, "pictures of a step, over all devices and accumulated parts")
     accumulate: int = _option(1, "parts in which each device computes its share of a batch")
-    lr: float = _option(2e-5, "learning rate of AdamW, before the groups' factors")
-    weight_decay: float = _option(0.01, "weight decay of AdamW, before the groups' factors")
+    optimizer: Literal["adamw", "sgd"] = _option("adamw", "AdamW, or SGD with momentum")
+    lr: float = _option(2e-5, "learning rate, before the groups' factors")
+    weight_decay: float = _option(0.01, "weight decay, before the groups' factors")
+    momentum: float = _option(0.9, "momentum of SGD")
     betas: tuple[float, float] = _option((0.9, 0.999), "betas of AdamW")
     groups: dict[str, dict[str, float]] = _option(
         {},
@@ -56,6 +58,11 @@ class Recipe:
     ema: float = _option(
         0.0, "decay of a moving average of the weights, which is then what is tested and kept; 0: none"
     )
+    self_training: dict[str, Any] = _option(
+        {},
+        "labels for pixels without a seen one, in the inductive setting: {rule: best, teacher: frozen}; rules: best, "
+        "rank (within), share (percent), consistent (scales), annealed (temperature); teachers: self, frozen, ema",
+    )
     seed: int = _option(0, "of order, augmentation, dropout and new weights")
     workers: int = _option(2, "processes that read pictures; 0 reads them in this one", decisive=False)
     log_every: int = _option(50, "steps between lines of log.csv", decisive=False)
@@ -70,6 +77,10 @@ class Recipe:
             self._want(name, getattr(self, name) >= 0, "at least 0")
         self._want("warmup_ratio", 0 <= self.warmup_ratio <= 1, "in [0, 1]")
         self._want("ema", 0 <= self.ema < 1, "in [0, 1)")
+        self._want("momentum", 0 <= self.momentum < 1, "in [0, 1)")
+        self._want("optimizer", self.optimizer in ("adamw", "sgd"), "adamw or sgd")
+        if self.self_training and self.setting != "inductive":
+            raise ValueError(f"self_training goes with setting 'inductive', got {self.setting!r}")
         self._want("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         for part, factors in self.groups.items():
             for key in factors:

@@ -16,6 +16,7 @@ depends on seed, number and process only. What else it has to remember from step
 """
 
 import contextlib
+import inspect
 import math
 import signal
 import threading
@@ -34,8 +35,10 @@ from fastzs import checkpoints, ranks
 from fastzs.data.batches import Batch, batches, mix
 from fastzs.devices import native_bf16
 from fastzs.locks import hold
+from fastzs.models.words import FixedClasses
 from fastzs.recipe import Recipe
 from fastzs.runs import OutputError
+from fastzs.self_training import TOLD, SelfTraining, Teacher
 from fastzs.trace import span, traced
 from fastzs.training_log import TrainingLog
 from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
@@ -136,10 +139,16 @@ def _class_options(model: Any, names: Sequence[str]) -> dict[str, list[int]]:
     return found
 
 
+def _loss_options(model: Any) -> set[str]:
+    """Names of the options of a model's losses."""
+    return set(inspect.signature(getattr(model, "parts", model.loss_parts)).parameters)
+
+
 def _settings(dataset: Any, recipe: Recipe, seen: Any, losses: Any, about: Any) -> dict[str, Any]:
     """All that decides the result."""
     data = {"classes": [str(name) for name in dataset.classes], "pictures": len(dataset), "seen": list(seen or ())}
-    return recipe.decisive() | data | {"losses": dict(losses or {}), "about": dict(about or {})}
+    told = {"told of unseen pixels": TOLD} if recipe.self_training else {}
+    return recipe.decisive() | data | told | {"losses": dict(losses or {}), "about": dict(about or {})}
 
 
 class _Run:
@@ -174,8 +183,24 @@ class _Run:
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(device))
         self.optimizer = make_optimizer(model, recipe)
         self.average = _Average(model, recipe.ema) if recipe.ema else None
+        self.teacher = self._teacher(seen) if recipe.self_training else None
         self.outcome = Outcome(0)
         self.settings: dict[str, Any] = {}
+
+    def _teacher(self, seen: Sequence[int] | None) -> Teacher:
+        """Who labels pixels in self-training; all labels are then used, so that the model is not told which are given.
+
+        Raises:
+            ValueError: settings of self-training that do not fit the model.
+        """
+        how = SelfTraining.read(self.recipe.self_training)
+        if isinstance(self.model, FixedClasses):
+            self.arguments["self_labelled"] = True  # it needs to know which classes are unseen, too
+        else:
+            del self.arguments["seen"]
+        if how.rule == "annealed" and "pixel_weights" not in _loss_options(self.model):
+            raise ValueError(f"{type(self.model).__name__} weighs no pixels, which the rule 'annealed' wants")
+        return Teacher(how, self.model, self.text, seen or (), self.average)
 
     def restore(self, settings: dict[str, Any]) -> None:
         """Take up the last checkpoint, if there is one."""
@@ -292,9 +317,13 @@ class _Run:
 
     def _losses(self, run: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         images, target = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.target))
+        arguments = dict(self.arguments)
         try:
             with span("train.forward"), torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                losses = run(images, target, self.text, **self.arguments)
+                if self.teacher:
+                    target, weights = self.teacher.label(images, target)
+                    arguments |= {} if weights is None else {"pixel_weights": weights}
+                losses = run(images, target, self.text, **arguments)
         except ValueError as error:
             raise TrainingError(self._stopped(step, str(error), batch.names)) from error
         return {name: value.float() for name, value in losses.items()}
@@ -443,8 +472,8 @@ def choose_trained(model: nn.Module, parts: Sequence[str]) -> None:
             p.requires_grad_(True)
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the trained parameters, in groups of one learning rate factor and weight decay each.
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW or SGD over the trained parameters, in groups of one learning rate factor and weight decay each.
 
     Raises:
         ValueError: nothing is to be trained.
@@ -459,6 +488,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": members, "factor": factor, "weight_decay": recipe.weight_decay * decay}
         for (factor, decay), members in groups.items()
     ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(listed, lr=recipe.lr, momentum=recipe.momentum, fused=True)
     return torch.optim.AdamW(listed, lr=recipe.lr, betas=recipe.betas, fused=True)
 
 

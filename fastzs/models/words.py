@@ -164,6 +164,7 @@ class FixedClasses(WordModel):
             target: int64 [B, H, W] of all classes.
             text: word vectors [C, E] of all classes.
             seen: indices of the classes whose labels may be used.
+            options: ``self_labelled``: labels of other classes in the target were given by a teacher and are used.
         """
         raise NotImplementedError
 

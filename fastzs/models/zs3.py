@@ -118,11 +118,18 @@ class ZS3(FixedClasses):
         return wide(self.classifier(features.maps))
 
     def parts(
-        self, images: Tensor, target: Tensor, text: Tensor, seen: Sequence[int], ignore_index: int
+        self,
+        images: Tensor,
+        target: Tensor,
+        text: Tensor,
+        seen: Sequence[int],
+        ignore_index: int,
+        *,
+        self_labelled: bool = False,
     ) -> dict[str, Tensor]:
         """``cross_entropy``, in the second stage with ``mmd``; see the base."""
         known = torch.isin(target, torch.tensor(list(seen), device=target.device))
-        labels = target.masked_fill(~known, ignore_index)
+        labels = target if self_labelled else target.masked_fill(~known, ignore_index)
         if self.stage == "seen":
             loss = pixel_cross_entropy(
                 self.classifier(self.encode(images).maps), labels, ignore_index, align_corners=True
