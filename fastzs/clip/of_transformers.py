@@ -1,6 +1,6 @@
 """CLIP and SigLIP as transformers saves them, read without transformers: configuration, tokenizer, tensors' names."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +181,8 @@ def read(path: Path, config: dict) -> dict[str, Tensor]:
     names["visual.positional_embedding"] = "vision_model.embeddings.position_embedding.weight"
     names["visual.conv1.weight"] = "vision_model.embeddings.patch_embedding.weight"
     layer_names = [("ln_final", "text_model.final_layer_norm"), ("visual.ln_post", "vision_model.post_layernorm")]
-    for prefix, theirs, count in (
-        ("", "text_model", config["text_cfg"]["layers"]),
-        ("visual.", "vision_model", layers),
-    ):
+    towers = (("", "text_model", config["text_cfg"]["layers"]), ("visual.", "vision_model", layers))
+    for prefix, theirs, count in towers:
         for index in range(count):
             ours, other = f"{prefix}transformer.resblocks.{index}", f"{theirs}.encoder.layers.{index}"
             layer_names += [(f"{ours}.{a}", f"{other}.{b}") for a, b in _LAYER.items()]
@@ -201,55 +199,39 @@ def read(path: Path, config: dict) -> dict[str, Tensor]:
         layer_names += [("visual.ln_pre", "vision_model.pre_layrnorm")]
     for a, b in layer_names:
         names |= {f"{a}.{leaf}": f"{b}.{leaf}" for leaf in ("weight", "bias")}
-    taken = _Taken(state, path)
-    out = {ours: taken(theirs) for ours, theirs in names.items()}
-    for prefix, theirs, count in (
-        ("", "text_model", config["text_cfg"]["layers"]),
-        ("visual.", "vision_model", layers),
-    ):
-        for index in range(count):
-            attention = f"{theirs}.encoder.layers.{index}.self_attn"
-            for leaf in ("weight", "bias"):
-                parts = [taken(f"{attention}.{which}_proj.{leaf}") for which in "qkv"]
-                out[f"{prefix}transformer.resblocks.{index}.attn.in_proj_{leaf}"] = torch.cat(parts)
+    attention = {
+        f"{prefix}transformer.resblocks.{index}.attn.in_proj_{leaf}": [
+            f"{theirs}.encoder.layers.{index}.self_attn.{which}_proj.{leaf}" for which in "qkv"
+        ]
+        for prefix, theirs, count in towers
+        for index in range(count)
+        for leaf in ("weight", "bias")
+    }
+    pool, query = "vision_model.head.attention.in_proj", "vision_model.head.probe"
+    projections = ["visual_projection.weight", "text_projection.weight"]
+    others = [f"{pool}_weight", f"{pool}_bias", query] if siglip else projections
+    _exactly([*names.values(), *(part for parts in attention.values() for part in parts), *others], state, path)
+    out = {ours: state[theirs] for ours, theirs in names.items()}
+    out |= {ours: torch.cat([state[part] for part in parts]) for ours, parts in attention.items()}
     if siglip:
-        weights = taken("vision_model.head.attention.in_proj_weight").chunk(3)
-        biases = taken("vision_model.head.attention.in_proj_bias").chunk(3)
-        out["visual.pool.query"] = weights[0] @ taken("vision_model.head.probe").flatten() + biases[0]
+        weights, biases = state[f"{pool}_weight"].chunk(3), state[f"{pool}_bias"].chunk(3)
+        out["visual.pool.query"] = weights[0] @ state[query].flatten() + biases[0]
         for index, name in ((1, "key"), (2, "value")):
             out |= {f"visual.pool.{name}.weight": weights[index], f"visual.pool.{name}.bias": biases[index]}
-        out |= {name: out[name].reshape(()) for name in ("logit_scale", "logit_bias")}
-    else:
-        out["visual.proj"] = taken("visual_projection.weight").T
-        out["text_projection"] = taken("text_projection.weight").T
-    taken.all_of_them()
-    return out
+        return out | {name: out[name].reshape(()) for name in ("logit_scale", "logit_bias")}
+    return out | {"visual.proj": state[projections[0]].T, "text_projection": state[projections[1]].T}
 
 
-class _Taken:
-    """Tensors taken from a file, and which of them were not there or are left."""
-
-    def __init__(self, state: dict[str, Tensor], path: Path):
-        self.state, self.path = state, path
-        self.left = {name for name in state if not name.endswith("position_ids")}
-        self.missing: list[str] = []
-
-    def __call__(self, name: str) -> Tensor:
-        self.left.discard(name)
-        if name not in self.state:
-            self.missing.append(name)
-            return torch.zeros(1, 1)
-        return self.state[name]
-
-    def all_of_them(self) -> None:
-        problems = [("missing", self.missing), ("unexpected", sorted(self.left))]
-        parts = [
-            f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-            for what, names in problems
-            if names
-        ]
-        if parts:
-            raise WeightsError(f"{self.path}: the weights do not fit config.json; " + "; ".join(parts))
+def _exactly(wanted: Sequence[str], state: Mapping[str, Tensor], path: Path) -> None:
+    left = sorted(name for name in set(state) - set(wanted) if not name.endswith("position_ids"))
+    missing = [name for name in wanted if name not in state]
+    parts = [
+        f"{what}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+        for what, names in (("missing", missing), ("unexpected", left))
+        if names
+    ]
+    if parts:
+        raise WeightsError(f"{path}: the weights do not fit config.json; " + "; ".join(parts))
 
 
 def _all_files(path: Path) -> dict[str, Tensor]:

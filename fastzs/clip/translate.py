@@ -133,16 +133,17 @@ def timm_sizes(tower: Any, name: str) -> dict[str, Any]:
         options["stem"] = trunk.default_cfg["architecture"]
     if isinstance(mlp, SwiGLU):
         options |= {"gate": "silu", "mlp_norm": None if isinstance(mlp.norm, nn.Identity) else "hidden"}
-        hidden = int(mlp.fc1_x.out_features)
+        hidden = mlp.fc1_x.out_features
     elif isinstance(mlp, GeGluMlp):
         options |= {"gate": "gelu", "mlp_norm": "input"}
-        hidden = int(mlp.w1.out_features)
+        hidden = mlp.w1.out_features
     else:
         gelu = {nn.GELU: False, GELU: False, GELUTanh: True}.get(type(mlp.act))
         plain = isinstance(mlp, Mlp) and gelu is not None and isinstance(mlp.norm, nn.Identity)
         _only(plain, True, name, f"MLPs of the kind {type(mlp).__name__} with {type(mlp.act).__name__}")
         options["tanh_gelu"] = gelu
-        hidden = int(mlp.fc1.out_features)
+        last: Any = mlp.fc1
+        hidden = last.out_features
     rope = getattr(trunk, "rope", None)
     if rope is not None:
         usual = isinstance(rope, RotaryEmbeddingCat) and not rope.rotate_half and not rope.in_pixels

@@ -1,3 +1,4 @@
+import argparse
 import io
 import json
 import pickle
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 
 from fastzs import clip
 from fastzs.clip import hub as hub_files
-from fastzs.clip import weights
+from fastzs.clip import tokenizers, weights
+from fastzs.clip.blocks import QuickGELU
 from fastzs.clip.state import WeightsError, read_state, to_openai_names
 
 TINY = {
@@ -243,3 +245,133 @@ def test_folder_without_configuration_or_weights_is_named(folder, tmp_path):
     shutil.copy(folder / "open_clip_config.json", empty)
     with pytest.raises(WeightsError, match=r"open_clip_model\.safetensors"):
         clip.load(weights=empty)
+
+
+def test_all_that_decides_a_result_is_in_the_fingerprint(folder, tmp_path):
+    config_path, path = folder / "open_clip_config.json", folder / "open_clip_model.safetensors"
+    config, tensors = json.loads(config_path.read_text()), state(folder)
+    seen = {"as it was": clip.load(weights=folder).fingerprint}
+
+    def changed(what, **model):
+        config_path.write_text(json.dumps({**config, "model_cfg": TINY | model}))
+        seen[what] = clip.load(weights=folder).fingerprint
+
+    changed("activation", quick_gelu=True)
+    changed("sizes", vision_cfg=TINY["vision_cfg"] | {"head_width": 8})
+    changed("context", text_cfg=TINY["text_cfg"] | {"pool_type": "last"})
+    for key in ("mean", "std"):
+        config_path.write_text(json.dumps({**config, "preprocess_cfg": {key: [0.25] * 3}}))
+        seen[key] = clip.load(weights=folder).fingerprint
+    config_path.write_text(json.dumps(config))
+    save_file(tensors | {"logit_scale": tensors["logit_scale"] + 1}, path)
+    seen["contents"] = clip.load(weights=folder).fingerprint
+    save_file(tensors, path)
+    (folder / "words.json").write_text(json.dumps({"words": ["cat"], "background": []}))
+    seen["words"] = clip.load(weights=folder).fingerprint
+    (folder / "words.json").unlink()
+    assert len(set(seen.values())) == len(seen), seen
+    assert clip.load(weights=folder).fingerprint == seen["as it was"]
+
+
+def test_a_file_read_as_another_backbone_has_another_fingerprint(folder, tmp_path):
+    path = folder / "open_clip_model.safetensors"
+    backbones = ("ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16")
+    assert len({clip.load(backbone, path).fingerprint for backbone in backbones}) == len(backbones)
+
+
+def openai_again(tensors, kind):
+    """OpenAI's tensors as people save them: the archive's state dict, or that of a model on a GPU."""
+    if kind == "marked":
+        return tensors | {"input_resolution": torch.tensor(32), "context_length": torch.tensor(16)}
+    return {k: v if ".ln_" in k or k.startswith("ln_") or "embedding" in k else v.half() for k, v in tensors.items()}
+
+
+@pytest.mark.parametrize("kind", ["marked", "half"])
+def test_openais_weights_saved_again_keep_their_activation(folder, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(weights.open_clip, "get_model_config", lambda name: TINY)
+    path = tmp_path / "again.pt"
+    torch.save(openai_again(state(folder), kind), path)
+    loaded = clip.load("ViT-B-32", path)
+    assert loaded.quick_gelu
+    assert loaded.published
+    assert isinstance(loaded.vision().blocks[0].mlp.gelu, QuickGELU)
+    loaded.text()
+
+
+def test_a_file_that_does_not_tell_its_activation_is_taken_with_a_warning(folder, tmp_path, caplog):
+    path = folder / "open_clip_model.safetensors"
+    clip.load("ViT-B-32-quickgelu", path)
+    clip.load("ViT-B-16-plus", path)
+    assert not caplog.records
+    clip.load("ViT-B-32", path)
+    (record,) = caplog.records
+    assert "GELU is taken, as ViT-B-32 has it" in record.getMessage()
+    assert "ViT-B-32-quickgelu" in record.getMessage()
+
+
+def test_the_text_towers_tensors_are_exact_too(folder):
+    tensors = state(folder)
+    save_file(tensors | {"transformer.extra": torch.zeros(1)}, folder / "open_clip_model.safetensors")
+    with pytest.raises(WeightsError, match=r"unexpected: transformer\.extra"):
+        clip.load(weights=folder).text()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"open_clip_config\.json: cannot be read as JSON"),
+        ("[1]", r"open_clip_config\.json: expected a mapping, got list"),
+        ("{}", r"open_clip_config\.json: expected model_cfg with embed_dim"),
+        ('{"model_cfg": {"embed_dim": 1}}', r"open_clip_config\.json: expected model_cfg with embed_dim"),
+    ],
+)
+def test_a_damaged_configuration_is_named(folder, content, message):
+    (folder / "open_clip_config.json").write_text(content)
+    with pytest.raises(WeightsError, match=message):
+        clip.load(weights=folder)
+
+
+@pytest.mark.parametrize("name", ["open_clip_model.safetensors", "weights.bin"])
+def test_what_is_no_weights_file_is_called_what_it_is(tmp_path, name):
+    pointer = tmp_path / name
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(WeightsError, match="pointer of git-lfs, not the weights; fetch them with 'git lfs pull'"):
+        clip.load("ViT-B-32", pointer)
+    image = tmp_path / "photo.jpg"
+    image.write_bytes(b"\xff\xd8\xff\xe0 JFIF")
+    with pytest.raises(WeightsError, match="is not a weights file; expected safetensors"):
+        clip.load("ViT-B-32", image)
+
+
+def test_an_object_in_a_file_is_refused_by_its_name(tmp_path):
+    torch.save({"state_dict": {}, "args": argparse.Namespace(lr=1)}, tmp_path / "run.pt")
+    with pytest.raises(WeightsError, match=r"\(argparse\.Namespace\); save its state_dict") as error:
+        clip.load("ViT-B-32", tmp_path / "run.pt")
+    assert "\x1b" not in str(error.value)
+
+
+def test_text_towers_of_the_hub_need_transformers_and_say_so_at_once(monkeypatch):
+    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        WeightsError, match=r"roberta-base\) needs the package transformers: pip install 'fastzs\[hf\]'"
+    ):
+        clip.load("roberta-ViT-B-32", "laion2b_s12b_b32k")
+
+
+def test_a_tokenizer_that_cannot_be_had_is_missed_at_once(hub):
+    with pytest.raises(WeightsError, match=r"ViT-B-16-SigLIP's tokenizer are not in the cache.*no network"):
+        clip.load("ViT-B-16-SigLIP", "webli")
+
+
+def test_random_weights_take_any_text(monkeypatch):
+    loaded = clip.load("ViT-B-32-SigLIP2-256", "random")
+    ids = loaded.tokenizer(["a cat"])
+    assert ids.shape == (1, 64)
+    assert ids.max() < 256000
+    assert loaded.sigmoid == (10.0, -10.0)
+
+
+def test_every_pretrained_tag_has_a_place_to_come_from():
+    for backbone, tag in open_clip.list_pretrained():
+        pretrained = open_clip.get_pretrained_cfg(backbone, tag)
+        assert pretrained.get("hf_hub") or pretrained.get("url"), (backbone, tag)
