@@ -29,8 +29,9 @@ from PIL import Image
 
 from fastzs.data.shapes import draw
 from fastzs.devices import choose_precision
+from fastzs.loading import load
 from fastzs.runs import Manifest
-from fastzs.segmenter import Segmenter, load
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import window_grid
 

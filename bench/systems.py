@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastzs import clip, models
-from fastzs.commands.models import SYSTEMS as KNOWN
+from fastzs.registry import list_models
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 
@@ -112,10 +112,10 @@ def table(speed: dict[tuple[str, str], Row], runs: Path) -> str:
     """The table in Markdown; "unmeasured" where a figure is not there."""
     head = ["system", "parameters, M", "trained, M", "multiply-adds, G", "pictures/s", "peak MB", "pAcc", "mIoU(S)"]
     lines = [[*head, "mIoU(U)", "hIoU", "steps"]]
-    for system in KNOWN:
-        counted = counts(system.name, runs)
-        timed = speed.get((system.name, "fastzs"))
-        path = runs / system.name / "scores.json"
+    for name in list_models():
+        counted = counts(name, runs)
+        timed = speed.get((name, "fastzs"))
+        path = runs / name / "scores.json"
         scored = json.loads(path.read_text()) if path.is_file() else {}
         numbers = [f"{value:.1f}" for value in counted.values()]
         numbers.append(f"{timed['pictures per second']:.3g}" if timed else "unmeasured")
@@ -124,7 +124,7 @@ def table(speed: dict[tuple[str, str], Row], runs: Path) -> str:
             value = scored.get(key)
             part = f" of {scored['of']}" if key == "steps" and value != scored.get("of", value) else ""
             numbers.append("unmeasured" if value is None else f"{value}{part}")
-        lines.append([f"`{system.name}`", *numbers])
+        lines.append([f"`{name}`", *numbers])
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
 

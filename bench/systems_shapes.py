@@ -28,7 +28,8 @@ from fastzs.data.protocols import protocol
 from fastzs.data.transforms import training_transform
 from fastzs.metrics import ConfusionMatrix
 from fastzs.recipe import Recipe
-from fastzs.segmenter import MODELS, Segmenter
+from fastzs.registry import list_models, system
+from fastzs.segmenter import Segmenter
 from fastzs.train import train
 from fastzs.vocabulary import Vocabulary
 
@@ -36,7 +37,6 @@ SHAPES = protocol("shapes")
 SEEN = [i for i in range(len(SHAPES.classes)) if i not in SHAPES.unseen]
 SEEN_NAMES = [SHAPES.classes[i] for i in SEEN]
 SIDE = 128
-SYSTEMS = ("maskclip", "zegclip", "clip_rc", "lseg", "szn", "maskclip_plus", "zegformer", "zsseg")
 
 
 def settings(name: str) -> dict[str, Any] | None:
@@ -49,7 +49,7 @@ def settings(name: str) -> dict[str, Any] | None:
 def make(name: str, preset: dict[str, Any] | None) -> Any:
     if preset is None:
         return models.MaskCLIP(clip.load(weights="shapes"))
-    kind: Any = MODELS[name]
+    kind: Any = system(name).kind
     return kind(weights="shapes", seen=SEEN_NAMES if preset["setting"] == "inductive" else None, **preset["options"])
 
 
@@ -102,7 +102,7 @@ def run(name: str, folder: Path, pictures: int, iterations: int | None = None) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("systems", nargs="*", default=SYSTEMS, help="all if omitted")
+    parser.add_argument("systems", nargs="*", default=list_models(), help="all if omitted")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=200, help="held-out scenes scored")
     parser.add_argument("--iterations", type=int, help="steps of every system, for a quick look")

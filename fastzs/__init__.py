@@ -11,18 +11,33 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastzs import clip, models, ops
+    from fastzs.errors import FastzsError
+    from fastzs.loading import load
+    from fastzs.registry import list_models
     from fastzs.result import Segmentation
-    from fastzs.segmenter import Segmenter, load
+    from fastzs.segmenter import Segmenter
     from fastzs.vocabulary import Vocabulary
 
-__all__ = ["Segmentation", "Segmenter", "Vocabulary", "clip", "load", "models", "ops"]
+__all__ = [
+    "FastzsError",
+    "Segmentation",
+    "Segmenter",
+    "Vocabulary",
+    "clip",
+    "list_models",
+    "load",
+    "models",
+    "ops",
+]
 
 # torch takes seconds to import: what needs it is imported when it is first asked for
 _HOMES = {
     "Segmentation": "fastzs.result",
     "Segmenter": "fastzs.segmenter",
     "Vocabulary": "fastzs.vocabulary",
-    "load": "fastzs.segmenter",
+    "FastzsError": "fastzs.errors",
+    "list_models": "fastzs.registry",
+    "load": "fastzs.loading",
 }
 
 
@@ -32,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name in ("clip", "models", "ops"):
         return importlib.import_module(f"fastzs.{name}")
     raise AttributeError(f"module 'fastzs' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

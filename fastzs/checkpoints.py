@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastzs.errors import FastzsError
 from fastzs.files import temporary_beside
 from fastzs.runs import OutputError
 
@@ -28,7 +29,7 @@ ADVICE = "it is damaged; remove it, or go on from another checkpoint in a new fo
 _STEP = re.compile(r"step_\d{7,}")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(FastzsError, ValueError):
     """A checkpoint that cannot be read; the message names the file and what to do."""
 
 

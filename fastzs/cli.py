@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 
 from fastzs import __version__
 from fastzs.commands import doctor, evaluate, models, profile, segment, train
+from fastzs.errors import FastzsError
 from fastzs.recipe import check_keys
 
 COMMANDS: dict[str, Any] = {
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("fastzs: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_for_the_user(error):
+        if not isinstance(error, FastzsError | ValueError):
             raise
         print(f"fastzs {name}: {error}", file=sys.stderr)
         return 2
@@ -89,9 +90,3 @@ def _keys(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     return [str(key).replace("-", "_") for key in content] if isinstance(content, dict) else []
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    from fastzs.runs import OutputError
-
-    return isinstance(error, ValueError | OutputError)

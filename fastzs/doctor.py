@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from fastzs import __version__, ops
+from fastzs.cache import cache_folder
 from fastzs.devices import choose_device, choose_precision
 from fastzs.kernels import extension
 from fastzs.kernels.dispatch import watch
 from fastzs.kernels.packed_linear.weights import pack_weight
-from fastzs.vocabulary import cache_folder
 
 PACKAGES = (
     "torch", "torchvision", "triton", "open_clip_torch", "xformers", "nvtx", "numpy", "pillow", "safetensors",

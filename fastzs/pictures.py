@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from fastzs.errors import FastzsError
 from fastzs.files import check_file, open_file
 
 Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | BinaryIO | bytes
@@ -34,7 +35,7 @@ OVERLAY_MARK = "fastzs.overlay"
 log = logging.getLogger(__name__)
 
 
-class PictureError(ValueError):
+class PictureError(FastzsError, ValueError):
     """A picture that cannot be read or segmented; the message names it."""
 
 

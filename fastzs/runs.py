@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastzs.errors import FastzsError
 from fastzs.files import open_file, replacing, write_atomically
 from fastzs.pictures import PictureError, is_result
 from fastzs.result import Segmentation
@@ -31,7 +32,7 @@ LONGEST = 255 - max(map(len, EXTRAS.values()))  # bytes of a name, as most file 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
-class OutputError(Exception):
+class OutputError(FastzsError):
     """Results that cannot be written; the message names the file and the reason."""
 
 

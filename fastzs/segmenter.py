@@ -4,24 +4,18 @@ An image is encoded once and can be labelled with any names: :meth:`Segmenter.en
 at once by calling the segmenter.
 """
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
-from fastzs import clip as clip_module
-from fastzs.clip.packed import pack
-from fastzs.devices import Precision, choose_device, choose_precision
+from fastzs.clip.packed import pack, unpack
 from fastzs.features import ImageFeatures
-from fastzs.models import SZN, ClipRC, LSeg, MaskCLIP, MaskCLIPPlus, ZegCLIP, ZegFormer, ZSSeg
 from fastzs.models.base import Features, SegmentationModel
-from fastzs.models.saved import is_file_name
 from fastzs.ops import label_map
 from fastzs.pictures import Picture, read_picture
 from fastzs.readout import read_image
@@ -30,16 +24,6 @@ from fastzs.trace import span, traced
 from fastzs.vocabulary import Vocabulary, class_indices, text_vectors
 from fastzs.windows import resize_size, window_grid
 
-MODELS: dict[str, Any] = {
-    "maskclip": MaskCLIP,
-    "clip_rc": ClipRC,
-    "zegclip": ZegCLIP,
-    "lseg": LSeg,
-    "szn": SZN,
-    "maskclip_plus": MaskCLIPPlus,
-    "zegformer": ZegFormer,
-    "zsseg": ZSSeg,
-}
 Names = Vocabulary | Sequence[str | Mapping[str, Sequence[str]]]
 Background = Literal["none", "threshold", "prompt"]
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
@@ -52,70 +36,6 @@ STUFF = (
 MAPS_BYTES = 128 << 20  # of class maps held at a time, where an image keeps its size
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
 TEXTS = 8  # vocabularies whose text vectors a segmenter keeps on its device
-
-
-def load(
-    model: str = "maskclip",
-    *,
-    backbone: str = "ViT-B-16",
-    weights: str | Path = "openai",
-    checkpoint: str | Path | None = None,
-    device: str = "auto",
-    precision: Precision = "auto",
-    short_side: int | None = None,
-    crop: int | tuple[int, int] | None = None,
-    stride: int | tuple[int, int] | None = None,
-    batch: int = 8,
-    **options: Any,
-) -> "Segmenter":
-    """A model ready to segment pictures.
-
-    Args:
-        model: "maskclip", which needs no training, or a trained system with a ``checkpoint``: "clip_rc", "zegclip",
-            "lseg", "szn", "maskclip_plus", "zegformer", "zsseg".
-        backbone, weights: see :func:`fastzs.clip.load`; ``weights="shapes"`` needs no download. Of a
-            checkpoint without a text tower they name the CLIP that the text tower is taken from.
-        checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or
-            ``push_to_hub`` wrote.
-        device: "auto" takes a GPU if there is one.
-        precision: "auto" takes bf16 where the device computes it natively, else fp32.
-        short_side, crop, stride, batch: see :class:`Segmenter`.
-        options: the model's own settings, see :class:`fastzs.models.MaskCLIP`, and for trained ones
-            ``from_checkpoint`` and the constructor of :class:`fastzs.models.ClipRC` (``seen=[...]``: the training
-            classes, whose scores are lowered).
-
-    Raises:
-        ValueError: unknown model, device or precision (nearest known names are given).
-        WeightsError: weights that cannot be found, read or fitted.
-    """
-    if model not in MODELS:
-        near = difflib.get_close_matches(model, MODELS, n=3, cutoff=0.3) or list(MODELS)
-        raise ValueError(f"unknown model {model!r}; nearest known: {', '.join(near)}")
-    network = _network(model, backbone, weights, checkpoint, options)
-    chosen = choose_device(device)
-    dtype = choose_precision(precision, chosen)
-    network.to(chosen, dtype)
-    if chosen.type == "cpu":
-        pack(network)
-    return Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch=batch)
-
-
-def _network(
-    model: str, backbone: str, weights: str | Path, checkpoint: str | Path | None, options: dict[str, Any]
-) -> SegmentationModel:
-    kind = MODELS[model]
-    if issubclass(kind, MaskCLIP):
-        if checkpoint is not None:
-            raise ValueError("maskclip has no training and so no checkpoint; give CLIP's weights as weights=...")
-        return kind(clip_module.load(backbone, weights), **options)
-    if checkpoint is None:
-        raise ValueError(
-            f"{model} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
-            f"start from fastzs.models.{kind.__name__}(...); model='maskclip' needs none"
-        )
-    if is_file_name(checkpoint) and (backbone, str(weights)) != ("ViT-B-16", "openai"):
-        options = {"backbone": backbone, "weights": str(weights)} | options
-    return kind.open(checkpoint, **options)
 
 
 class View(NamedTuple):
@@ -216,6 +136,30 @@ class Segmenter:
         self._mean = (torch.tensor(model.mean, device=self.device) * 255)[:, None, None]
         self._scale = scale[:, None, None]
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
+        self.optimized = False
+
+    def optimize(self) -> None:
+        """Rearrange weights for inference where that pays: on a CPU the tower's products are packed.
+
+        The packed weights stand beside the plain ones and take as much memory again. The model is saved as it was;
+        training, moving or casting it, and :meth:`unoptimize`, bring it back.
+        """
+        if self.device.type == "cpu":
+            pack(self.model)
+        self.optimized = True
+
+    def unoptimize(self) -> None:
+        """Undo :meth:`optimize`, for torch.compile for instance."""
+        unpack(self.model)
+        self.optimized = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_texts": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.optimized:
+            self.optimize()
 
     @traced("predict.picture")
     @torch.inference_mode()

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastzs import checkpoints, ranks
 from fastzs.data.batches import Batch, batches, mix
 from fastzs.devices import native_bf16
+from fastzs.errors import FastzsError
 from fastzs.locks import hold
 from fastzs.models.words import FixedClasses
 from fastzs.recipe import Recipe
@@ -44,7 +45,7 @@ from fastzs.training_log import TrainingLog
 from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
 
 
-class TrainingError(ValueError):
+class TrainingError(FastzsError, ValueError):
     """A training that cannot go on; the message names the step and the pictures."""
 
 

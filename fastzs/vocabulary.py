@@ -1,11 +1,8 @@
-"""Names in, text embeddings out: synonyms, prompt templates, and a cache so that text is encoded once."""
+"""Names in, text vectors out: synonyms and prompt templates."""
 
 import copy
 import hashlib
 import json
-import logging
-import os
-import tempfile
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +11,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastzs.clip.templates import TEMPLATES
 from fastzs.clip.weights import Clip
-from fastzs.trace import traced
+from fastzs.text_cache import encode
 
 if TYPE_CHECKING:
     from fastzs.models.base import SegmentationModel
-
-log = logging.getLogger(__name__)
-_memory: dict[str, Tensor] = {}
 
 
 class Vocabulary:
@@ -105,8 +96,7 @@ class Vocabulary:
     def embed(self, clip: Clip, default_templates: str = "single") -> Tensor:
         """Text embeddings of every phrase, fp32 [phrases, D] (of every class, [C, D], with ``synonyms="mean"``).
 
-        Embeddings come from memory, then from the folder ``$FASTZS_CACHE`` (``~/.cache/fastzs``), then from the
-        text tower, which is not even loaded unless it is needed.
+        Every phrase is encoded once, see :mod:`fastzs.text_cache`.
 
         Raises:
             ValueError: given embeddings are not ``clip.embed_dim`` wide.
@@ -120,7 +110,7 @@ class Vocabulary:
                 )
             return self.embeddings
         templates = self.templates or TEMPLATES[clip.templates or default_templates]
-        vectors = _encode(clip, templates, self.phrases)
+        vectors = encode(clip, templates, self.phrases)
         if self.synonyms == "mean" and len(self.phrases) > len(self.names):
             mean = torch.zeros(len(self), vectors.shape[1]).index_add_(0, self.groups, vectors)
             return F.normalize(mean, dim=-1)
@@ -233,59 +223,3 @@ def _embeddings(given: Tensor | np.ndarray | str | Path, count: int) -> Tensor:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _encode(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Tensor:
-    content = json.dumps([clip.fingerprint, list(templates), list(phrases)])
-    key = hashlib.sha256(content.encode()).hexdigest()
-    if key in _memory:
-        return _memory[key]
-    path = cache_folder() / "text" / f"{key}.safetensors"
-    vectors = _read_cache(path)
-    if vectors is None:
-        vectors = _run_tower(clip, templates, phrases)
-        _write_cache(path, vectors)
-    _memory[key] = vectors
-    return vectors
-
-
-@traced("model.text")
-def _run_tower(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Tensor:
-    encoder = clip.text()
-    at_once = max(1, 256 // len(templates))
-    starts = range(0, len(phrases), at_once)
-    quiet = len(phrases) * len(templates) < 2000
-    rows = []
-    for start in track(starts, "encoding names", console=Console(stderr=True), disable=quiet, transient=True):
-        some = phrases[start : start + at_once]
-        texts = [template.replace("{}", phrase) for phrase in some for template in templates]
-        vectors = encoder.encode(texts).cpu().unflatten(0, (len(some), len(templates)))
-        rows.append(F.normalize(vectors.mean(1), dim=-1))
-    return torch.cat(rows)
-
-
-def cache_folder() -> Path:
-    """Where embeddings are kept: ``$FASTZS_CACHE``, else ``$XDG_CACHE_HOME/fastzs``, else ``~/.cache/fastzs``."""
-    if folder := os.environ.get("FASTZS_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastzs"
-
-
-def _read_cache(path: Path) -> Tensor | None:
-    if not path.is_file():
-        return None
-    try:
-        return load_file(path)["embeddings"]
-    except Exception as error:
-        log.warning("%s is damaged (%s) and will be written again", path, error)
-        return None
-
-
-def _write_cache(path: Path, vectors: Tensor) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            save_file({"embeddings": vectors.contiguous()}, Path(folder) / path.name)
-            (Path(folder) / path.name).replace(path)
-    except OSError as error:
-        log.warning("text embeddings are not kept: %s", error)

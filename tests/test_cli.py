@@ -28,7 +28,8 @@ class FakeSegmenter:
 
     def __init__(self, model, **settings):
         FakeSegmenter.loaded = {"model": model, **settings}
-        self.model = SimpleNamespace(clip=SimpleNamespace(fingerprint="fake", backbone=settings["backbone"]))
+        clip = SimpleNamespace(fingerprint="fake", source="shapes", backbone=settings["backbone"])
+        self.model = SimpleNamespace(clip=clip)
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.short_side, self.crop, self.stride = settings["short_side"], settings["crop"], settings["stride"]
 
@@ -42,7 +43,7 @@ class FakeSegmenter:
 
 @pytest.fixture
 def fake(monkeypatch):
-    monkeypatch.setattr("fastzs.segmenter.load", FakeSegmenter)
+    monkeypatch.setattr("fastzs.loading.load", FakeSegmenter)
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ class TestSegment:
         assert run["vocabulary"]["hash"] == fastzs.Vocabulary(["cat", "dog"]).hash
         assert run["versions"]["torch"]
         assert run["device"]["device"] == "cpu"
-        assert run["weights"] == {"name": "openai", "backbone": "ViT-B-16", "fingerprint": "fake"}
+        assert run["weights"] == {"name": "shapes", "backbone": None, "fingerprint": "fake"}
         assert run["settings"]["overlay"] is True
         assert run["started"] <= run["finished"]
 
@@ -319,7 +320,7 @@ class TestSegment:
         def defect(model, **settings):
             raise ZeroDivisionError
 
-        monkeypatch.setattr("fastzs.segmenter.load", defect)
+        monkeypatch.setattr("fastzs.loading.load", defect)
         with pytest.raises(ZeroDivisionError):
             main(["segment", str(pictures), "--classes", "a", "--output", str(tmp_path / "o")])
 

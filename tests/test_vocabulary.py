@@ -1,8 +1,13 @@
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+
 import numpy as np
 import pytest
 import torch
 
-from fastzs import clip, vocabulary
+from fastzs import clip, text_cache
 from fastzs.models.base import join
 from fastzs.vocabulary import Vocabulary
 from tests.tiny import tiny_clip
@@ -11,7 +16,7 @@ from tests.tiny import tiny_clip
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
-    vocabulary._memory.clear()
+    text_cache._memory.clear()
     return tmp_path / "cache"
 
 
@@ -67,7 +72,7 @@ def test_embedding_is_the_normalised_mean_of_normalised_templates(weights):
 
 def test_second_run_never_meets_the_text_tower(weights, cache, monkeypatch):
     first = Vocabulary(["cat", "dog"], "single").embed(weights)
-    vocabulary._memory.clear()  # as in a new process
+    text_cache._memory.clear()  # as in a new process
 
     def forbidden(self):
         raise AssertionError("the text tower was asked")
@@ -82,14 +87,30 @@ def test_second_run_never_meets_the_text_tower(weights, cache, monkeypatch):
         Vocabulary(["cat", "dog"], "single").embed(tiny_clip(fingerprint="other"))
 
 
+def files(cache):
+    return list((cache / "text").iterdir())
+
+
 def test_damaged_cache_is_written_again(weights, cache, caplog):
     first = Vocabulary(["cat"], "single").embed(weights)
-    (file,) = (cache / "text").iterdir()
-    file.write_bytes(b"rubbish")
-    vocabulary._memory.clear()
-    assert torch.equal(Vocabulary(["cat"], "single").embed(weights), first)
-    assert "damaged" in caplog.text
-    assert file.read_bytes() != b"rubbish"
+    (file,) = files(cache)
+    file.write_bytes(b"rubbish" * 1000)
+    for _ in range(2):
+        text_cache._memory.clear()
+        assert torch.equal(Vocabulary(["cat"], "single").embed(weights), first)
+    (record,) = caplog.records
+    assert "is damaged" in record.message
+    assert files(cache) == [file]
+
+
+def test_a_damaged_vector_is_encoded_again(weights, cache):
+    first = Vocabulary(["cat"], "single").embed(weights)
+    (file,) = files(cache)
+    for bad in (b"", b"123", np.full(24, np.nan, "<f4").tobytes(), np.zeros(7, "<f4").tobytes()):
+        with closing(sqlite3.connect(file)) as connection, connection:
+            connection.execute("UPDATE vectors SET vector = ?", (bad,))
+        text_cache._memory.clear()
+        assert torch.equal(Vocabulary(["cat"], "single").embed(weights), first)
 
 
 def test_cache_that_cannot_be_written_is_only_a_warning(weights, tmp_path, monkeypatch, caplog):
@@ -97,6 +118,60 @@ def test_cache_that_cannot_be_written_is_only_a_warning(weights, tmp_path, monke
     monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "file" / "below"))
     Vocabulary(["cat"], "single").embed(weights)
     assert "not kept" in caplog.text
+
+
+def test_no_home_folder_is_needed(weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("FASTZS_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an account that has none
+    assert Vocabulary(["cat"], "single").embed(weights).shape == (1, 24)
+
+
+def test_only_new_phrases_meet_the_text_tower(weights, monkeypatch):
+    asked = []
+    run = text_cache._run_tower
+    monkeypatch.setattr(
+        text_cache, "_run_tower", lambda clip, templates, some: asked.append(some) or run(clip, templates, some)
+    )
+    rows = Vocabulary(["cat", "dog"], "single").embed(weights)
+    more = Vocabulary(["dog", "bird", {"cat": ["kitten"]}], "single").embed(weights)
+    assert asked == [["cat", "dog"], ["bird", "kitten"]]
+    assert torch.equal(more[[2, 0]], rows)
+    Vocabulary(["cat"], "single").with_class("background", ["dog", "wall"]).embed(weights)
+    assert asked[2:] == [["wall"]]
+
+
+def test_memory_is_bounded(weights, monkeypatch):
+    monkeypatch.setattr(text_cache, "MOST", 3)
+    for i in range(5):
+        Vocabulary([f"thing {i}", "cat"], "single").embed(weights)
+    assert [phrase for _, phrase in text_cache._memory] == ["thing 3", "thing 4", "cat"]
+    assert Vocabulary([f"thing {i}" for i in range(5)], "single").embed(weights).shape == (5, 24)
+
+
+def test_vectors_are_ordinary_tensors(weights):
+    with torch.inference_mode():
+        rows = Vocabulary(["cat", "dog"], "single").embed(weights)
+        assert not any(vector.is_inference() for vector in text_cache._memory.values())
+    text_cache._memory.clear()
+    layer = torch.nn.Linear(24, 1)
+    layer(Vocabulary(["cat", "dog"], "single").embed(weights)).sum().backward()  # refused for inference tensors
+    assert rows.shape == (2, 24)
+
+
+@pytest.mark.slow
+def test_many_processes_write_one_file(cache):
+    code = (
+        "import sys; from fastzs.vocabulary import Vocabulary; from tests.tiny import tiny_clip;"
+        "Vocabulary(['cat', f'thing {sys.argv[1]}'], 'single').embed(tiny_clip())"
+    )
+    running = [subprocess.Popen([sys.executable, "-c", code, str(i)], stderr=subprocess.PIPE) for i in range(3)]
+    assert [process.communicate()[1] for process in running] == [b""] * 3
+    (file,) = files(cache)
+    with closing(sqlite3.connect(file)) as connection:
+        kept = {phrase for (phrase,) in connection.execute("SELECT phrase FROM vectors")}
+    assert kept == {"cat", "thing 0", "thing 1", "thing 2"}
 
 
 def test_synonyms_join_by_max_of_logits_or_mean_of_embeddings(weights):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastzs.clip import frozen
 from fastzs.clip.frozen import QUICK_GELU
+from fastzs.clip.packable import Packable
 from fastzs.trace import traced
 
 
@@ -116,7 +117,7 @@ def plain_mlp(width: int, hidden: int, activation: nn.Module) -> nn.Sequential:
     return mlp
 
 
-class Block(nn.Module):
+class Block(Packable):
     """Transformer block.
 
     Args:

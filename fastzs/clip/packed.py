@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastzs.clip.blocks import GatedMlp
 from fastzs.clip.frozen import QUICK_GELU
+from fastzs.clip.packable import Packable
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
 
 
@@ -99,21 +100,23 @@ def packed_mlp(mlp: nn.Sequential | GatedMlp, onednn: bool) -> nn.Module:
 
 @torch.no_grad()
 def pack(model: nn.Module) -> None:
-    """Pack the blocks of the vision transformers inside ``model``, one after the other, dropping their weights.
+    """Pack the blocks of the vision transformers inside ``model``, for evaluation on a CPU.
 
-    For models in evaluation on a CPU. They then stay there and in their dtype, are not trained, and cannot be saved.
+    The packed weights stand beside the plain ones, see :class:`fastzs.clip.packable.Packable`; :func:`unpack` drops
+    them. Weights that are written to by hand have to be packed anew.
     """
     for tower in model.modules():
         if isinstance(tower, VisionTransformer):
             onednn = onednn_pays(tower.dtype)
             for block in tower.blocks:
-                block.attn = PackedAttention(block.attn, onednn)
-                block.mlp = packed_mlp(block.mlp, onednn)  # pyright: ignore[reportAttributeAccessIssue]
-            tower.register_state_dict_pre_hook(_refuse_to_save)
+                block.unpack()
+                block.stand_in(
+                    {"attn": PackedAttention(block.attn, onednn), "mlp": packed_mlp(block.mlp, onednn).eval()}
+                )
 
 
-def _refuse_to_save(tower, *_):
-    raise RuntimeError(
-        "this model's tower is packed for inference on the CPU and cannot be saved; "
-        "save it as fastzs.models made it, before fastzs.load or pack"
-    )
+def unpack(model: nn.Module) -> None:
+    """Undo :func:`pack`."""
+    for module in model.modules():
+        if isinstance(module, Packable):
+            module.unpack()

@@ -17,11 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastzs.errors import FastzsError
+
 _LFS = b"version https://git-lfs"
 _SAVED = (b"PK", b"\x80")  # how what torch.save wrote begins: an archive, or a pickle
 
 
-class WeightsError(ValueError):
+class WeightsError(FastzsError, ValueError):
     """Weights that cannot be found, read or fitted; the message says which and what to do."""
 
 

@@ -2,7 +2,8 @@
 
 import json
 import time
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +13,6 @@ from jsonargparse import ArgumentParser, Namespace
 from fastzs import __version__
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fastzs.data.protocols import Protocol
     from fastzs.evaluate import AnyDataset
     from fastzs.folds import FoldScores
@@ -43,9 +42,9 @@ def parser() -> ArgumentParser:
     add("--overlays", action="store_true", help="also write the labels drawn over each picture")
     add("--plots", action="store_true", help="also write bars of the IoU and the confusion matrix (needs matplotlib)")
     add("--predictions", type=str | None, help="score the label maps NAME.png of this folder instead of a model")
-    add("--model", type=str, default="maskclip", help="model")
-    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
-    add("--weights", type=str, default="openai", help="as for fastzs segment")
+    add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
+    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
+    add("--weights", type=str | None, help="as for fastzs segment")
     add("--checkpoint", type=str | None, help="trained model: file, folder, hub id")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
     add("--words", type=str | None, help="YAML file with other names, or synonyms, for the classes, in their order")
@@ -98,7 +97,6 @@ def run(config: Namespace) -> int:
 
 def _evaluate(config: Namespace, folder: Path | None) -> int:
     protocol = _protocol(config)
-    from rich.console import Console
 
     from fastzs import ranks
     from fastzs.devices import choose_device
@@ -107,13 +105,13 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
     device = ranks.join(choose_device(config.device))
     try:
         dataset = _dataset(config, protocol)
-        console = Console(stderr=True, quiet=ranks.rank() > 0)
+        shown = ranks.rank() == 0
         begun = time.monotonic()
         about: dict[str, Any] = {"pictures": len(dataset), "processes": ranks.world()}
         overlays = folder / "overlays" if folder is not None and config.overlays else None
         if config.against is not None:
             segmenter = _segmenter(config, str(device))
-            found = _score_fold(segmenter, config, dataset, protocol, console)
+            found = _score_fold(segmenter, config, dataset, protocol, shown)
             if ranks.rank() == 0:
                 _show_fold(found, protocol, dataset, config.model)
                 if folder is not None:
@@ -121,12 +119,12 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
                     _write(folder, protocol, dataset, about, [asdict(found)])
             return 0
         if config.predictions is not None:
-            matrices = {0.0: _score_folder(config.predictions, dataset, protocol, overlays, console)}
+            matrices = {0.0: _score_folder(config.predictions, dataset, protocol, overlays, shown)}
             about |= {"predictions": config.predictions}
         else:
             segmenter = _segmenter(config, str(device))
             vocabulary = _vocabulary(config, protocol)
-            matrices = _score_model(segmenter, vocabulary, config, dataset, protocol, overlays, console)
+            matrices = _score_model(segmenter, vocabulary, config, dataset, protocol, overlays, shown)
             about |= _about(segmenter, config)
             about |= {"vocabulary": {"hash": vocabulary.hash, "phrases": list(vocabulary.phrases)}}
         about |= {"seconds": round(time.monotonic() - begun, 3)}
@@ -178,22 +176,19 @@ def _dataset(config: Namespace, protocol: "Protocol") -> "AnyDataset":
 def _segmenter(config: Namespace, device: str) -> "Segmenter":
     import fastzs
 
-    try:
-        return fastzs.load(
-            config.model,
-            backbone=config.backbone,
-            weights=config.weights,
-            checkpoint=config.checkpoint,
-            device=device,
-            precision=config.precision,
-            short_side=config.short_side,
-            crop=config.crop,
-            stride=config.stride,
-            batch=config.batch,
-            **config.options,
-        )
-    except TypeError as error:  # of a name among the options that the model does not have
-        raise ValueError(f"--options {config.options}: {error}") from error
+    return fastzs.load(
+        config.model,
+        backbone=config.backbone,
+        weights=config.weights,
+        checkpoint=config.checkpoint,
+        device=device,
+        precision=config.precision,
+        short_side=config.short_side,
+        crop=config.crop,
+        stride=config.stride,
+        batch=config.batch,
+        **config.options,
+    )
 
 
 def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
@@ -210,11 +205,11 @@ def _read_classes(path: str) -> list:
 
 
 def _score_folder(
-    predictions: str, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None, console: "Console"
+    predictions: str, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None, shown: bool
 ) -> "ConfusionMatrix":
     from fastzs.evaluate import evaluate_predictions
 
-    with _progress(console, dataset, protocol, overlays) as step:
+    with _progress(shown, dataset, protocol, overlays) as step:
         return evaluate_predictions(predictions, dataset, protocol, step=step)
 
 
@@ -225,71 +220,48 @@ def _score_model(
     dataset: "AnyDataset",
     protocol: "Protocol",
     overlays: Path | None,
-    console: "Console",
+    shown: bool,
 ) -> "dict[float, ConfusionMatrix]":
     from fastzs.evaluate import evaluate
 
     given = config.calibration
     constants = [given] if isinstance(given, float | int) else given
-    with _progress(console, dataset, protocol, overlays) as step:
+    with _progress(shown, dataset, protocol, overlays) as step:
         return evaluate(
             segmenter, dataset, protocol, vocabulary, calibrations=constants, workers=config.workers, step=step
         )
 
 
 def _score_fold(
-    segmenter: "Segmenter", config: Namespace, dataset: "AnyDataset", protocol: "Protocol", console: "Console"
+    segmenter: "Segmenter", config: Namespace, dataset: "AnyDataset", protocol: "Protocol", shown: bool
 ) -> "FoldScores":
     from fastzs.folds import evaluate_fold
 
     if not protocol.unseen:
         raise ValueError(f"--against scores unseen classes, but protocol {protocol.name} has none")
     classes = [protocol.classes[i] for i in protocol.unseen]
-    progress = _progress(console, dataset, protocol, None)
-    with progress:
-        return evaluate_fold(
-            segmenter, dataset, classes, others=config.against, templates=config.templates, step=progress.advance
-        )
+    with _progress(shown, dataset, protocol, None) as step:
+        return evaluate_fold(segmenter, dataset, classes, others=config.against, templates=config.templates, step=step)
 
 
-class _progress:
-    """Bar with counts, rate and time left on stderr; gives the step that moves it and writes overlays."""
+@contextmanager
+def _progress(
+    shown: bool, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None
+) -> "Iterator[Callable[..., None]]":
+    """A bar, and the step that moves it and writes overlays."""
+    from fastzs import ranks
+    from fastzs.evaluate import save_overlay
+    from fastzs.progress import ProgressBar
 
-    def __init__(self, console: "Console", dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with ProgressBar(f"evaluating {protocol.name}", "picture", shown=shown) as progress:
+        progress.start(len(range(ranks.rank(), len(dataset), ranks.world())))
 
-        from fastzs import ranks
+        def step(name: str = "", picture: Any = None, labels: Any = None) -> None:
+            if overlays is not None:
+                save_overlay(overlays, name, picture, labels, protocol)
+            progress.advance()
 
-        columns = (
-            TextColumn(f"evaluating {protocol.name}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-        )
-        self.bar = Progress(*columns, console=console)
-        mine = len(range(ranks.rank(), len(dataset), ranks.world()))
-        self.task = self.bar.add_task("", total=mine, rate="")
-        self.protocol, self.overlays = protocol, overlays
-
-    def __enter__(self):
-        self.bar.start()
-        return self._step
-
-    def __exit__(self, *problem) -> None:
-        self.bar.stop()
-
-    def _step(self, name, picture, labels) -> None:
-        from fastzs.evaluate import save_overlay
-
-        if self.overlays is not None:
-            save_overlay(self.overlays, name, picture, labels, self.protocol)
-        self.advance()
-
-    def advance(self) -> None:
-        speed = self.bar.tasks[0].speed
-        self.bar.update(self.task, advance=1, rate=f"{speed:.1f} pictures/s" if speed else "")
+        yield step
 
 
 def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
@@ -301,7 +273,7 @@ def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
         "options": dict(config.options),
         "checkpoint": config.checkpoint,
         "fingerprint": getattr(segmenter.model, "fingerprint", "") or None,
-        "weights": config.weights,
+        "weights": segmenter.model.weights,
         "precision": str(segmenter.dtype).removeprefix("torch."),
         "short_side": segmenter.short_side,
         "crop": segmenter.crop,

@@ -15,7 +15,7 @@ def parser() -> ArgumentParser:
     )
     add = options.add_argument
     add("model", type=str, help="maskclip, clip_rc, ...")
-    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
+    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; ViT-B-16 if omitted")
     add("--weights", type=str, default="random", help="the work is the same with random weights")
     add("--checkpoint", type=str | None, help="of models that are trained")
     add("--size", type=int, default=512, help="side of the picture in pixels")
@@ -39,7 +39,7 @@ def run(config: Namespace) -> int:
 
     import torch
 
-    from fastzs.segmenter import load
+    from fastzs.loading import load
     from fastzs.trace import torch_ranges
     from fastzs.vocabulary import Vocabulary
 
@@ -48,7 +48,7 @@ def run(config: Namespace) -> int:
     segmenter = load(
         config.model,
         backbone=config.backbone,
-        weights=config.weights,
+        weights=config.weights if config.checkpoint is None else None,
         checkpoint=config.checkpoint,
         device=config.device,
         precision=config.precision,

@@ -35,13 +35,13 @@ def parser() -> ArgumentParser:
     add("--output", type=str, required=True, help="folder for the results")
     add("--overlay", action="store_true", help="also write the labels drawn over the picture, with a legend")
     add("--coco", action="store_true", help="also write COCO run-length masks as JSON")
-    add("--model", type=str, default="maskclip", help="model")
-    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
+    add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
+    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
     add(
         "--weights",
-        type=str,
-        default="openai",
-        help="open_clip's name of weights; 'shapes', the small model that is built in; 'random'; a file or folder",
+        type=str | None,
+        help="open_clip's name of weights (openai if omitted); 'shapes', the small model that is built in; 'random'; a "
+        "file or folder",
     )
     add(
         "--checkpoint",
@@ -81,10 +81,7 @@ class Job:
         """Loaded when it is first asked for."""
         import fastzs
 
-        try:
-            return fastzs.load(**self.load)
-        except TypeError as error:  # of a name among the options that the model does not have
-            raise ValueError(f"--options: {error}") from error
+        return fastzs.load(**self.load)
 
     def facts(self) -> dict[str, Any]:
         """What came of the settings in the process that was asked: the loaded model, its device, versions."""
@@ -95,6 +92,7 @@ class Job:
         return {
             "checkpoint": self.load["checkpoint"] and getattr(model, "fingerprint", self.load["checkpoint"]),
             "weights": model.clip.fingerprint,
+            "source": model.clip.source,
             "backbone": model.clip.backbone,
             "precision": str(self.segmenter.dtype),
             **{name: getattr(self.segmenter, name) for name in ("short_side", "crop", "stride")},
@@ -146,6 +144,7 @@ def _segment(
     share: tuple[int, int],
 ) -> int:
     """Segment the pictures and keep the record."""
+    from fastzs.progress import ProgressBar
     from fastzs.runs import Outcome, segment_pictures, settings_hash, write_record
 
     folder, vocabulary = Path(config.output), job.vocabulary
@@ -171,7 +170,7 @@ def _segment(
         "settings": {key: value for key, value in config.as_dict().items() if key != "config"},
         "settings_hash": settings,
         "decisive_settings": decisive,
-        "weights": {"name": config.weights, "backbone": facts["backbone"], "fingerprint": facts["weights"]},
+        "weights": {"name": facts["source"], "backbone": facts["backbone"], "fingerprint": facts["weights"]},
         "vocabulary": {"hash": vocabulary.hash, "names": list(vocabulary.names)},
         "device": facts["device"],
         "precision": facts["precision"].removeprefix("torch."),
@@ -189,15 +188,25 @@ def _segment(
 
     outcome = Outcome(0)
     try:
-        with _Progress(shown=share[0] == 0) as progress:
+        with ProgressBar("segmenting", "picture", shown=share[0] == 0) as progress:
+
+            def step(picture: Path, problem: str | None) -> None:
+                if problem is not None:
+                    progress.say(f"failed: {problem}")
+                progress.advance()
+
+            def start(outcome: Outcome) -> None:
+                if todo := outcome.found - outcome.skipped:
+                    progress.start(todo)
+
             segment_pictures(
                 pictures,
                 job,
                 folder,
                 settings,
                 also=[extra for extra in ("overlay", "coco") if config[extra]],
-                start=progress.start_with,
-                step=progress.step,
+                start=start,
+                step=step,
                 outcome=outcome,
                 share=share,
                 through=map if actors is None else actors.map,
@@ -315,43 +324,3 @@ def _check_coco(wanted: bool) -> None:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class _Progress:
-    """Bar with counts, rate and time left on stderr; problems are printed above it."""
-
-    def __init__(self, shown: bool):
-        self.shown = shown
-
-    def __enter__(self) -> "_Progress":
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.bar = Progress(
-            TextColumn("segmenting"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=Console(stderr=True),
-            disable=not self.shown,
-        )
-        self.bar.start()
-        return self
-
-    def __exit__(self, *problem) -> None:
-        self.bar.stop()
-
-    def start_with(self, outcome) -> None:
-        if todo := outcome.found - outcome.skipped:
-            self.task = self.bar.add_task("", total=todo, rate="")
-
-    def step(self, picture: Path, problem: str | None) -> None:
-        if problem is not None:
-            self.bar.console.print(f"failed: {problem}", style="red", markup=False, highlight=False, soft_wrap=True)
-        self.bar.advance(self.task)
-        speed = self.bar.tasks[0].speed
-        if speed:
-            rate = f"{speed:.1f} pictures/s" if speed >= 1 else f"{1 / speed:.1f} s/picture"
-            self.bar.update(self.task, rate=rate)

@@ -46,8 +46,8 @@ def parser() -> ArgumentParser:
     add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
     add("--templates", type=str | None, help="named prompt templates")
     add("--model", type=str, default="clip_rc", help="model")
-    add("--backbone", type=str, default="ViT-B-16", help="CLIP architecture, as open_clip calls it")
-    add("--weights", type=str, default="openai", help="as for fastzs segment")
+    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
+    add("--weights", type=str | None, help="as for fastzs segment")
     add("--start", type=str | None, help="checkpoint whose weights to start from: file, folder, hub id")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.prompts=10")
     add("--losses", type=dict[str, Any], default={}, help="weights of the loss's parts, as --losses.focal=100")
@@ -143,8 +143,8 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
                 "data": dataset.what,
                 "vocabulary": vocabulary.hash,
                 "model": config.model,
-                "backbone": config.backbone,
-                "weights": config.weights,
+                "backbone": model.backbone_name,
+                "weights": model.weights,
                 "start": config.start,
                 "options": config.options,
                 "transform": config.transform,
@@ -221,26 +221,27 @@ def _evaluation(
 
 
 def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
-    from fastzs.models.trained import TrainedModel
-    from fastzs.segmenter import MODELS
+    from fastzs.loading import check_options
+    from fastzs.registry import systems
 
-    trained = {name: kind for name, kind in MODELS.items() if issubclass(kind, TrainedModel)}
+    trained = {name: entry for name, entry in systems().items() if entry.trained}
     if config.model not in trained:
         raise ValueError(f"there is no model {config.model!r} to train; there are {', '.join(trained)}")
-    kind: Any = trained[config.model]
-    options = dict(config.options)
-    _check_arguments(kind, options, "options")
+    entry, options = trained[config.model], dict(config.options)
+    check_options(entry, options)
+    given = {name: config[name] for name in ("backbone", "weights") if config[name] is not None}
     # The scores of classes that were trained with labels are lowered in testing, as published.
     options["seen"] = [protocol.classes[i] for i in protocol.seen] if recipe.setting == "inductive" else None
+    kind: Any = entry.kind
     if config.start is None:
-        return kind(backbone=config.backbone, weights=config.weights, **options)
-    return kind.open(config.start, **options)
+        return kind(**given, **options)
+    return kind.open(config.start, **given, **options)
 
 
 def _check_arguments(function: Callable, given: Mapping[str, Any], what: str, reserved: Collection[str] = ()) -> None:
     taken = inspect.signature(function).parameters.values()
-    names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY or (what == "options" and p.kind is not p.VAR_KEYWORD)]
-    check_keys(given, [name for name in names if name not in reserved], f"--{what}")
+    names = [p.name for p in taken if p.kind is p.KEYWORD_ONLY and p.name not in reserved]
+    check_keys(given, names, f"--{what}")
 
 
 def _tuple(value: Any) -> Any:

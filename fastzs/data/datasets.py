@@ -28,6 +28,7 @@ from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from fastzs.cache import cache_folder
 from fastzs.data import shapes
 from fastzs.data.classes import ADE20K, CAMVID, COCO_STUFF, CONTEXT, VOC
 from fastzs.data.label_ids import stuff_labels
@@ -36,7 +37,6 @@ from fastzs.data.masks import DataError, Labels, Meaning, read_mask
 from fastzs.data.protocols import WIDE_IGNORE, Protocol
 from fastzs.files import check_file, read_text, write_atomically
 from fastzs.pictures import HEIF, SUFFIXES, PictureError, know_heif, read_picture, visible_files
-from fastzs.vocabulary import cache_folder
 
 Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
 TOLD = 5  # problems that a message names; the rest are counted

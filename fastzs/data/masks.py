@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from fastzs.data.protocols import IGNORE, WIDE_IGNORE, ignore_label
+from fastzs.errors import FastzsError
 from fastzs.files import check_file
 
 SUFFIXES = frozenset((".png", ".tif", ".tiff", ".bmp", ".gif", ".webp"))
@@ -14,7 +15,7 @@ VALUES = 65536
 Meaning = Mapping[int | tuple[int, int, int], int | None]
 
 
-class DataError(ValueError):
+class DataError(FastzsError, ValueError):
     """A data set that cannot be used as it is; the message names the files and counts them."""
 
 

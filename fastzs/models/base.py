@@ -107,6 +107,7 @@ class SegmentationModel(nn.Module):
         class_options: attributes that hold classes by name or index, which training turns into indices and passes to
             :meth:`losses` under the same names.
         transductive: whether there is transductive training.
+        weights: what the weights of its CLIP were called when it was made.
         fingerprint: identifies the weights, for run records and kept features.
     """
 
@@ -127,6 +128,7 @@ class SegmentationModel(nn.Module):
     class_options: ClassVar[tuple[str, ...]] = ()
     transductive: ClassVar[bool] = False
     fingerprint: str = ""
+    weights: str = ""
 
     _clip: "Clip | None" = None
 

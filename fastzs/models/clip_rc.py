@@ -24,7 +24,8 @@ from fastzs.clip import WeightsError
 from fastzs.decoders import DecoderLayer, Layers, RelationDescriptor, scores
 from fastzs.models.base import Labels
 from fastzs.models.prompt_tuned import PromptFeatures, PromptTuned
-from fastzs.models.trained import count_layers
+from fastzs.models.trained import OWN, count_layers
+from fastzs.registry import register
 from fastzs.trace import traced
 
 
@@ -71,6 +72,14 @@ class Streams(NamedTuple):
     features: Tensor  # Z after the last layer, [B, N, D]
 
 
+@register(
+    "clip_rc",
+    paper="CLIP-RC (Zhang et al., CVPR 2024)",
+    does="CLIP with region tokens once over each window, three layers in both directions",
+    trained="prompts in a frozen CLIP ViT, a decoder of two streams",
+    needs="masks of the seen classes",
+    checkpoints=f"published .pth (mmcv), {OWN}",
+)
 class ClipRC(PromptTuned):
     """CLIP-RC on any CLIP ViT, for pictures of any size, any bridge and vocabularies of any length.
 

@@ -34,8 +34,9 @@ from fastzs.clip.vision import mlp_ratio, vit_sizes
 from fastzs.decoders.dpt import DPTDecoder, Readout, Reassemble, SpatialBlock, double
 from fastzs.losses import pixel_cross_entropy
 from fastzs.models.base import Features, Labels
-from fastzs.models.trained import TrainedModel, count_layers
+from fastzs.models.trained import OWN, TrainedModel, count_layers
 from fastzs.ops import pixel_text_logits
+from fastzs.registry import register
 from fastzs.trace import span, traced
 
 LOGIT_SCALE = 1 / 0.07
@@ -106,6 +107,14 @@ class PixelFeatures(Features):
         return F.normalize(self.pixels.to(torch.promote_types(self.pixels.dtype, torch.float32)), dim=1)
 
 
+@register(
+    "lseg",
+    paper="LSeg (Li et al., ICLR 2022)",
+    does="a ViT over each window, a DPT decoder to half its size, cosines with the text",
+    trained="a whole ViT and a DPT decoder; the text tower is frozen",
+    needs="masks of the seen classes",
+    checkpoints=f"published .ckpt (Lightning), {OWN}",
+)
 class LSeg(TrainedModel):
     """LSeg for pictures of any size and any label set.
 
@@ -136,6 +145,7 @@ class LSeg(TrainedModel):
 
     activation = "softmax"
     default_templates = "raw"
+    file_options = ("heads",)
     opaque = ("pytorch_lightning", "lightning", "argparse", "omegaconf", "numpy")
 
     def __init__(

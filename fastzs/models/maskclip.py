@@ -22,6 +22,7 @@ from torch import Tensor
 from fastzs.clip import Clip
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, SegmentationModel
 from fastzs.ops import key_smoothing, pixel_text_logits, prompt_denoising
+from fastzs.registry import register
 from fastzs.trace import traced
 
 LOGIT_SCALE = 100.0
@@ -41,6 +42,14 @@ class DenseFeatures(Features):
         return F.normalize(self.patches.to(torch.promote_types(self.patches.dtype, torch.float32)), dim=1)
 
 
+@register(
+    "maskclip",
+    paper="MaskCLIP (Zhou et al., ECCV 2022)",
+    does="CLIP once over the image, its last block read per patch, cosines with the text",
+    trained="",
+    needs="any CLIP",
+    checkpoints="CLIP weights: open_clip tags, hub ids, files; MaskCLIP's converted .pth",
+)
 class MaskCLIP(SegmentationModel):
     """Training-free dense CLIP.
 
@@ -93,6 +102,7 @@ class MaskCLIP(SegmentationModel):
             raise ValueError(f"MaskCLIP: denoising is a probability, got {denoising}")
         if not 0 < smoothing_threshold <= 1:
             raise ValueError(f"MaskCLIP: smoothing_threshold is a probability above 0, got {smoothing_threshold}")
+        self.weights = clip.source
         self._clip, self.text_dim, self.fingerprint = clip, clip.embed_dim, clip.fingerprint
         self.kind, self.residual, self.ffn = dense, residual, ffn
         self.smoothing, self.smoothing_threshold, self.denoising = smoothing, smoothing_threshold, denoising

@@ -38,8 +38,9 @@ from fastzs.decoders.deeplab import DeepLab
 from fastzs.losses import inductive_target, pixel_cross_entropy
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
 from fastzs.models.maskclip import LOGIT_SCALE, MaskCLIP
-from fastzs.models.trained import TrainedModel
+from fastzs.models.trained import OWN, TrainedModel
 from fastzs.ops import label_map
+from fastzs.registry import register
 from fastzs.trace import traced
 
 UNLABELLED = -1
@@ -65,6 +66,14 @@ class NetworkFeatures(Features):
         return F.normalize(self.maps.to(torch.promote_types(self.maps.dtype, torch.float32)), dim=1)
 
 
+@register(
+    "maskclip_plus",
+    paper="MaskCLIP+ (Zhou et al., ECCV 2022)",
+    does="a ResNet once, products with the text; no CLIP",
+    trained="a DeepLabV2 or V3+ (ResNet), or any network",
+    needs="masks of the seen classes and where the unseen are, or no masks; MaskCLIP as its teacher",
+    checkpoints=OWN,
+)
 class MaskCLIPPlus(TrainedModel):
     """MaskCLIP+ for pictures of any size and any vocabulary.
 

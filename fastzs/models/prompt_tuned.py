@@ -64,6 +64,7 @@ class PromptTuned(TrainedModel):
     """
 
     activation = "sigmoid"
+    file_options = ("heads",)
     transductive = True
     other: str  # a sentence for checkpoints of the other model
     mark: str  # a parameter that tells this model's checkpoints from the other's

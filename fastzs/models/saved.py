@@ -62,6 +62,29 @@ def read_config(folder: Path, kind: type) -> dict[str, Any]:
     Raises:
         WeightsError: there are none, they are of another kind or damaged, or hold what the kind does not know.
     """
+    path, config = folder / CONFIG, _read(folder)
+    written = config.pop(MODEL, kind.__name__)
+    if written != kind.__name__:
+        raise WeightsError(f"checkpoint {folder}: it is a {written}, not a {kind.__name__}; load it as that model")
+    known = [name for name in inspect.signature(kind).parameters]
+    for key in config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; nearest known: {near[0]!r}" if near else "; is it a checkpoint of another model?"
+            raise WeightsError(f"{path}: {kind.__name__} has no setting {key!r}{hint}")
+    return config
+
+
+def kind_name(folder: Path) -> str | None:
+    """Name of the class of a saved model; None of models that were saved before it was written.
+
+    Raises:
+        WeightsError: there are no settings, or they are damaged.
+    """
+    return _read(folder).get(MODEL)
+
+
+def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         config = json.loads(read_text(path))
@@ -76,15 +99,6 @@ def read_config(folder: Path, kind: type) -> dict[str, Any]:
         raise WeightsError(f"{path}: is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path}: expected a mapping of settings, got {type(config).__name__}")
-    written = config.pop(MODEL, kind.__name__)
-    if written != kind.__name__:
-        raise WeightsError(f"checkpoint {folder}: it is a {written}, not a {kind.__name__}; load it as that model")
-    known = [name for name in inspect.signature(kind).parameters]
-    for key in config:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; nearest known: {near[0]!r}" if near else "; is it a checkpoint of another model?"
-            raise WeightsError(f"{path}: {kind.__name__} has no setting {key!r}{hint}")
     return config
 
 

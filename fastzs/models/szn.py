@@ -36,8 +36,9 @@ from fastzs.clip import WeightsError
 from fastzs.decoders.fcn import CONVOLUTIONS, FCN, OFFSET, STRIDE, bilinear_kernel, upscore
 from fastzs.losses import pixel_cross_entropy
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
-from fastzs.models.trained import TrainedModel
+from fastzs.models.trained import OWN, TrainedModel
 from fastzs.ops import pixel_text_logits
+from fastzs.registry import register
 from fastzs.trace import span, traced
 
 CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # RGB; the published code's pictures are BGR
@@ -58,6 +59,14 @@ class SZNFeatures(Features):
         return height, width
 
 
+@register(
+    "szn",
+    paper="SZN (Doshi, Princeton 2018)",
+    does="a VGG-16 once, cosines per pixel, a second head that chooses between seen and unseen classes",
+    trained="an FCN-32s (VGG-16), then its seenmask head",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published .pth.tar, {OWN}",
+)
 class SZN(TrainedModel):
     """SZN for pictures of any size and class vectors of any number and width.
 

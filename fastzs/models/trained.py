@@ -15,6 +15,8 @@ from fastzs.clip.state import file_fingerprint, read_state
 from fastzs.models import saved
 from fastzs.models.base import SegmentationModel
 
+OWN = "folders and hub ids of save_pretrained"
+
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 
 
@@ -34,6 +36,7 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
         settings: constructor arguments that :meth:`save_pretrained` writes.
     """
 
+    file_options: Sequence[str] = ()  # of from_checkpoint, beside the constructor's
     opaque: Sequence[str] = ()  # packages whose objects published checkpoints hold besides their tensors
 
     def __init__(
@@ -155,6 +158,15 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
     def _read(cls, path: Path) -> dict[str, Tensor]:
         """All tensors of a checkpoint, by their names in the file."""
         return read_state(path, cls.opaque)
+
+    @classmethod
+    def recognises(cls, state: Mapping[str, Tensor]) -> bool:
+        """Whether tensors of these names are a checkpoint of this model."""
+        try:
+            cls._check_kind(Path(), state)
+        except WeightsError:
+            return False
+        return True
 
     @classmethod
     def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from fastzs.decoders import DecoderLayer, HeadMeanScores, Layers, RelationDescriptor
 from fastzs.models.base import Labels
 from fastzs.models.prompt_tuned import PromptFeatures, PromptTuned
-from fastzs.models.trained import count_layers
+from fastzs.models.trained import OWN, count_layers
+from fastzs.registry import register
 from fastzs.trace import traced
 
 
@@ -32,6 +33,14 @@ class ZegCLIPHead(nn.Module):
         self.decoder_1.layers.append(HeadMeanScores(dim, heads))
 
 
+@register(
+    "zegclip",
+    paper="ZegCLIP (Zhou et al., CVPR 2023)",
+    does="CLIP once over each window, three cross-attention layers from classes to patches",
+    trained="prompts in a frozen CLIP ViT, a decoder",
+    needs="masks of the seen classes",
+    checkpoints=f"published .pth (mmcv), {OWN}",
+)
 class ZegCLIP(PromptTuned):
     """ZegCLIP on any CLIP ViT, for pictures of any size and vocabularies of any length.
 

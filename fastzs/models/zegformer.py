@@ -22,9 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from fastzs.models.trained import OWN
 from fastzs.models.two_stage import LOGIT_SCALE, TwoStage
+from fastzs.registry import register
 
 
+@register(
+    "zegformer",
+    paper="ZegFormer (Ding et al., CVPR 2022)",
+    does="a ResNet and a query decoder propose 100 masks, CLIP sees each cut out, both opinions are joined",
+    trained="a MaskFormer (ResNet, pyramid, query decoder); CLIP is frozen",
+    needs="masks of the seen classes; SciPy in training",
+    checkpoints=OWN,
+)
 class ZegFormer(TwoStage):
     """ZegFormer on any CLIP ViT, for pictures of any size and vocabularies of any length.
 

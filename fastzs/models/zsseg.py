@@ -23,9 +23,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.models.trained import OWN
 from fastzs.models.two_stage import LOGIT_SCALE, TwoStage
+from fastzs.registry import register
 
 
+@register(
+    "zsseg",
+    paper="zsseg / SimSeg (Xu et al., ECCV 2022)",
+    does="as ZegFormer, with other cut-outs and another way of joining",
+    trained="a MaskFormer (ResNet, pyramid, query decoder); CLIP is frozen",
+    needs="masks of the seen classes; SciPy in training",
+    checkpoints=OWN,
+)
 class ZSSeg(TwoStage):
     """zsseg on any CLIP ViT, for pictures of any size and vocabularies of any length.
 

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from bench import scaling, scaling_page
-from fastzs.segmenter import load
+from fastzs.loading import load
 
 
 def test_points_take_turns_and_long_ones_are_called_once(monkeypatch):

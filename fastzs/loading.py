@@ -1,0 +1,130 @@
+"""From a system's name, a checkpoint, a folder or a hub id to a model that segments images."""
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastzs import clip as clip_module
+from fastzs.clip import WeightsError
+from fastzs.clip.state import read_state
+from fastzs.devices import Precision, choose_device, choose_precision
+from fastzs.models import saved
+from fastzs.models.base import SegmentationModel
+from fastzs.models.trained import TrainedModel
+from fastzs.recipe import check_keys
+from fastzs.registry import System, system, systems
+from fastzs.segmenter import Segmenter
+
+# of constructors: what load gives by other names, or not at all
+_OWN = ("self", "clip", "backbone", "weights")
+
+
+def load(
+    model: str | Path = "maskclip",
+    *,
+    backbone: str | None = None,
+    weights: str | Path | None = None,
+    checkpoint: str | Path | None = None,
+    device: str = "auto",
+    precision: Precision = "auto",
+    short_side: int | None = None,
+    crop: int | tuple[int, int] | None = None,
+    stride: int | tuple[int, int] | None = None,
+    batch: int = 8,
+    optimize: bool = True,
+    **options: Any,
+) -> Segmenter:
+    """A model ready to segment images.
+
+    Args:
+        model: a system's name (see :func:`fastzs.list_models`); or what a trained one lies in, as for ``checkpoint``,
+            which then says itself which system it is.
+        backbone, weights: see :func:`fastzs.clip.load`; ViT-B-16 and openai where nothing else is known;
+            ``weights="shapes"`` needs no download. Of a checkpoint without a text tower they name the CLIP that the
+            text tower is taken from.
+        checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or
+            ``push_to_hub`` wrote.
+        device: "auto" takes a GPU if there is one.
+        precision: "auto" takes bf16 where the device computes it natively, else fp32.
+        short_side, crop, stride, batch: see :class:`fastzs.Segmenter`.
+        optimize: call :meth:`fastzs.Segmenter.optimize`.
+        options: the system's own settings, see the constructor of its class in :mod:`fastzs.models`; of published
+            checkpoints also what their tensors do not tell (``heads``).
+
+    Raises:
+        ValueError: unknown model, option, device or precision (nearest known names are given).
+        WeightsError: weights that cannot be found, read or fitted.
+    """
+    given = {"backbone": backbone, "weights": None if weights is None else str(weights)}
+    given = {name: value for name, value in given.items() if value is not None}
+    if checkpoint is None and _is_checkpoint(str(model)):
+        checkpoint, entry = model, system_of(model)
+    else:
+        entry = system(str(model))
+    check_options(entry, options)
+    if not issubclass(entry.kind, TrainedModel):
+        if checkpoint is not None:
+            raise ValueError(
+                f"{entry.name} has no training and so no checkpoint; give CLIP's weights as weights={str(checkpoint)!r}"
+            )
+        network: SegmentationModel = entry.kind(clip_module.load(**given), **options)  # type: ignore[call-arg]
+    elif checkpoint is None:
+        raise ValueError(
+            f"{entry.name} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
+            f"start from fastzs.models.{entry.kind.__name__}(...); model='maskclip' needs none"
+        )
+    else:
+        network = entry.kind.open(checkpoint, **given, **options)
+    chosen = choose_device(device)
+    network.to(chosen, choose_precision(precision, chosen))
+    segmenter = Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch=batch)
+    if optimize:
+        segmenter.optimize()
+    return segmenter
+
+
+def system_of(checkpoint: str | Path) -> System:
+    """The system that a checkpoint is of: its folder says so, or the names of its tensors do.
+
+    Raises:
+        WeightsError: it cannot be found or read, or is none of a known system.
+    """
+    if not saved.is_file_name(checkpoint):
+        name = saved.kind_name(saved.find(checkpoint))
+        for entry in systems().values():
+            if entry.kind.__name__ == name:
+                return entry
+        what = (
+            "does not say which system it holds" if name is None else f"says that it holds a {name}, which is unknown"
+        )
+        raise WeightsError(
+            f"{checkpoint}: its config.json {what}; name the system: "
+            f"fastzs.load('clip_rc', checkpoint={str(checkpoint)!r})"
+        )
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise WeightsError(f"checkpoint {path}: there is no such file")
+    trained = {entry.name: entry.kind for entry in systems().values() if issubclass(entry.kind, TrainedModel)}
+    state = read_state(path, sorted({package for kind in trained.values() for package in kind.opaque}))
+    for name, kind in trained.items():
+        if kind.recognises(state):
+            return system(name)
+    raise WeightsError(
+        f"{path}: its tensors ({', '.join(list(state)[:3])}, ...) are those of no known system's checkpoint; weights "
+        "of CLIP itself are given as weights=..."
+    )
+
+
+def check_options(entry: System, options: Mapping[str, Any]) -> None:
+    """Refuse options that a system does not have.
+
+    Raises:
+        ValueError: names the first unknown one and the nearest known.
+    """
+    known = [name for name in inspect.signature(entry.kind).parameters if name not in _OWN]
+    check_keys(options, [*known, *getattr(entry.kind, "file_options", ())], entry.name)
+
+
+def _is_checkpoint(name: str) -> bool:
+    return saved.is_file_name(name) or Path(name).is_dir() or (name not in systems() and "/" in name)
