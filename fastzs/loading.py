@@ -107,9 +107,14 @@ def system_of(checkpoint: str | Path) -> System:
         raise WeightsError(f"checkpoint {path}: there is no such file")
     trained = {entry.name: entry.kind for entry in systems().values() if issubclass(entry.kind, TrainedModel)}
     state = read_state(path, sorted({package for kind in trained.values() for package in kind.opaque}))
-    for name, kind in trained.items():
-        if kind.recognises(state):
-            return system(name)
+    found = [name for name, kind in trained.items() if kind.recognises(state)]
+    if len(found) == 1:
+        return system(found[0])
+    if found:
+        raise WeightsError(
+            f"{path} can be a checkpoint of {' or '.join(found)}, which its tensors do not tell; name the system: "
+            f"fastzs.load({found[0]!r}, checkpoint={str(path)!r})"
+        )
     raise WeightsError(
         f"{path}: its tensors ({', '.join(list(state)[:3])}, ...) are those of no known system's checkpoint; weights "
         "of CLIP itself are given as weights=..."

@@ -38,7 +38,9 @@ from fastzs.decoders.generator import PixelMLP, grouped_mmd, runs
 from fastzs.decoders.multi_scale import greatest, nearest_labels, reductions
 from fastzs.decoders.resnet import blocks_of, from_caffe
 from fastzs.models.base import Features
+from fastzs.models.trained import OWN
 from fastzs.models.words import FixedClasses, scale_loss, wide
+from fastzs.registry import register
 from fastzs.trace import span
 
 SIGMAS = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
@@ -74,6 +76,14 @@ class Discriminator(nn.Module):
         return linear(self.real, y)[..., 0].sigmoid(), linear(self.classify, y)
 
 
+@register(
+    "cagnet",
+    paper="CaGNet (Gu et al., ACM MM 2020)",
+    does="a DeepLabV2, a contextual module, a classifier of fixed classes",
+    trained="a DeepLabV2 (ResNet), a generator, a discriminator",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published .pth, {OWN}",
+)
 class CaGNet(FixedClasses):
     """CaGNet for pictures of any size; the classes are those it was trained for.
 

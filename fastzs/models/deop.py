@@ -33,8 +33,9 @@ from fastzs.clip.vision import vit_sizes
 from fastzs.decoders.maskformer import COARSEST, STRIDE, MaskFormer, QueryLayer, sine_position
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels, join
 from fastzs.models.matching import matched_losses
-from fastzs.models.trained import TrainedModel
+from fastzs.models.trained import OWN, TrainedModel
 from fastzs.models.words import wide
+from fastzs.registry import register
 from fastzs.trace import span, traced
 
 LOGIT_SCALE = 100.0
@@ -160,6 +161,14 @@ class Anchors(nn.Module):
         return F.normalize(pooled.transpose(1, 2).flatten(2), dim=-1), states
 
 
+@register(
+    "deop",
+    paper="DeOP (Han et al., ICCV 2023)",
+    does="a ResNet proposes masks, CLIP once over the image names them",
+    trained="a MaskFormer (ResNet), then anchors; CLIP is frozen",
+    needs="masks of the seen classes; SciPy in training",
+    checkpoints=OWN,
+)
 class DeOP(TrainedModel):
     """DeOP on any CLIP ViT, for pictures of any size and vocabularies of any length.
 

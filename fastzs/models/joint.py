@@ -31,7 +31,9 @@ from fastzs.decoders.multi_scale import nearest_labels
 from fastzs.decoders.resnet import blocks_of, from_caffe
 from fastzs.losses import pixel_cross_entropy
 from fastzs.models.base import Features, Labels
+from fastzs.models.trained import OWN
 from fastzs.models.words import WordModel, wide
+from fastzs.registry import register
 from fastzs.trace import span, traced
 
 ROWS = 64  # of the enlarged features at a time, where their norms are taken
@@ -50,6 +52,14 @@ class JointFeatures(Features):
         return height, width
 
 
+@register(
+    "joint",
+    paper="JoEm (Baek et al., ICCV 2021)",
+    does="a DeepLabV3+, the nearest prototype of a word, calibrated",
+    trained="a DeepLabV3+ (ResNet) and a layer for the words",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published fe_*.pth beside gen_*.pth, {OWN}",
+)
 class Joint(WordModel):
     """Joint for pictures of any size and word vectors of any number and width.
 

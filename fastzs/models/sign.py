@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from fastzs.decoders.contextual import SpatialAttention, SpatialGates
 from fastzs.models.cagnet import CaGNet
+from fastzs.models.trained import OWN
+from fastzs.registry import register
 
 
+@register(
+    "sign",
+    paper="SIGN (Cheng et al., ICCV 2021)",
+    does="as CaGNet, with positions",
+    trained="a DeepLabV2 (ResNet), a generator, a discriminator",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published .pth, {OWN}",
+)
 class SIGN(CaGNet):
     """SIGN for pictures of any size; the classes are those it was trained for.
 

@@ -30,7 +30,9 @@ from fastzs.decoders.deeplab import SumHead
 from fastzs.decoders.multi_scale import greatest, reductions
 from fastzs.decoders.resnet import blocks_of, from_caffe
 from fastzs.models.base import Features, Labels
+from fastzs.models.trained import OWN
 from fastzs.models.words import WordModel, scale_loss, wide
+from fastzs.registry import register
 from fastzs.trace import span
 
 REDUCTIONS = (0.5, 0.75)
@@ -49,6 +51,14 @@ class ScaleFeatures(Features):
         return list(self.tensors().values())
 
 
+@register(
+    "spnet",
+    paper="SPNet (Xian et al., CVPR 2019)",
+    does="a DeepLabV2 at three scales, products with the word vectors",
+    trained="a DeepLabV2 (ResNet)",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published .pth, {OWN}",
+)
 class SPNet(WordModel):
     """SPNet for pictures of any size and word vectors of any number and width.
 
@@ -118,6 +128,14 @@ class SPNet(WordModel):
         } | options
 
 
+@register(
+    "strict",
+    paper="STRICT (Pastore et al., CVPRW 2021)",
+    does="as SPNet",
+    trained="a DeepLabV2 (ResNet), then again on its own labels",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published .pth, {OWN}",
+)
 class STRICT(SPNet):
     """SPNet at one scale, to be trained on with labels on which several views of a picture agree.
 

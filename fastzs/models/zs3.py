@@ -32,7 +32,9 @@ from fastzs.decoders.multi_scale import nearest_labels
 from fastzs.decoders.resnet import blocks_of
 from fastzs.losses import pixel_cross_entropy
 from fastzs.models.base import Features
+from fastzs.models.trained import OWN
 from fastzs.models.words import FixedClasses, scale_loss, wide
+from fastzs.registry import register
 from fastzs.trace import span
 
 UNSEEN_WEIGHT = 100.0  # of unseen classes in the classifier's loss
@@ -49,6 +51,14 @@ class PixelFeatures(Features):
     maps: Tensor  # [B, D, h, w]
 
 
+@register(
+    "zs3",
+    paper="ZS3Net (Bucher et al., NeurIPS 2019)",
+    does="a DeepLabV3+ with a classifier of fixed classes",
+    trained="a DeepLabV3+ (ResNet), a generator, a classifier",
+    needs="masks of the seen classes; word vectors, or CLIP's text tower",
+    checkpoints=f"published .pth.tar, {OWN}",
+)
 class ZS3(FixedClasses):
     """ZS3 for pictures of any size; the classes are those it was trained for.
 
