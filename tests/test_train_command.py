@@ -176,7 +176,7 @@ class TestRefuses:
 
     def test_model_without_training(self, folder, capsys):
         said = refused(capsys, command(folder, "--model", "maskclip"))
-        assert "no model 'maskclip' to train; there are clip_rc, lseg" in said
+        assert "no model 'maskclip' to train; there are cagnet, clip_rc" in said
 
     def test_corrupt_checkpoint(self, folder, capsys):
         assert main(command(folder)) == 0
