@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPS = ("mask_loss", "pixel_text_logits", "attention", "key_smoothing", "label_map", "refine")
+OPS = ("mask_loss", "pixel_text_logits", "attention", "key_smoothing", "label_map", "proxy_attention")
 
 
 # one process, since reading the bench's files takes most of the time
