@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 HELP = "train a model on a data set"
 PRESETS = Path(__file__).parents[1] / "presets"
 CONFIG = "config.yaml"
+MODEL_SETTINGS = ("options", "losses", "transform")  # that stages may change, beside the recipe's
 
 
 def parser() -> ArgumentParser:
@@ -52,6 +53,13 @@ def parser() -> ArgumentParser:
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.prompts=10")
     add("--losses", type=dict[str, Any], default={}, help="weights of the loss's parts, as --losses.focal=100")
     add("--transform", type=dict[str, Any], default={}, help="augmentation, as --transform.flip=0")
+    add(
+        "--stages",
+        type=list[dict[str, Any]],
+        default=[],
+        help="trainings one after the other, each from the weights of the one before, with what it changes: "
+        "[{}, {iterations: 400, options: {stage: mixed}}]; each has a folder of its own in OUTPUT",
+    )
     add("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
     types = get_type_hints(Recipe)
     for item in fields(Recipe):
@@ -87,6 +95,29 @@ def preset_files(arguments: list[str], files: list[str]) -> list[str]:
 
 def run(config: Namespace) -> int:
     """Train; 0 when it is done, 128 plus the signal's number if one stopped it."""
+    from fastzs import stages
+
+    settings, output = config.as_dict(), Path(config.output)
+    known = [*MODEL_SETTINGS, *(item.name for item in fields(Recipe))]
+    every = stages.staged(settings, config.stages, known)
+    for number, one in enumerate(every, start=1):
+        stage = config.clone()
+        for key in known:
+            stage[key] = one[key]
+        stage.stages, stage.output = [], str(stages.folder(output, number))
+        if number > 1:
+            stage.start = str(stages.folder(output, number - 1) / "last")
+        finished = stages.steps_done(Path(stage.output)) >= stage.iterations
+        stages.check_order(output, number, finished)
+        if not finished and (stopped := _run(stage)):
+            return stopped
+    if every:
+        stages.link(output, len(every))
+        return 0
+    return _run(config)
+
+
+def _run(config: Namespace) -> int:
     recipe = Recipe(**{item.name: config[item.name] for item in fields(Recipe)})
     protocol = _protocol(config)
     if recipe.setting != "supervised" and not protocol.unseen:
@@ -222,6 +253,7 @@ def _evaluation(
 
 def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
     from fastzs.loading import check_options
+    from fastzs.models.words import FixedClasses
     from fastzs.registry import systems
 
     trained = {name: entry for name, entry in systems().items() if entry.trained}
@@ -230,9 +262,11 @@ def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:
     entry, options = trained[config.model], dict(config.options)
     check_options(entry, options)
     given = {name: config[name] for name in ("backbone", "weights") if config[name] is not None}
+    kind: Any = entry.kind
+    if issubclass(kind, FixedClasses):
+        options.setdefault("classes", list(protocol.classes))
     # The scores of classes that were trained with labels are lowered in testing, as published.
     options["seen"] = [protocol.classes[i] for i in protocol.seen] if recipe.setting == "inductive" else None
-    kind: Any = entry.kind
     if config.start is None:
         return kind(**given, **options)
     return kind.open(config.start, **given, **options)
