@@ -18,6 +18,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t FORWARD_ROWS = 24, FORWARD_KEYS = 384;  // of a block
 constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
+constexpr float LOG2_E = 1.44269504f;
 
 template <typename T>
 struct Forward {
@@ -79,7 +80,7 @@ FASTZS_INLINE void add_nearness(const Inputs<T>& in, int64_t token, int64_t from
   for (int64_t key = from < patches ? patches : from; key < end;) {
     const int64_t row = (key - patches) / w, column = (key - patches) % w;
     const int64_t left = w - column, count = left < end - key ? left : end - key;
-    const float factor = in.near_rows[row < y ? y - row : row - y];
+    const float factor = in.near_rows[row < y ? y - row : row - y] * LOG2_E;
     const float* near = in.near_columns + w - 1 - x + column;
     float* to = scores + key - from;
     for (int64_t i = 0; i < count; ++i) to[i] += factor * near[i];
@@ -96,6 +97,7 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
   const int64_t left = in.layout.shared() - first, rows = left < FORWARD_ROWS ? left : FORWARD_ROWS;
   const int64_t rounded = round_up(rows, ROWS);
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = PAIRS ? d / 2 : d;
+  const float factor = in.scale * LOG2_E;  // scores are held in base 2, where the exponential is cheapest
 
   for (int64_t r = 0; r < rounded; ++r) {
     s.top[r] = -INFINITY;
@@ -110,7 +112,7 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
     const int64_t region = in.layout.region(first + r);
     if (region >= 0) {
       read<LANES>(row, in.q.channel, d, s.query_row);
-      s.top[r] = dot<LANES>(s.query_row, s.bridge_keys + region * STRIDE, columns) * in.scale;
+      s.top[r] = dot<LANES>(s.query_row, s.bridge_keys + region * STRIDE, columns) * factor;
       s.total[r] = 1;
       __builtin_memcpy(s.output + r * STRIDE, s.bridge_values + region * STRIDE, columns * sizeof(float));
     }
@@ -119,7 +121,7 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
   const int64_t keys = round_up(in.keys(), 2 * LANES);  // the greatest score is sought in two vectors at a time
   for (int64_t from = 0; from < keys; from += FORWARD_KEYS) {
     const int64_t n = keys - from < FORWARD_KEYS ? keys - from : FORWARD_KEYS;
-    score<LANES, PAIRS>(s.query, rounded, s.keys_packed + from * depth, n, depth, s.scores, SCORE_STRIDE, in.scale);
+    score<LANES, PAIRS>(s.query, rounded, s.keys_packed + from * depth, n, depth, s.scores, SCORE_STRIDE, factor);
     for (int64_t k = in.keys() - from; k < n; ++k)
       for (int64_t r = 0; r < rounded; ++r) s.scores[r * SCORE_STRIDE + k] = -INFINITY;
 
@@ -136,16 +138,16 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
       const RowBits bits = in.bits(b, h, first + r);
       auto total = V::splat(0.0f);
       for (int64_t k = 0; k < n; k += LANES) {
-        auto p = V::exp_negative(V::load(row + k) - top);
+        auto p = V::template exp2_negative<PAIRS>(V::load(row + k) - top);
         total += p;
         if (in.dropout.least > 0) p = (typename V::F)((typename V::I)p & kept<LANES>(bits, from + k, in.dropout.least));
         if constexpr (PAIRS) {
-          V::store(reinterpret_cast<T*>(s.weights + r * SCORE_STRIDE) + k, p);
+          store_pairs(reinterpret_cast<T*>(s.weights + r * SCORE_STRIDE) + k, p);
         } else {
           V::store(row + k, p);
         }
       }
-      const float shrunk = V::exp_negative(V::splat(s.top[r] - top))[0];
+      const float shrunk = V::template exp2_negative<false>(V::splat(s.top[r] - top))[0];
       s.total[r] = s.total[r] * shrunk + V::sum(total);
       if (s.top[r] != top) scale_row<LANES>(s.output + r * STRIDE, shrunk, columns);
       s.top[r] = top;
@@ -156,9 +158,9 @@ FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, i
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = first - in.first + r;
-    const float factor = in.dropout.enlarged / s.total[r];
-    write<LANES>(s.output + r * STRIDE, factor, d, a.out + ((b * in.rows() + at) * in.heads + h) * d);
-    a.lse[(b * in.heads + h) * in.rows() + at] = s.top[r] + __builtin_logf(s.total[r]);
+    const float share = in.dropout.enlarged / s.total[r];
+    write<LANES>(s.output + r * STRIDE, share, d, a.out + ((b * in.rows() + at) * in.heads + h) * d);
+    a.lse[(b * in.heads + h) * in.rows() + at] = s.top[r] / LOG2_E + __builtin_logf(s.total[r]);
   }
 }
 

@@ -17,6 +17,9 @@ constexpr int ROWS = 6;             // of a tile
 constexpr int64_t DEPTH = 128;      // units of K at a time: a panel's part stays in the first cache for all rows
 constexpr int64_t BLOCK_ROWS = 48;  // that a thread takes through all of N, so that what it makes stays in its caches
 
+// Bytes of the next weights, [DEPTH, PANEL] units, that each of a whole block's tiles fetches.
+constexpr int64_t SHARE = DEPTH * PANEL * 4 / (BLOCK_ROWS / ROWS);
+
 // Vectors of a tile's columns: with 32 registers of AVX-512, else 16, all sums stay in registers.
 template <int LANES>
 constexpr int VECTORS = LANES == 16 ? 4 : 2;
@@ -105,10 +108,12 @@ struct Product<LANES, Kind::bytes, NATIVE> : Words<LANES> {
 };
 
 // c[ROWS, columns of NV vectors] += rows of units times weights; c holds sums, 4 bytes each, a row per PANEL of them.
+// Weights at `next` will be wanted soon: half a line of them is fetched for each unit of depth.
 template <int LANES, Kind KIND, bool NATIVE>
 FASTZS_INLINE void tile(
     const typename Product<LANES, KIND, NATIVE>::Unit* a, int64_t lda,
-    const typename Product<LANES, KIND, NATIVE>::Unit* b, int64_t depth, char* c) {
+    const typename Product<LANES, KIND, NATIVE>::Unit* b, int64_t depth, char* c,
+    const char* next) {
   using P = Product<LANES, KIND, NATIVE>;
   constexpr int NV = VECTORS<LANES>;
   typename P::Sum sum[ROWS][NV];
@@ -117,6 +122,7 @@ FASTZS_INLINE void tile(
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) __builtin_memcpy(&sum[r][v], c + 4 * (r * PANEL + v * LANES), sizeof sum[r][v]);
   for (int64_t k = 0; k < depth; ++k) {
+    __builtin_prefetch(next + k * (SHARE / DEPTH));
     decltype(P::splat(b)) right[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) __builtin_memcpy(&right[v], b + k * PANEL + v * LANES, sizeof right[v]);
@@ -140,9 +146,10 @@ FASTZS_INLINE void multiply(
     const typename Product<LANES, KIND, NATIVE>::Unit* panel, int64_t depth, char* sums) {
   for (int64_t k = 0; k < depth; k += DEPTH) {
     const int64_t n = depth - k < DEPTH ? depth - k : DEPTH;
+    const auto* next = reinterpret_cast<const char*>(panel + (k + n) * PANEL);
     for (int64_t r = 0; r < rows; r += ROWS)
       for (int c = 0; c < PANEL; c += VECTORS<LANES> * LANES)
-        tile<LANES, KIND, NATIVE>(a + r * lda + k, lda, panel + k * PANEL + c, n, sums + 4 * (r * PANEL + c));
+        tile<LANES, KIND, NATIVE>(a + r * lda + k, lda, panel + k * PANEL + c, n, sums + 4 * (r * PANEL + c), next + r / ROWS * SHARE);
   }
 }
 

@@ -17,7 +17,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum Activation : int64_t { NONE, RELU, QUICK_GELU, GELU };
+enum Activation : int64_t { NONE, RELU, QUICK_GELU, GELU, GELU_TANH };
 
 struct Layer {
   const void* weight;  // see linear_tiles.h
@@ -66,8 +66,9 @@ FASTZS_INLINE typename Simd<LANES>::F activate(typename Simd<LANES>::F x, int64_
   using V = Simd<LANES>;
   using F = typename V::F;
   if (activation == RELU) return x < 0.0f ? F{} : x;  // NaN stays
-  if (activation == QUICK_GELU) {
-    const F z = x * 1.702f, e = V::exp_negative(z < 0.0f ? z : -z);
+  if (activation == QUICK_GELU || activation == GELU_TANH) {  // x sigmoid(z), for 0.5 (1 + tanh(z / 2)) is sigmoid(z)
+    const F z = activation == QUICK_GELU ? x * 1.702f : x * (x * x * 0.0713548162f + 1.59576912f);
+    const F e = V::exp_negative(z < 0.0f ? z : -z);
     return x * (z < 0.0f ? e : F{} + 1.0f) / (e + 1.0f);
   }
   if (activation == GELU) {  // erf by Abramowitz and Stegun 7.1.26: within 1.5e-7

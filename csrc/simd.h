@@ -150,6 +150,27 @@ struct Simd {
     return (F)((I)p + ((I)shifted << 23));
   }
 
+  // 2^x for x <= 0, relative error 2e-7, or with ROUGH, for results that are rounded to bf16, 8e-5; at least 2^-126.
+  template <bool ROUGH>
+  static FASTZS_INLINE F exp2_negative(F x) {
+    const float to_integer = 12582912.0f;  // as above
+    x = x < -126.0f ? splat(-126.0f) : x;
+    const F shifted = x + to_integer, r = x - (shifted - to_integer);
+    F p;
+    if constexpr (ROUGH) {
+      p = r * 0.0551716685f + 0.24261114f;
+      p = p * r + 0.693260968f;
+      p = p * r + 0.999928057f;
+    } else {
+      p = r * 0.00132764713f + 0.00967554189f;
+      p = p * r + 0.0555071309f;
+      p = p * r + 0.240221202f;
+      p = p * r + 0.693146944f;
+      p = p * r + 1.00000012f;
+    }
+    return (F)((I)p + ((I)shifted << 23));
+  }
+
   // log(1 + e) for e in [0, 1], relative error 4e-7.
   static FASTZS_INLINE F log1p_unit(F e) {
     F p = e * -0.00853919842f + 0.0440895962f;
@@ -162,5 +183,14 @@ struct Simd {
     return p * e;
   }
 };
+
+#if FASTZS_X86_ASM
+// 16 floats rounded to bf16 by the instruction for it, where the caller's target has AVX512-BF16.
+FASTZS_INLINE void store_pairs(torch::headeronly::BFloat16* p, Simd<16>::F x) {
+  Simd<16>::S v;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(v) : "v"(x));
+  __builtin_memcpy(p, &v, sizeof v);
+}
+#endif
 
 }  // namespace fastzs

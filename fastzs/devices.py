@@ -4,7 +4,9 @@ from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+from fastzs.kernels.packed_linear.compiled import why_int8_is_slow
+
+Precision = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,11 +25,22 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype for a name; "auto" takes bf16 where the device multiplies it natively, else fp32."""
+    """The dtype for a name; "auto" takes bf16 where the device multiplies it natively, else fp32.
+
+    With "int8" it is that of everything but the products in int8, and the same as with "auto".
+
+    Raises:
+        ValueError: unknown name; "int8" where it cannot run or would be slow.
+    """
+    if name == "int8":
+        why = f"it runs on CPUs only, got {device}" if device.type != "cpu" else why_int8_is_slow()
+        if why:
+            raise ValueError(f"precision int8 cannot be used: {why}; use auto, fp32 or bf16")
+        name = "auto"
     if name in DTYPES:
         return DTYPES[name]
     if name != "auto":
-        raise ValueError(f"precision must be auto, {', '.join(DTYPES)}, got {name!r}")
+        raise ValueError(f"precision must be auto, {', '.join(DTYPES)} or int8, got {name!r}")
     return torch.bfloat16 if native_bf16(device) else torch.float32
 
 

@@ -46,7 +46,8 @@ def load(
         checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or
             ``push_to_hub`` wrote.
         device: "auto" takes a GPU if there is one.
-        precision: "auto" takes bf16 where the device computes it natively, else fp32.
+        precision: "auto" takes bf16 where the device computes it natively, else fp32; "int8", on CPUs with VNNI only,
+            multiplies bytes and computes the rest as "auto" does, see :meth:`fastzs.Segmenter.optimize`.
         short_side, crop, stride, batch: see :class:`fastzs.Segmenter`.
         optimize: call :meth:`fastzs.Segmenter.optimize`.
         options: the system's own settings, see the constructor of its class in :mod:`fastzs.models`; of published
@@ -80,7 +81,9 @@ def load(
     network.to(chosen, choose_precision(precision, chosen))
     segmenter = Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch=batch)
     if optimize:
-        segmenter.optimize()
+        segmenter.optimize(int8=precision == "int8")
+    elif precision == "int8":
+        raise ValueError("precision int8 is a way to optimize: expected optimize=True, got False")
     return segmenter
 
 

@@ -30,7 +30,7 @@ class FakeSegmenter:
         FakeSegmenter.loaded = {"model": model, **settings}
         clip = SimpleNamespace(fingerprint="fake", source="shapes", backbone=settings["backbone"])
         self.model = SimpleNamespace(clip=clip)
-        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.device, self.precision = torch.device("cpu"), "float32"
         self.short_side, self.crop, self.stride = settings["short_side"], settings["crop"], settings["stride"]
 
     def __call__(self, picture, vocabulary, *, background, threshold):

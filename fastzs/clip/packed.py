@@ -7,7 +7,9 @@ from the unpacked tower's by rounding.
 """
 
 import copy
+import functools
 import platform
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 
 from fastzs.clip.blocks import GatedMlp
 from fastzs.clip.frozen import QUICK_GELU
+from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, activation_of, fused_pays
 from fastzs.clip.packable import Packable
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
+from fastzs.decoders.blocks import DecoderLayer
 
 
 def onednn_pays(dtype: torch.dtype) -> bool:
-    """Whether packed oneDNN products are taken for ``dtype``; ``bench/test_tower.py`` measures both.
+    """Whether oneDNN's packed products are taken where ``packed_linear`` is not; ``bench/test_tower.py`` measures.
 
     bf16: where the CPU has instructions for it torch multiplies through oneDNN anyway, and packing saves reordering
     the weights in every call. fp32: not on Intel's CPUs, where torch's default, MKL, is as fast (oneDNN took 1.05
@@ -99,20 +103,54 @@ def packed_mlp(mlp: nn.Sequential | GatedMlp, onednn: bool) -> nn.Module:
 
 
 @torch.no_grad()
-def pack(model: nn.Module) -> None:
-    """Pack the blocks of the vision transformers inside ``model``, for evaluation on a CPU.
+def pack(model: nn.Module, int8: bool = False) -> None:
+    """Pack the transformer blocks and decoder layers inside ``model``, for evaluation on a CPU.
 
     The packed weights stand beside the plain ones, see :class:`fastzs.clip.packable.Packable`; :func:`unpack` drops
     them. Weights that are written to by hand have to be packed anew.
+
+    Args:
+        int8: products in int8, but for those with channels that stand out (:func:`fastzs.clip.fused.int8_noise`) and
+            blocks of another form than CLIP's. The plain weights are dropped: the model stays as it is.
+
+    Raises:
+        ValueError: with ``int8``: weights that are not finite, or nothing to compute in int8.
     """
-    for tower in model.modules():
-        if isinstance(tower, VisionTransformer):
-            onednn = onednn_pays(tower.dtype)
-            for block in tower.blocks:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    fused = int8 or fused_pays(dtype)
+    found = 0
+    for name, module in list(model.named_modules()):
+        if isinstance(module, VisionTransformer):
+            onednn = onednn_pays(dtype)
+            for i, block in enumerate(module.blocks):
                 block.unpack()
-                block.stand_in(
-                    {"attn": PackedAttention(block.attn, onednn), "mlp": packed_mlp(block.mlp, onednn).eval()}
-                )
+                if fused and activation_of(block) is not None:
+                    found += _stand_in(f"{name}, block {i}", block, functools.partial(FusedBlock, block, int8), int8)
+                else:
+                    block.stand_in(
+                        {"attn": PackedAttention(block.attn, onednn), "mlp": packed_mlp(block.mlp, onednn).eval()}
+                    )
+        elif fused and isinstance(module, DecoderLayer):
+            module.unpack()
+            found += _stand_in(name, module, functools.partial(FusedDecoderLayer, module, int8), int8)
+    if int8 and not found:
+        raise ValueError("precision int8 needs transformer blocks of CLIP's form, got none; use auto, fp32 or bf16")
+
+
+def computes_int8(model: nn.Module) -> bool:
+    """Whether a model was packed in int8."""
+    return any(isinstance(module, Packable) and module._gone is not None for module in model.modules())
+
+
+def _stand_in(name: str, module: Packable, make: Callable[[], FusedBlock | FusedDecoderLayer], int8: bool) -> int:
+    try:
+        fused = make()
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be packed: {error}") from error
+    module.stand_in({part: getattr(fused, part) for part in fused.STAND_INS})
+    if int8:
+        module.let_go("this model computes in int8 on the CPU")
+    return 1
 
 
 def unpack(model: nn.Module) -> None:

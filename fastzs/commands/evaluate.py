@@ -274,7 +274,7 @@ def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
         "checkpoint": config.checkpoint,
         "fingerprint": getattr(segmenter.model, "fingerprint", "") or None,
         "weights": segmenter.model.weights,
-        "precision": str(segmenter.dtype).removeprefix("torch."),
+        "precision": segmenter.precision,
         "short_side": segmenter.short_side,
         "crop": segmenter.crop,
         "stride": segmenter.stride,

@@ -23,7 +23,9 @@ def parser() -> ArgumentParser:
     add("--warmup", type=int, default=3, help="calls before the measured ones")
     add("--iterations", type=int, default=10, help="measured calls")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
+    add(
+        "--precision", type=Literal["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="numbers of the model"
+    )
     add("--torch-profiler", type=str | None, help="file for a trace that ui.perfetto.dev shows; also prints a table")
     return options
 

@@ -58,7 +58,9 @@ def parser() -> ArgumentParser:
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
     add("--batch", type=int, default=8, help="windows at a time")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
+    add(
+        "--precision", type=Literal["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="numbers of the model"
+    )
     add("--engine", type=Literal["plain", "ray"], default="plain", help="this process, or actors of Ray Data")
     add("--workers", type=int | None, help="Ray's actors, each with its own model; else one for each GPU or CPU core")
     return options
@@ -94,7 +96,7 @@ class Job:
             "weights": model.clip.fingerprint,
             "source": model.clip.source,
             "backbone": model.clip.backbone,
-            "precision": str(self.segmenter.dtype),
+            "precision": self.segmenter.precision,
             **{name: getattr(self.segmenter, name) for name in ("short_side", "crop", "stride")},
             "device": {key: about[key] for key in ("device", "name", "details")},
             "versions": versions(),
@@ -173,7 +175,7 @@ def _segment(
         "weights": {"name": facts["source"], "backbone": facts["backbone"], "fingerprint": facts["weights"]},
         "vocabulary": {"hash": vocabulary.hash, "names": list(vocabulary.names)},
         "device": facts["device"],
-        "precision": facts["precision"].removeprefix("torch."),
+        "precision": facts["precision"],
         "versions": facts["versions"],
     }
     write_record(folder, record, share)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastzs import ops
 from fastzs.clip.memo import Memo
+from fastzs.clip.packable import Packable
 from fastzs.kernels.extension import why_not_loaded
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
@@ -46,7 +47,7 @@ class CrossAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(Packable):
     """Cross-attention and MLP, normalised after each (post-norm)::
 
     x <- norm2(x + drop(attention(x, memory)));  x <- norm3(x + drop(linear2(drop(relu(linear1 x)))))

@@ -32,7 +32,7 @@ def packed_linear(
     Args:
         x: fp32 or bf16.
         first, second: from :func:`fastzs.kernels.packed_linear.weights.pack_weight`, of one precision.
-        activation: "none", "relu", "quick_gelu" (x sigmoid(1.702 x)) or "gelu" (exact).
+        activation: "none", "relu", "quick_gelu" (x sigmoid(1.702 x)), "gelu" (exact) or "gelu_tanh".
         before, after: layer norms, from ``pack_norm``.
         residual: in the dtype of x.
         impl: backend, see :mod:`fastzs.kernels.dispatch`: ``"cpu"`` or ``"reference"``, which computes in fp64.

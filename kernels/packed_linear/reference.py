@@ -11,6 +11,7 @@ ACTIVATIONS = {
     "relu": F.relu,
     "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
     "gelu": F.gelu,
+    "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
 }
 
 

@@ -7,19 +7,25 @@ import pytest
 import torch
 
 import fastzs
-from fastzs.clip import packed
+from fastzs.clip import fused, packed
 from fastzs.clip.prompted import PromptedVisionTransformer
 from fastzs.clip.vision import Block, VisionTransformer
+from fastzs.data import shapes
+from fastzs.decoders.blocks import DecoderLayer
+from fastzs.devices import choose_precision
 from tests.clip.test_towers import randomise
 
 SIZES = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "grid": 4, "output_dim": 32}
 
 
-@pytest.fixture(params=[True, False], ids=["onednn", "default"])
+@pytest.fixture(params=["fused", "onednn", "default"])
 def engine(request, monkeypatch):
-    if request.param and not torch.backends.mkldnn.is_available():
+    if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    monkeypatch.setattr(packed, "onednn_pays", lambda dtype: request.param)
+    if request.param == "fused" and fused.MISSING is not None:
+        pytest.skip(fused.MISSING)
+    monkeypatch.setattr(packed, "fused_pays", lambda dtype: request.param == "fused")
+    monkeypatch.setattr(packed, "onednn_pays", lambda dtype: request.param == "onednn")
     return request.param
 
 
@@ -126,3 +132,153 @@ def test_load_packs_on_the_cpu():
     model = fastzs.load("maskclip", weights="shapes", device="cpu").model
     assert all(packed_blocks(model))
     assert not any(packed_blocks(fastzs.load("maskclip", weights="shapes", device="cpu", optimize=False).model))
+
+
+# ---- int8 -----------------------------------------------------------------------------------------------------------
+
+NEEDS_LIBRARY = pytest.mark.skipif(fused.MISSING is not None, reason=str(fused.MISSING))
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("prompted", [False, True])
+def test_int8_towers_are_near(prompted, dtype):
+    """A product's rounding errs by about 1 %, and there are a dozen one after the other."""
+    plain = tower(prompted)
+    small = copy.deepcopy(plain).to(dtype)
+    packed.pack(small, int8=True)
+    images = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        found = outputs(small, images.to(dtype))
+        for ours, judge in zip(found, outputs(copy.deepcopy(plain).double(), images.double()), strict=True):
+            assert ours.dtype == dtype
+            assert (ours - judge).norm() < 0.01 * 12**0.5 * 1.5 * judge.norm()
+            assert not torch.equal(ours, judge.to(dtype))
+
+
+@NEEDS_LIBRARY
+def test_int8_decoder_layers_are_near():
+    torch.manual_seed(0)
+    layer = DecoderLayer(64, 2, 128).eval().requires_grad_(False)
+    randomise(layer)
+    holder = torch.nn.ModuleList([copy.deepcopy(layer)])
+    packed.pack(holder, int8=True)
+    x, memory = torch.randn(2, 9, 64), torch.randn(2, 30, 64)
+    with torch.inference_mode():
+        exact, ours = copy.deepcopy(layer).double()(x.double(), memory.double()), holder[0](x, memory)
+    assert (ours - exact).norm() < 0.03 * exact.norm()
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_decoder_layers_compute_the_same(dtype, monkeypatch):
+    monkeypatch.setattr(packed, "fused_pays", lambda dtype: True)
+    torch.manual_seed(0)
+    layer = DecoderLayer(64, 2, 128).eval().requires_grad_(False).to(dtype)
+    holder = torch.nn.ModuleList([copy.deepcopy(layer)])
+    packed.pack(holder)
+    x, memory = torch.randn(2, 9, 64).to(dtype), torch.randn(2, 30, 64).to(dtype)
+    with torch.inference_mode():
+        exact = copy.deepcopy(layer).double()(x.double(), memory.double())
+        eager, ours = layer(x, memory), holder[0](x, memory)
+    assert "forward" in holder[0].__dict__
+    rms = [(y - exact).square().mean().sqrt() for y in (eager, ours)]
+    assert rms[1] < 2 * rms[0] + 1e-6
+
+
+@NEEDS_LIBRARY
+def test_int8_weights_take_a_quarter_of_the_memory():
+    small = tower()
+    before = sum(p.nbytes for p in small.transformer.parameters() if p.ndim == 2)
+    packed.pack(small, int8=True)
+    after = sum(p.nbytes for p in small.transformer.parameters() if p.ndim == 2)
+    for block in small.blocks:
+        weights = (block.attn.in_proj.packed, block.attn.out, block.mlp.first, block.mlp.last)
+        after += sum(w.panels.nbytes for w in weights)
+    assert after == before / 4
+
+
+@NEEDS_LIBRARY
+def test_channels_that_stand_out_keep_their_precision():
+    small = tower()
+    block = small.blocks[1]
+    assert fused.int8_noise(block.mlp.c_fc.weight, block.ln_2) < fused.INT8_NOISE
+    block.ln_2.weight[5] = 60.0  # one channel of 64 is 60 times the others: their steps become coarse
+    block.mlp.c_fc.weight[:, 5] = 0
+    assert fused.int8_noise(block.mlp.c_fc.weight, block.ln_2) > fused.INT8_NOISE
+    packed.pack(small, int8=True)
+    kinds = [block.mlp.first.panels.dtype for block in small.blocks]
+    assert kinds == [torch.int8, torch.float32, torch.int8]
+    assert all(block.attn.out.panels.dtype == torch.int8 for block in small.blocks)
+
+
+@NEEDS_LIBRARY
+def test_int8_noise_is_what_rounding_does():
+    weight = torch.randn(200, 300, generator=torch.Generator().manual_seed(0))
+    norm = torch.nn.LayerNorm(300)
+    x = norm(torch.randn(500, 300, generator=torch.Generator().manual_seed(1))).detach()
+    out = fastzs.ops.packed_linear(x, fused.pack_weight(weight, None, torch.int8))
+    exact = x.double() @ weight.double().T
+    found = ((out - exact).norm() / exact.norm()).item()
+    assert fused.int8_noise(weight, norm) == pytest.approx(found, rel=0.25)
+
+
+@NEEDS_LIBRARY
+def test_int8_refuses_strange_weights():
+    small = tower()
+    small.blocks[2].mlp.c_proj.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="block 2 cannot be packed: expected finite weights"):
+        packed.pack(small, int8=True)
+
+
+@NEEDS_LIBRARY
+@pytest.mark.parametrize(
+    "change",
+    [lambda t: t.state_dict(), lambda t: t.train(), lambda t: t.float(), copy.deepcopy, pickle.dumps, packed.unpack],
+    ids=["save", "train", "cast", "copy", "pickle", "unpack"],
+)
+def test_an_int8_model_stays_as_it_is(change):
+    small = tower()
+    packed.pack(small, int8=True)
+    with pytest.raises(RuntimeError, match="this model computes in int8 on the CPU: it cannot be trained, moved, cast"):
+        change(small)
+    assert all(packed_blocks(small.eval()))
+
+
+@NEEDS_LIBRARY
+def test_int8_needs_a_transformer():
+    with pytest.raises(ValueError, match="needs transformer blocks"):
+        packed.pack(torch.nn.Sequential(torch.nn.Linear(4, 4)), int8=True)
+
+
+def test_int8_is_refused_with_the_reason(monkeypatch):
+    with pytest.raises(ValueError, match="runs on CPUs only, got meta"):
+        choose_precision("int8", torch.device("meta"))
+    monkeypatch.setattr("fastzs.devices.why_int8_is_slow", lambda: "this processor has no VNNI instructions")
+    with pytest.raises(ValueError, match="int8 cannot be used: this processor has no VNNI instructions; use auto"):
+        fastzs.load(weights="shapes", device="cpu", precision="int8")
+
+
+def test_auto_never_takes_int8():
+    model = fastzs.load(weights="shapes", device="cpu").model
+    assert all(
+        part.dtype != torch.int8 for x in model.modules() if isinstance(x, fused.FusedMLP) for part in x.first[:2]
+    )
+
+
+# Least shares of labels as in fp32. A dozen scenes have 10,000 labels at borders between classes, of which a share in
+# a thousand may fall the other way on another processor.
+AGREEMENT = {"int8": 0.997, "bf16": 0.999}
+
+
+@NEEDS_LIBRARY
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", AGREEMENT)
+def test_labels_of_the_built_in_model(precision, monkeypatch):
+    monkeypatch.setattr("fastzs.devices.why_int8_is_slow", lambda: None)  # computed alike where it does not pay
+    scenes = shapes.draw(24, seed=3)
+    exact, ours = (fastzs.load(weights="shapes", device="cpu", precision=p) for p in ("fp32", precision))
+    names = [*shapes.PAIRS, *shapes.GROUNDS]
+    same = [(exact(x, names).labels == ours(x, names).labels).double().mean().item() for x in scenes.images]
+    assert sum(same) / len(same) >= AGREEMENT[precision]
+    assert ours.precision == {"int8": "int8", "bf16": "bfloat16"}[precision]
