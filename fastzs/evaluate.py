@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from fastzs import ranks
 from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset, read_mask
 from fastzs.data.protocols import Protocol
-from fastzs.metrics import ConfusionMatrix, Scores
+from fastzs.metrics import ConfusionMatrix, Metric, Scores
 from fastzs.models.base import SegmentationModel
 from fastzs.result import Segmentation
 from fastzs.segmenter import Segmenter
@@ -49,6 +49,7 @@ def evaluate(
     vocabulary: Vocabulary | None = None,
     *,
     calibrations: Sequence[float] | None = None,
+    metric: Metric = "standard",
     workers: int = 0,
     step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
 ) -> dict[float, ConfusionMatrix]:
@@ -59,6 +60,7 @@ def evaluate(
         vocabulary: what the model is asked for, one entry for each class of the protocol; their names if omitted.
         calibrations: constants taken from the seen classes' scores; the model runs once for all of them.
             :func:`own_calibration` if omitted.
+        metric: how the published tables to compare with were scored, see :class:`fastzs.metrics.ConfusionMatrix`.
         workers: processes that read pictures ahead.
         step: called after each of this process's pictures with its name, the picture uint8 [3, H, W] and the labels
             [H, W] under the first constant.
@@ -81,7 +83,7 @@ def evaluate(
         raise ValueError("calibrations has no constant in it")
     if workers < 0:
         raise ValueError(f"workers is {workers}; wanted at least 0")
-    matrices = {constant: ConfusionMatrix(len(protocol.classes)) for constant in constants}
+    matrices = {constant: ConfusionMatrix(len(protocol.classes), metric) for constant in constants}
     question = segmenter.question(vocabulary, seen=protocol.seen, calibrations=list(matrices))
     names, truths = dataset.names, deque()
 
@@ -105,6 +107,7 @@ def evaluate_predictions(
     dataset: AnyDataset,
     protocol: Protocol,
     *,
+    metric: Metric = "standard",
     step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
 ) -> ConfusionMatrix:
     """Score label maps that lie in a folder as ``NAME.png``, 8-bit, class indices; other values count as no class.
@@ -119,7 +122,7 @@ def evaluate_predictions(
     if missing:
         told = ", ".join(missing[:TOLD]) + (f" and {len(missing) - TOLD} more" if len(missing) > TOLD else "")
         raise DataError(f"predictions in {folder}: {len(missing)} of {len(dataset)} label maps are missing: {told}")
-    matrix = ConfusionMatrix(len(protocol.classes))
+    matrix = ConfusionMatrix(len(protocol.classes), metric)
     names = dataset.names
     for index, (picture, truth) in _samples(dataset, 0):
         path = folder / f"{names[index]}.png"

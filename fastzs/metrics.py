@@ -11,6 +11,7 @@ classes of the same prediction, so that a false positive counts wherever it lies
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -47,15 +48,37 @@ class Scores:
     pixels: int
 
 
+Metric = Literal["standard", "zs3", "cagnet"]
+METRICS: tuple[Metric, ...] = ("standard", "zs3", "cagnet")
+REDUCED = 8  # pixels for a cell of CaGNet's label maps
+
+
+def reduced(labels: Tensor) -> Tensor:
+    """Labels [H, W] at an eighth of the size, each the nearest one (cell i takes row floor(i H / h))."""
+    rows, columns = (
+        torch.arange(-(-side // REDUCED), device=labels.device) * side // -(-side // REDUCED) for side in labels.shape
+    )
+    return labels[rows[:, None], columns]
+
+
 class ConfusionMatrix:
     """Pixels by truth and prediction.
+
+    Args:
+        classes: how many.
+        metric: how scores are made of it. "zs3": as ZS3 and Joint have it, classes that are in neither truth nor
+            prediction count as 0 in every mean. "cagnet": as CaGNet and SIGN have it, truth and labels are compared
+            at an eighth of their size. "standard": neither.
 
     Attributes:
         counts: int64 [C, C + 1] on the CPU; rows are the truth, the last column holds predictions that are none of
             the classes (background, 255).
     """
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, metric: Metric = "standard"):
+        if metric not in METRICS:
+            raise ValueError(f"metric is {metric!r}; want one of {', '.join(METRICS)}")
+        self.metric: Metric = metric
         if classes < 1:
             raise ValueError(f"a confusion matrix of {classes} classes")
         self.classes = classes
@@ -76,6 +99,8 @@ class ConfusionMatrix:
             raise ValueError(f"truth has shape {list(truth.shape)}, the labels {list(labels.shape)}")
         if truth.is_floating_point() or labels.is_floating_point():
             raise ValueError(f"truth is {truth.dtype}, labels are {labels.dtype}; want integers")
+        if self.metric == "cagnet":
+            truth, labels = reduced(truth), reduced(labels)
         ignored = ignore_label(self.classes)
         kept = truth != ignored
         rows, columns = truth[kept].long(), labels[kept].long()
@@ -106,14 +131,15 @@ class ConfusionMatrix:
         So SZN (2018) scores seen and unseen classes: false positives on pixels of the other kind do not count, and the
         result is no mIoU(S) or mIoU(U).
         """
-        out = ConfusionMatrix(self.classes)
+        out = ConfusionMatrix(self.classes, self.metric)
         out.counts[list(classes)] = self.counts[list(classes)]
         return out
 
     def iou(self) -> Tensor:
-        """fp64 [C], NaN where a class is in neither truth nor prediction."""
+        """fp64 [C], NaN where a class is in neither truth nor prediction (0 by the metric "zs3")."""
         hits, truth, predicted = self.areas()
-        return hits / (truth + predicted - hits)
+        found = hits / (truth + predicted - hits)
+        return found.nan_to_num(0.0) if self.metric == "zs3" else found
 
     def accuracy(self) -> Tensor:
         """Share of each class's pixels that are right, fp64 [C], NaN where a class is not in the truth."""

@@ -123,3 +123,25 @@ def test_other_lengths_are_refused():
         matrix([0], [0]).scores(("a", "b"))
     with pytest.raises(ValueError, match="of 0 classes"):
         ConfusionMatrix(0)
+
+
+def test_metrics_of_published_tables():
+    truth = torch.randint(0, 3, (50, 41))
+    labels = torch.where(torch.rand(50, 41) < 0.7, truth, 1)
+    labels[truth == 2], truth[truth == 2] = 0, 0  # the third class is nowhere
+    scores = {}
+    for metric in ("standard", "zs3", "cagnet"):
+        counts = ConfusionMatrix(3, metric)
+        counts.add(truth, labels)
+        scores[metric] = counts.scores_of(PETS)
+    plain, zero = scores["standard"], scores["zs3"]
+    assert plain.iou[2] is None
+    assert zero.iou == (*plain.iou[:2], 0.0)
+    assert zero.mIoU == pytest.approx(sum(plain.iou[:2]) / 3)
+    assert (plain.unseen, zero.unseen, zero.hIoU) == (None, 0.0, 0.0)
+    rows, columns = [i * 50 // 7 for i in range(7)], [i * 41 // 6 for i in range(6)]
+    small = ConfusionMatrix(3)
+    small.add(truth[rows][:, columns], labels[rows][:, columns])
+    assert scores["cagnet"] == small.scores_of(PETS)
+    with pytest.raises(ValueError, match="metric is 'coco'; want one of standard, zs3, cagnet"):
+        ConfusionMatrix(3, "coco")

@@ -39,6 +39,12 @@ def parser() -> ArgumentParser:
     add("--pairs", type=str | None, help="own data: file with a picture and its mask on each line")
     add("--classes-file", type=str | None, help="own data without a protocol: YAML list of the names of the labels")
     add("--output", type=str | None, help="folder for results.json and what else is asked for")
+    add(
+        "--metric",
+        type=Literal["standard", "zs3", "cagnet"],
+        default="standard",
+        help="zs3: classes that occur nowhere count as 0; cagnet: at an eighth of the size; for published tables",
+    )
     add("--overlays", action="store_true", help="also write the labels drawn over each picture")
     add("--plots", action="store_true", help="also write bars of the IoU and the confusion matrix (needs matplotlib)")
     add("--predictions", type=str | None, help="score the label maps NAME.png of this folder instead of a model")
@@ -107,7 +113,7 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
         dataset = _dataset(config, protocol)
         shown = ranks.rank() == 0
         begun = time.monotonic()
-        about: dict[str, Any] = {"pictures": len(dataset), "processes": ranks.world()}
+        about: dict[str, Any] = {"pictures": len(dataset), "processes": ranks.world(), "metric": config.metric}
         overlays = folder / "overlays" if folder is not None and config.overlays else None
         if config.against is not None:
             segmenter = _segmenter(config, str(device))
@@ -119,7 +125,7 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
                     _write(folder, protocol, dataset, about, [asdict(found)])
             return 0
         if config.predictions is not None:
-            matrices = {0.0: _score_folder(config.predictions, dataset, protocol, overlays, shown)}
+            matrices = {0.0: _score_folder(config, dataset, protocol, overlays, shown)}
             about |= {"predictions": config.predictions}
         else:
             segmenter = _segmenter(config, str(device))
@@ -205,12 +211,12 @@ def _read_classes(path: str) -> list:
 
 
 def _score_folder(
-    predictions: str, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None, shown: bool
+    config: Namespace, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None, shown: bool
 ) -> "ConfusionMatrix":
     from fastzs.evaluate import evaluate_predictions
 
     with _progress(shown, dataset, protocol, overlays) as step:
-        return evaluate_predictions(predictions, dataset, protocol, step=step)
+        return evaluate_predictions(config.predictions, dataset, protocol, metric=config.metric, step=step)
 
 
 def _score_model(
@@ -228,7 +234,14 @@ def _score_model(
     constants = [given] if isinstance(given, float | int) else given
     with _progress(shown, dataset, protocol, overlays) as step:
         return evaluate(
-            segmenter, dataset, protocol, vocabulary, calibrations=constants, workers=config.workers, step=step
+            segmenter,
+            dataset,
+            protocol,
+            vocabulary,
+            calibrations=constants,
+            metric=config.metric,
+            workers=config.workers,
+            step=step,
         )
 
 
