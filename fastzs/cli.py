@@ -3,6 +3,7 @@
 Every option can also stand in a YAML file given with ``--config``; ``--print_config`` writes one.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 
-from fastzs import __version__
+from fastzs import __version__, yaml_files
 from fastzs.commands import doctor, evaluate, models, profile, segment, train
 from fastzs.errors import FastzsError
+from fastzs.files import read_text
 from fastzs.recipe import check_keys
+from fastzs.terminal import lenient_streams
 
 COMMANDS: dict[str, Any] = {
     "segment": segment,
@@ -28,16 +31,30 @@ COMMANDS: dict[str, Any] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
+    What cannot be printed (a closed pipe, a full disk, letters beyond ASCII) costs no result.
+
     Returns:
-        Exit code: 0 if everything asked for came out, 1 if some pictures did not, 2 if the command could not be
-        carried out (one sentence on stderr says why), 130 after an interrupt, 143 after a SIGTERM.
+        Exit code: 0 if everything asked for came out, 1 if some pictures did not or standard output is full, 2 if the
+        command could not be carried out (one sentence on stderr says why), 130 after an interrupt, 143 after a SIGTERM.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    with lenient_streams() as out:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+        out.flush()
+        if out.problem is not None:
+            print(f"fastzs: standard output cannot be written: {out.problem}", file=sys.stderr)
+            return max(code, 1)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
     name = arguments[0] if arguments else ""
     try:
+        paths: list[str] = []
         if name in COMMANDS:
-            arguments = _config_first(arguments)
+            arguments, paths = _config_first(arguments)
         config = _parser().parse_args(arguments)
+        if "paths" in config[config.command] and not config[config.command].paths:
+            config[config.command].paths = paths
         return COMMANDS[config.command].run(config[config.command])
     except KeyboardInterrupt:
         print("fastzs: interrupted; the same command goes on from here", file=sys.stderr)
@@ -57,13 +74,17 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _config_first(arguments: list[str]) -> list[str]:
+def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Put ``--config FILE``, and the files that presets stand for, in front of a command's other arguments.
 
     The parser lets what comes later win; this way the command line wins over the files wherever they stand.
 
+    Returns:
+        The arguments, with the content of the user's files in the place of their names; and the files' ``paths``,
+        which the parser would let an empty list on the command line win over.
+
     Raises:
-        ValueError: a file has a key that the command does not know, or there is no such preset.
+        ValueError: a file cannot be read or has a key that the command does not know, or there is no such preset.
     """
     name, *rest = arguments
     files = []
@@ -76,17 +97,33 @@ def _config_first(arguments: list[str]) -> list[str]:
         rest.remove(item)
     command = COMMANDS[name]
     known = [action.dest for action in command.parser()._actions]
-    for file in files:
-        check_keys(_keys(file), known, file)
-    if hasattr(command, "preset_files"):
-        files = [*command.preset_files(rest, files), *files]
-    return [name, *(part for file in files for part in ("--config", file)), *rest]
+    contents = [_as_written(file, known) for file in files]
+    paths = next((content["paths"] for content in reversed(contents) if "paths" in content), [])
+    presets = command.preset_files(rest, contents) if hasattr(command, "preset_files") else []
+    configs = [*presets, *(yaml.safe_dump(content) for content in contents)]
+    return [name, *(part for config in configs for part in ("--config", config)), *rest], paths
 
 
-def _keys(file: str) -> list[str]:
-    """Names at the top of a YAML file; of what cannot be read, none, since the parser says what is wrong with it."""
+def _as_written(file: str, known: list[str]) -> dict[str, Any]:
+    """The content of a configuration file; names of classes and paths are the texts that stand there.
+
+    Raises:
+        ValueError: it cannot be read, or has a key that is not known; the message names it.
+    """
+    path = Path(os.path.expanduser(file))
+    root = yaml_files.read(path, "configuration")
+    if root is None:
+        return {}
+    items = root.mapping("a mapping of options")
+    check_keys([key.replace("-", "_") for key in items], known, file)
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return []
-    return [str(key).replace("-", "_") for key in content] if isinstance(content, dict) else []
+        content = yaml.safe_load(read_text(path))
+    except (OSError, yaml.YAMLError) as error:  # such as objects of Python, which are not made
+        raise ValueError(f"configuration {file}: cannot be read: {' '.join(str(error).split())}") from error
+    for key in ("classes", "paths"):
+        if key in items and not items[key].is_null:
+            item = items[key]
+            content[key] = [one.text() for one in item.items()] if item.is_list else item.text()
+    if isinstance(paths := content.get("paths", []), str):
+        content["paths"] = [paths]
+    return content

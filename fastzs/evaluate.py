@@ -10,18 +10,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastzs import ranks
-from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset, read_mask
+from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset
 from fastzs.data.protocols import Protocol
 from fastzs.metrics import ConfusionMatrix, Metric, Scores
 from fastzs.models.base import SegmentationModel
-from fastzs.result import Segmentation
+from fastzs.result import Segmentation, read_labels
 from fastzs.segmenter import Segmenter
-from fastzs.vocabulary import Vocabulary, class_indices
+from fastzs.vocabulary import Vocabulary, class_indices, normal_name
 
 AnyDataset = PairsDataset | ShapesDataset
 TOLD = 5  # problems that a message names; the rest are counted
@@ -110,11 +111,15 @@ def evaluate_predictions(
     metric: Metric = "standard",
     step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
 ) -> ConfusionMatrix:
-    """Score label maps that lie in a folder as ``NAME.png``, 8-bit, class indices; other values count as no class.
+    """Score label maps that lie in a folder as ``NAME.png``.
+
+    Those that fastzs wrote hold the names of their labels and are scored by them, in whatever order they are; in others
+    the values are class indices, and other values count as no class.
 
     Raises:
         ValueError: the data set's classes are not the protocol's.
-        DataError: label maps are missing, cannot be read or have another size than the truth (named and counted).
+        DataError: label maps are missing, cannot be read, have another size than the truth or a name that is none of
+            the protocol's (named and counted).
     """
     protocol.check_classes(dataset.classes, "the data set")
     folder = Path(folder)
@@ -126,7 +131,7 @@ def evaluate_predictions(
     names = dataset.names
     for index, (picture, truth) in _samples(dataset, 0):
         path = folder / f"{names[index]}.png"
-        labels = torch.from_numpy(read_mask(path))
+        labels = _predicted(path, protocol)
         if labels.shape != truth.shape:
             raise DataError(
                 f"{path} is {labels.shape[1]} x {labels.shape[0]} pixels, its truth {truth.shape[1]} x {truth.shape[0]}"
@@ -135,6 +140,37 @@ def evaluate_predictions(
         step(names[index], picture, labels)
     matrix.reduce()
     return matrix
+
+
+def _predicted(path: Path, protocol: Protocol) -> Tensor:
+    """The labels of a label map as indices of the protocol's classes; what is none of them is one past the last."""
+    try:
+        names, values = read_labels(path)
+    except (OSError, ValueError) as error:
+        raise DataError(str(error) if str(path) in str(error) else f"{path} cannot be read: {error}") from error
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        raise DataError(f"{path} is no label map: expected one number for each pixel, got {list(values.shape)}")
+    labels = torch.from_numpy(values.astype(np.int64))
+    if names is None:
+        return labels
+    entries = protocol.synonyms or ((),) * len(protocol.classes)
+    place = {
+        normal_name(phrase): i
+        for i, (name, others) in enumerate(zip(protocol.classes, entries, strict=True))
+        for phrase in (name, *others)
+    }
+    none = len(protocol.classes)
+    table = [place.get(normal_name(name), none if name == "background" else -1) for name in names]
+    if int(labels.max()) >= len(table):
+        raise DataError(f"{path} has the label {int(labels.max())}, but {len(table)} names")
+    indices = torch.tensor(table)[labels]
+    if (indices < 0).any():
+        unknown = names[int(labels[indices < 0][0])]
+        raise DataError(
+            f"{path} has pixels of {unknown!r}, which is no class of protocol {protocol.name}; segment with its names, "
+            "or give the protocol's classes this name as a synonym"
+        )
+    return indices
 
 
 def summary(scores: Scores) -> dict[str, float]:

@@ -131,8 +131,8 @@ def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | 
         here = _expand(os.path.expanduser(given))
         kept = here
         if skip is not None:
-            outside = Path(os.path.expanduser(skip)).resolve()
-            kept = [path for path in here if not path.resolve().is_relative_to(outside)]
+            outside = Path(os.path.realpath(os.path.expanduser(skip)))  # unlike resolve(), copes with links in circles
+            kept = [path for path in here if not Path(os.path.realpath(path)).is_relative_to(outside)]
         pictures = [path for path in kept if not is_result(path)]
         if not pictures:
             where = f" outside of {skip}" if here and not kept else " but results of fastzs" if kept else ""

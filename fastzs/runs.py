@@ -66,14 +66,14 @@ class Attempt(NamedTuple):
         state: its size and time of change, from before it was read; None if it was not there.
         digest: SHA-256 of its content, or "" where it could not be read.
         problem: why it did not come out, or None.
-        ends: what ends the run: an OutputError at once, a ValueError (settings that do not fit) if no picture came out.
+        ends: what ends the run.
     """
 
     picture: Path
     state: list[int] | None
     digest: str = ""
     problem: str | None = None
-    ends: OutputError | ValueError | None = None
+    ends: OutputError | None = None
 
 
 class Manifest:
@@ -91,12 +91,15 @@ class Manifest:
         fields = ("state", "digest", "settings", "name", "files", "run")
         entries = []
         for path in sorted(folder.glob(MANIFEST.format("*"))):
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
+            try:
+                lines = path.read_bytes().splitlines()
+            except OSError as error:
+                raise OutputError(f"cannot read {path}: {error.strerror}") from error
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     entry = json.loads(line)
-                    entries.append((int(entry["run"]), entry["picture"], {key: entry[key] for key in fields}))
-                except (ValueError, KeyError, TypeError):
-                    continue
+                    if _is_line(entry):
+                        entries.append((entry["run"], entry["picture"], {key: entry[key] for key in fields}))
         owners: dict[str, str] = {}
         # The files of several processes are in no order of time, but the numbers of the runs are.
         for _, picture, entry in sorted(entries, key=lambda item: item[0]):
@@ -209,7 +212,14 @@ class Manifest:
     def _is_foreign(self, file: str) -> bool:
         """Whether a file that no run has written stands there, such as somebody's photograph."""
         path = self.folder / file
-        return os.path.lexists(path) and not is_result(path)
+        return os.path.lexists(path) and not is_result(path) and not (path.is_file() and path.stat().st_size == 0)
+
+
+def _is_line(entry: dict[str, Any]) -> bool:
+    """Whether a line of a manifest is as :meth:`Manifest.add` writes it, and its files lie in the folder."""
+    texts = (entry["picture"], entry["settings"], entry["name"], entry["digest"], *entry["files"])
+    inside = all(".." not in Path(text).parts and not os.path.isabs(text) for text in (entry["name"], *entry["files"]))
+    return all(isinstance(text, str) for text in texts) and inside and isinstance(entry["run"], int)
 
 
 def of_rank(name: str, rank: int) -> str:
@@ -270,9 +280,8 @@ def segment_pictures(
             :meth:`fastzs.ray_engine.Actors.map`; ``segment`` is part of that function.
 
     Raises:
-        OutputError: a file cannot be written; what is done so far is in the manifest.
-        ValueError: from ``segment``, before any picture came out: the settings do not fit. Any other problem of
-            a picture is counted, and the rest is done.
+        OutputError: a file cannot be written; what is done so far is in the manifest. Any problem of a picture is
+            counted, wherever in the order it stands, and the rest is done.
     """
     rank, world = share
     mine = pictures[rank::world]
@@ -297,9 +306,9 @@ def segment_pictures(
 
     work = partial(_attempt, segment, tuple(also))
     for attempt in through(work, [job(picture) for picture in todo]):
-        picture, ends = attempt.picture, attempt.ends
-        if isinstance(ends, OutputError) or (ends is not None and not outcome.done):
-            raise ends
+        picture = attempt.picture
+        if attempt.ends is not None:
+            raise attempt.ends
         if attempt.problem is None:
             name = names[picture]
             manifest.add(attempt, settings, name, [name + ending for ending in endings])
@@ -328,10 +337,10 @@ def _attempt(
     except OutputError as error:
         return Attempt(picture, state, problem=str(error), ends=OutputError(str(error)))
     except PictureError as error:
-        return Attempt(picture, state, problem=str(error))
+        named = str(picture) in str(error)
+        return Attempt(picture, state, problem=str(error) if named else f"{picture}: {error}")
     except Exception as error:  # its traceback would hold on to the model's tensors
-        ends = ValueError(str(error)) if isinstance(error, ValueError) else None
-        return Attempt(picture, state, problem=f"{picture}: {_sentence(error)}", ends=ends)
+        return Attempt(picture, state, problem=f"{picture}: {_sentence(error)}")
     return Attempt(picture, state, digest)
 
 

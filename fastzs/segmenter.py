@@ -17,7 +17,7 @@ from fastzs.clip.packed import computes_int8, pack, unpack
 from fastzs.features import ImageFeatures
 from fastzs.models.base import Features, SegmentationModel
 from fastzs.ops import label_map
-from fastzs.pictures import Picture, read_picture
+from fastzs.pictures import Picture, PictureError, read_picture
 from fastzs.readout import read_image
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
@@ -66,6 +66,7 @@ class Question:
         seen: bool [C], classes that the model treats as seen in training; None if it was told none.
         calibrations: constants taken from the scores of the seen classes; there is one answer for each.
         options: of :func:`fastzs.ops.label_map`.
+        probabilities: whether the answers hold every class's scores.
     """
 
     names: tuple[str, ...]
@@ -74,6 +75,7 @@ class Question:
     seen: Tensor | None
     calibrations: Sequence[float]
     options: Mapping[str, Any]
+    probabilities: bool = False
 
 
 class Answer(NamedTuple):
@@ -82,6 +84,7 @@ class Answer(NamedTuple):
     image: Tensor  # uint8 [3, H, W]
     labels: list[Tensor]  # [H, W] on the CPU, for each of the question's constants
     scores: list[Tensor]  # fp32 [H, W], for each of them; empty unless asked for
+    probabilities: Tensor | None  # fp16 [C, H, W] under the first constant; None unless asked for
 
 
 class Segmenter:
@@ -181,6 +184,7 @@ class Segmenter:
         threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
+        probabilities: bool = False,
     ) -> Segmentation:
         """Label every pixel of an image: :meth:`encode` and :meth:`label` without keeping the features.
 
@@ -193,6 +197,7 @@ class Segmenter:
                 training-free systems) :meth:`fastzs.readout.Readout.threshold`.
             background_names: what "prompt" looks for; a few general words if omitted.
             scores: also keep the winning score of each pixel.
+            probabilities: also keep every class's score of each pixel, fp16 [C, H, W]: large.
 
         Raises:
             PictureError: the image cannot be read.
@@ -200,7 +205,12 @@ class Segmenter:
                 the message says which.
         """
         question = self.question(
-            names, background=background, threshold=threshold, background_names=background_names, scores=scores
+            names,
+            background=background,
+            threshold=threshold,
+            background_names=background_names,
+            scores=scores,
+            probabilities=probabilities,
         )
         return _result(question, next(self.answers([picture], question)))
 
@@ -226,10 +236,16 @@ class Segmenter:
         threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
+        probabilities: bool = False,
     ) -> Segmentation:
         """Label every pixel of an encoded image; arguments and errors as when the segmenter is called."""
         question = self.question(
-            names, background=background, threshold=threshold, background_names=background_names, scores=scores
+            names,
+            background=background,
+            threshold=threshold,
+            background_names=background_names,
+            scores=scores,
+            probabilities=probabilities,
         )
         parts = self._decoded(features, question)
         return _result(question, self._answer(features.image, features.size, features.places, parts, question))
@@ -251,13 +267,14 @@ class Segmenter:
         threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
+        probabilities: bool = False,
         seen: Sequence[int] | None = None,
         calibrations: Sequence[float] | None = None,
     ) -> Question:
         """Names and settings in the model's terms, for :meth:`answers`.
 
         Args:
-            names, background, threshold, background_names, scores: as when the segmenter is called.
+            names, background, threshold, background_names, scores, probabilities: as when the segmenter is called.
             seen: indices of the classes that lose ``calibrations``; those that the model was trained on if omitted.
             calibrations: constants; the model's own if omitted.
 
@@ -275,8 +292,18 @@ class Segmenter:
                     "background='threshold' compares the names with each other, so it needs at least two; "
                     "with one name use background='prompt'"
                 )
+            if "background" in vocabulary.names:
+                raise ValueError(
+                    "background='threshold' adds a class 'background', but it is among the names already; "
+                    "leave it out, or use background='none'"
+                )
         elif background != "none":
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
+        if probabilities and self.model.readout is not None:
+            raise ValueError(
+                f"probabilities: {type(self.model).__name__} compares cosines after refining them and keeps the best "
+                "name's score alone; ask for scores"
+            )
         if threshold is None:
             readout = self.model.readout
             threshold = 0.5 if readout is None else readout.threshold(len(vocabulary.phrases))
@@ -293,6 +320,7 @@ class Segmenter:
                 "threshold": threshold if background == "threshold" else None,
                 "return_scores": scores,
             },
+            probabilities=probabilities,
         )
 
     @torch.inference_mode()
@@ -349,6 +377,7 @@ class Segmenter:
             return self._read(image, size, windows, parts, question)
         labels: list[list[Tensor]] = [[] for _ in question.calibrations]
         scores: list[list[Tensor]] = [[] for _ in question.calibrations]
+        every: list[Tensor] = []
         for band in _bands(size, (image.shape[1], image.shape[2]), windows, parts):
             for i, constant in enumerate(question.calibrations):
                 with span("predict.label_map"):
@@ -363,7 +392,14 @@ class Segmenter:
                 labels[i].append(mapped.labels[band.rows].cpu())
                 if mapped.scores is not None:
                     scores[i].append(mapped.scores[band.rows].cpu())
-        return Answer(image.cpu(), [torch.cat(rows) for rows in labels], [torch.cat(rows) for rows in scores if rows])
+            if question.probabilities:
+                every.append(_every_score(band, question)[:, band.rows].half().cpu())
+        return Answer(
+            image.cpu(),
+            [torch.cat(rows) for rows in labels],
+            [torch.cat(rows) for rows in scores if rows],
+            torch.cat(every, 1) if every else None,
+        )
 
     def _read(
         self, image: Tensor, size: tuple[int, int], windows: Tensor, parts: Iterable[Tensor], question: Question
@@ -386,7 +422,7 @@ class Segmenter:
             )
         labels = found.labels.to("cpu", torch.uint8 if len(question.names) <= 255 else torch.int16)
         scores = [] if found.scores is None else [found.scores.cpu()] * len(question.calibrations)
-        return Answer(image.cpu(), [labels] * len(question.calibrations), scores)
+        return Answer(image.cpu(), [labels] * len(question.calibrations), scores, None)
 
     def _text(self, vocabulary: Vocabulary) -> Tensor:
         """The vocabulary's text vectors as the model takes them; the same tensor while a vocabulary is among the last.
@@ -474,15 +510,32 @@ def _bands(
         held, kept, begin = [held[0][over:].clone()], kept + over, end
 
 
+def _every_score(band: Band, question: Question) -> Tensor:
+    """The scores of all classes, fp32 [C, H, W]."""
+    classes = band.logits.shape[1]
+    options = {**question.options, "threshold": None, "return_scores": True, "top_k": classes}
+    mapped = label_map(
+        band.logits,
+        band.windows,
+        band.size,
+        output_size=band.output_size,
+        calibration=question.calibrations[0],
+        **options,
+    )
+    assert mapped.scores is not None
+    labels, scores = mapped.labels.long(), mapped.scores
+    return torch.zeros_like(scores).scatter_(0, labels, scores) if classes > 1 else scores[None]
+
+
 def _result(question: Question, answer: Answer) -> Segmentation:
     scores = answer.scores[0] if answer.scores else None
-    return Segmentation(labels=answer.labels[0], names=question.names, scores=scores, picture=answer.image)
+    return Segmentation(answer.labels[0], question.names, scores, answer.image, answer.probabilities)
 
 
 def _check_crop(crop: int | tuple[int, int], size: tuple[int, int]) -> None:
     height, width = (crop, crop) if isinstance(crop, int) else crop
     if height > size[0] or width > size[1]:
-        raise ValueError(
+        raise PictureError(
             f"the crop, {height} x {width} pixels, is larger than the picture, {size[0]} x {size[1]} as the model sees "
             "it; give a smaller crop, a larger short side, or crop 0 for the whole picture at once"
         )

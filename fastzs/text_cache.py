@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastzs.cache import cache_folder
 from fastzs.clip import Clip
+from fastzs.clip.text import TextEncoder
 from fastzs.progress import ProgressBar
 from fastzs.trace import traced
 
@@ -28,6 +29,7 @@ MOST = 1 << 15  # phrases kept in memory: 64 MB of vectors that are 512 wide
 AT_ONCE = 256  # texts in a batch of the text tower
 QUIET = 2000  # texts that are encoded without a progress bar
 ASKED = 500  # phrases in a query, below SQLite's limit of parameters
+LONG = 60  # letters of a text that may be more than a text tower reads
 SECONDS = 5  # to wait for another process that writes
 
 _memory: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
@@ -69,10 +71,23 @@ def _run_tower(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> 
         for start in range(0, len(phrases), at_once):
             some = phrases[start : start + at_once]
             texts = [template.replace("{}", phrase) for phrase in some for template in templates]
+            _warn_of_cuts(encoder, texts)
             vectors = encoder.encode(texts).cpu().unflatten(0, (len(some), len(templates)))
             rows.append(F.normalize(vectors.mean(1), dim=-1))
             progress.advance(len(some))
     return torch.cat(rows)
+
+
+def _warn_of_cuts(encoder: TextEncoder, texts: Sequence[str]) -> None:
+    """Say which texts are longer than the tower reads: without their last word they are the same to it."""
+    long = [text for text in texts if len(text) > LONG and " " in text]
+    if not long:
+        return
+    shorter = [text.rpartition(" ")[0] for text in long]
+    same = (encoder.tokenizer(long) == encoder.tokenizer(shorter)).all(1)
+    if cut := [text for text, equal in zip(long, same.tolist(), strict=True) if equal]:
+        more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        log.warning("the text tower reads only the beginning of %r%s", f"{cut[0][:57]}...", more)
 
 
 def _open(path: Path) -> sqlite3.Connection:

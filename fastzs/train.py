@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastzs import checkpoints, ranks
 from fastzs.data.batches import Batch, batches, mix
+from fastzs.data.protocols import IGNORE, ignore_label
 from fastzs.devices import native_bf16
 from fastzs.errors import FastzsError
 from fastzs.locks import hold
@@ -166,6 +167,8 @@ class _Run:
         device: torch.device,
     ):
         self.arguments: dict[str, Any] = dict(losses)
+        if (ignored := ignore_label(len(text))) != IGNORE:
+            self.arguments["ignore_index"] = ignored
         if recipe.setting != "supervised":
             if not seen:
                 raise ValueError(f"setting {recipe.setting!r} wants to know which classes are seen: seen=[...]")

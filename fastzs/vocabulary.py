@@ -3,10 +3,11 @@
 import copy
 import hashlib
 import json
+import os
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fastzs.clip.templates import TEMPLATES
 from fastzs.clip.weights import Clip
+from fastzs.files import open_file
 from fastzs.text_cache import encode
 
 if TYPE_CHECKING:
@@ -25,8 +27,9 @@ class Vocabulary:
     """The classes of one segmentation, in order.
 
     Args:
-        entries: class names, or mappings from a name to its synonyms: ``["cat", {"sofa": ["couch", "settee"]}]``.
-            A class is asked for under its name and every synonym.
+        entries: class names, or mappings from a name to its synonyms: ``["cat", {"sofa": ["couch", "settee"]}]``; or
+            one such mapping; or numbers from 0 with a name each, as in a YOLO data set. A class is asked for under its
+            name and every synonym.
         templates: a name in :data:`fastzs.clip.TEMPLATES`, or a list of strings with ``{}`` for the name; the model's
             own choice if omitted. The unit vectors of all templates are averaged and normalised again.
         synonyms: how synonyms of a class join: ``"max"`` of their logits or ``"mean"`` of their embeddings.
@@ -34,13 +37,13 @@ class Vocabulary:
             of an ``.npy`` file. They are used as given (published fp16 vectors are not normalised again).
 
     Raises:
-        ValueError: no names, an empty name, names that are equal once case and spacing are ignored, unknown
-            templates or templates without ``{}``, embeddings that do not fit.
+        ValueError: no names, an empty name, something that is no name, names that are equal once case and spacing are
+            ignored, unknown templates or templates without ``{}``, embeddings that cannot be read or do not fit.
     """
 
     def __init__(
         self,
-        entries: Sequence[str | Mapping[str, Sequence[str]]],
+        entries: Sequence[str | Mapping[str, Sequence[str]]] | Mapping[str, Sequence[str]] | Mapping[int, str],
         templates: str | Sequence[str] | None = None,
         *,
         synonyms: Literal["max", "mean"] = "max",
@@ -51,12 +54,11 @@ class Vocabulary:
         phrases: list[str] = []
         groups: list[int] = []
         names: list[str] = []
-        for entry in entries:
-            for name, others in {entry: ()}.items() if isinstance(entry, str) else entry.items():
-                for phrase in (name, *([others] if isinstance(others, str) else others or ())):
-                    phrases.append(_clean(phrase))
-                    groups.append(len(names))
-                names.append(_clean(name))
+        for name, others in _named(entries):
+            for phrase in (name, *others):
+                phrases.append(_clean(phrase))
+                groups.append(len(names))
+            names.append(_clean(name))
         if not names:
             raise ValueError("vocabulary: no class names given")
         first: dict[str, str] = {}
@@ -99,7 +101,8 @@ class Vocabulary:
         Every phrase is encoded once, see :mod:`fastzs.text_cache`.
 
         Raises:
-            ValueError: given embeddings are not ``clip.embed_dim`` wide.
+            ValueError: given embeddings are not ``clip.embed_dim`` wide; two classes are one to the text tower, such as
+                names that differ only behind what it reads.
             WeightsError: the weights have no text tower.
         """
         if self.embeddings is not None:
@@ -111,10 +114,22 @@ class Vocabulary:
             return self.embeddings
         templates = self.templates or TEMPLATES[clip.templates or default_templates]
         vectors = encode(clip, templates, self.phrases)
+        self._check_distinct(vectors)
         if self.synonyms == "mean" and len(self.phrases) > len(self.names):
             mean = torch.zeros(len(self), vectors.shape[1]).index_add_(0, self.groups, vectors)
             return F.normalize(mean, dim=-1)
         return vectors
+
+    def _check_distinct(self, vectors: Tensor) -> None:
+        first: dict[bytes, int] = {}
+        for row, vector in enumerate(vectors.numpy()):
+            other = first.setdefault(vector.tobytes(), row)
+            if self.groups[other] != self.groups[row]:
+                one, two = (_short(self.phrases[i]) for i in (other, row))
+                raise ValueError(
+                    f"vocabulary: the text tower reads {one} and {two} as the same text, so the second could "
+                    "never win; shorten them, or tell them apart at their beginning"
+                )
 
     def with_class(self, name: str, phrases: Sequence[str]) -> "Vocabulary":
         """This vocabulary with one more class at the end, asked for under ``phrases`` only.
@@ -124,6 +139,8 @@ class Vocabulary:
         Raises:
             ValueError: ``name`` exists already, no phrase is left, or embeddings were given as an array.
         """
+        if isinstance(phrases, str):
+            raise ValueError(f"vocabulary: expected a list of names for {name!r}, got the single text {phrases!r}")
         if self.embeddings is not None:
             raise ValueError(f"vocabulary: {name!r} cannot be added to embeddings given as an array; add its row there")
         taken = {normal_name(phrase) for phrase in (*self.names, *self.phrases)}
@@ -190,8 +207,30 @@ def normal_name(phrase: str) -> str:
     return " ".join(phrase.casefold().replace("_", " ").split())
 
 
+def _named(entries: Iterable[Any] | Mapping[Any, Any]) -> Iterator[tuple[str, Sequence[str]]]:
+    """Each class's name and its synonyms."""
+    if isinstance(entries, Mapping):
+        if entries and list(entries) == list(range(len(entries))):
+            entries = list(entries.values())
+        else:
+            entries = [entries]
+    for entry in entries:
+        if not isinstance(entry, str | Mapping):
+            raise ValueError(
+                f"vocabulary: expected a name, or a mapping from a name to its synonyms, got {type(entry).__name__} "
+                f"{entry!r}"
+            )
+        for name, others in {entry: ()}.items() if isinstance(entry, str) else entry.items():
+            others = [others] if isinstance(others, str) else () if others is None else others
+            if not isinstance(others, Iterable) or isinstance(others, Mapping):
+                raise ValueError(f"vocabulary: expected a list of synonyms of {name!r}, got {others!r}")
+            yield name, list(others)
+
+
 def _clean(name: object) -> str:
-    text = " ".join(unicodedata.normalize("NFKC", str(name)).split())
+    if not isinstance(name, str):
+        raise ValueError(f"vocabulary: expected a name, got {type(name).__name__} {name!r}; names are texts")
+    text = " ".join(unicodedata.normalize("NFKC", name).split())
     if not text:
         raise ValueError(f"vocabulary: empty class name {name!r}")
     return text
@@ -210,15 +249,35 @@ def _templates(templates: str | Sequence[str] | None) -> tuple[str, ...] | None:
     return tuple(templates)
 
 
+def _read_embeddings(path: Path) -> np.ndarray:
+    """An array of numbers from an ``.npy`` file."""
+    try:
+        with open_file(path) as stream:
+            array = np.load(stream, allow_pickle=False)
+    except OSError as error:
+        raise ValueError(f"embeddings {path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # what is no array, or one of objects, which would run code
+        raise ValueError(f"embeddings {path}: expected an array as numpy.save writes it: {error}") from error
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        archive = isinstance(array, np.lib.npyio.NpzFile)
+        what = f"an archive of {', '.join(array.files)}" if archive else f"an array of {array.dtype}"
+        raise ValueError(f"embeddings {path}: expected one array of numbers as numpy.save writes it, got {what}")
+    return array
+
+
 def _embeddings(given: Tensor | np.ndarray | str | Path, count: int) -> Tensor:
     if isinstance(given, str | Path):
-        given = np.load(given, allow_pickle=False)
+        given = _read_embeddings(Path(os.path.expanduser(given)))
     rows = torch.as_tensor(given).detach().to("cpu", torch.float32)
     if rows.ndim != 2 or rows.shape[0] != count:
         raise ValueError(f"vocabulary: {count} names want embeddings [{count}, D], got {list(rows.shape)}")
     if not torch.isfinite(rows).all():
         raise ValueError("vocabulary: NaN or infinite values in the embeddings")
     return rows
+
+
+def _short(phrase: str) -> str:
+    return repr(phrase if len(phrase) <= 60 else f"{phrase[:57]}...")
 
 
 def _some(names: Sequence[str]) -> str:

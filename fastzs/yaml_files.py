@@ -3,8 +3,9 @@
 YAML itself would read ``no`` as false, ``null`` as nothing and ``1`` as a number; a class may be called so.
 """
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -183,6 +184,13 @@ def _synonyms(item: Item) -> list[str]:
     if item.is_list:
         return [one.text("a synonym") for one in item.items()]
     return [] if item.is_null else [item.text("a list of synonyms")]
+
+
+def label_file(path: str | None, classes: Sequence[str]) -> dict[int | tuple[int, int, int], int | None] | None:
+    """:func:`read_remap` of a file that may not be given."""
+    if path is None:
+        return None
+    return read_remap(Path(os.path.expanduser(path)), {name: i for i, name in enumerate(classes)})
 
 
 def read_remap(path: Path, classes: Mapping[str, int]) -> dict[int | tuple[int, int, int], int | None]:

@@ -13,10 +13,10 @@ from PIL import Image
 
 import fastzs
 from fastzs.cli import main
-from fastzs.commands.segment import read_classes
 from fastzs.data.shapes import draw
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
+from fastzs.yaml_files import read_classes
 
 PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data"
 
@@ -28,10 +28,24 @@ class FakeSegmenter:
 
     def __init__(self, model, **settings):
         FakeSegmenter.loaded = {"model": model, **settings}
-        clip = SimpleNamespace(fingerprint="fake", source="shapes", backbone=settings["backbone"])
-        self.model = SimpleNamespace(clip=clip)
+        clip = SimpleNamespace(
+            fingerprint="fake",
+            source="shapes",
+            backbone=settings["backbone"],
+            quick_gelu=False,
+            config={},
+            templates=None,
+        )
+        self.model = SimpleNamespace(
+            clip=clip, fingerprint="", default_templates="single", seen=None, calibration=0.0, activation="softmax",
+            readout=None,
+            mean=(0, 0, 0), std=(1, 1, 1),
+        )  # fmt: skip
         self.device, self.precision = torch.device("cpu"), "float32"
         self.short_side, self.crop, self.stride = settings["short_side"], settings["crop"], settings["stride"]
+
+    def question(self, vocabulary, **asked):
+        pass
 
     def __call__(self, picture, vocabulary, *, background, threshold):
         FakeSegmenter.loaded["threshold"] = threshold
@@ -251,6 +265,7 @@ class TestSegment:
             (["--classes", "a,,b"], "empty class name"),
             (["--classes", "cat,dog,Cat"], "'Cat' is the same name as 'cat'"),
             (["--classes-file", "gone.yaml"], "classes file gone.yaml: No such file"),
+            (["--classes", "a", "--config", "gone.yaml"], "configuration gone.yaml: No such file"),
         ],
     )
     def test_classes_that_will_not_do(self, pictures, tmp_path, capsys, arguments, message):
@@ -269,7 +284,7 @@ class TestSegment:
             said = refused(capsys, *common, "--background", "threshold", f"--threshold={wrong}")
             assert f"--threshold {wrong} is compared with scores; wanted 0 to 1" in said
         assert not (tmp_path / "o").exists()
-        for given, wanted in ((["--threshold", "0"], 0.0), ([], 0.5)):
+        for given, wanted in ((["--threshold", "0"], 0.0), ([], None)):
             assert main([*common, "--background", "threshold", *given]) == 0
             assert FakeSegmenter.loaded["threshold"] == wanted
             assert record(tmp_path / "o")["decisive_settings"]["threshold"] == wanted
@@ -299,7 +314,6 @@ class TestSegment:
             (["--crop", "5x"], "crop"),
             (["--threshold", "high"], "threshold"),
             (["--nonsense"], "unrecognized arguments: --nonsense"),
-            (["--config", "gone.yaml"], "File does not exist"),
         ],
     )
     def test_arguments_that_will_not_do(self, pictures, tmp_path, capsys, arguments, message):
@@ -412,10 +426,10 @@ def test_classes_file(tmp_path):
         ("# nothing\n", "has no names in it"),
         ("[]", "has no names in it"),
         ("{}", "has no names in it"),
-        ("cat dog", "line 1: want a name, or a name with a list of synonyms"),
-        ("- cat\n- [a, b]\n", "line 2: want a name"),
-        ("cat: {a: b}\n", "line 1: want a name"),
-        ("- cat: [[a]]\n", "line 1: want a name"),
+        ("cat dog", "line 1: expected a list of names, or of names with a list of synonyms, got 'cat dog'"),
+        ("- cat\n- [a, b]\n", "line 2: expected a name, or a name with a list of synonyms, got a list"),
+        ("cat: {a: b}\n", "line 1: expected a list of synonyms, got a mapping"),
+        ("- cat: [[a]]\n", "line 1: expected a synonym, got a list"),
         ("- [cat\n", "is not YAML"),
         ("\x00", "is not YAML"),
     ],
@@ -433,7 +447,7 @@ def test_classes_file_that_is_not_text(tmp_path):
     (tmp_path / "names.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="is not UTF-8 text"):
         read_classes(tmp_path / "names.yaml")
-    with pytest.raises(ValueError, match="Is a directory"):
+    with pytest.raises(ValueError, match="is a folder, not a file"):
         read_classes(tmp_path)
 
 

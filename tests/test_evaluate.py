@@ -14,6 +14,7 @@ from fastzs.data.datasets import DataError, FolderDataset, ShapesDataset
 from fastzs.data.protocols import Protocol, protocol
 from fastzs.evaluate import evaluate, evaluate_predictions, own_calibration, report, save_overlay, summary
 from fastzs.models import ClipRC
+from fastzs.result import Segmentation
 from fastzs.vocabulary import Vocabulary
 from tests.data.folders import camvid, put_mask, put_picture
 
@@ -252,3 +253,30 @@ def test_two_processes_give_the_same_figures(tmp_path):
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     assert one["results"] == two["results"]
+
+
+def test_predictions_are_scored_by_their_names(tmp_path):
+    """Label maps of fastzs in any order of names; a name that is no class is refused where it occurs."""
+    for name in ("images", "masks", "found"):
+        (tmp_path / name).mkdir()
+    truth = np.resize(np.array([0, 1, 2, 255], np.uint8), (6, 8))
+    put_picture(tmp_path / "images" / "a.jpg")
+    Image.fromarray(truth).save(tmp_path / "masks" / "a.png")
+    wanted = Protocol("own", ("road", "car", "sky"), synonyms=((), ("auto",), ()))
+    dataset = FolderDataset(tmp_path / "images", tmp_path / "masks", wanted.classes)
+
+    def score(values, names):
+        labels = torch.from_numpy(np.resize(np.array(values, np.uint8), (6, 8)))
+        Segmentation(labels, names).save(tmp_path / "found" / "a.png")
+        return evaluate_predictions(tmp_path / "found", dataset, wanted).counts
+
+    right = score([0, 1, 2, 0], ("road", "car", "sky"))
+    assert right.diagonal().sum() == 36
+    assert torch.equal(score([2, 0, 1, 0], ("Auto", "sky", "road")), right)
+    assert torch.equal(score([1, 2, 3, 1], ("plant", "road", "car", "sky")), right)
+    assert score([0, 1, 3, 0], ("road", "car", "sky", "background"))[2, 3] == 12
+    with pytest.raises(DataError, match=r"a\.png has pixels of 'plant', which is no class of protocol own"):
+        score([0, 1, 3, 0], ("road", "car", "sky", "plant"))
+    Image.new("RGB", (8, 6)).save(tmp_path / "found" / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is no label map"):
+        evaluate_predictions(tmp_path / "found", dataset, wanted)

@@ -200,20 +200,19 @@ def test_a_picture_the_model_cannot_take_is_counted(pictures):
     assert list(outcome.failed.values()) == [f"{pictures / 'in' / 'b.jpg'}: RuntimeError: out of memory"]
 
 
-def test_settings_that_do_not_fit_end_the_run(pictures):
-    def wrong(path):
-        raise ValueError("no such background")
+@pytest.mark.parametrize("odd", ["a.png", "b.jpg"])
+def test_the_order_does_not_decide_what_a_problem_ends(pictures, odd):
+    """The first picture's problem is no more than another's, also when the run goes on."""
 
-    with pytest.raises(ValueError, match="no such background"):
-        run(pictures, segment=wrong)
-    assert tree(pictures / "out") == []
-
-    def later(path):
-        if path.name == "b.jpg":
+    def narrow(path):
+        if path.name == odd and path.parent.name == "in":
             raise ValueError("this one is odd")
         return fake(path)
 
-    assert run(pictures, segment=later).done == 3
+    for skipped, done in ((0, 3), (3, 0)):
+        outcome = run(pictures, segment=narrow)
+        assert (outcome.skipped, outcome.done) == (skipped, done)
+        assert outcome.failed == {str(pictures / "in" / odd): f"{pictures / 'in' / odd}: ValueError: this one is odd"}
 
 
 def test_full_disk_ends_the_run_and_names_the_file(pictures, monkeypatch):

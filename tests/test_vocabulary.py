@@ -231,3 +231,83 @@ def test_hash_follows_names_templates_and_embeddings():
 def test_thousands_of_names_go_in_batches(weights):
     names = [f"thing number {i}" for i in range(3000)]
     assert Vocabulary(names, ["{}"]).embed(weights).shape == (3000, 24)
+
+
+class TestShapesOfNames:
+    """Names in every shape in which people have them are read or refused, never misread."""
+
+    @pytest.mark.parametrize(
+        ("given", "names", "phrases"),
+        [
+            ({"dog": ["puppy", "hound"], "cat": []}, ("dog", "cat"), ("dog", "puppy", "hound", "cat")),
+            ({"dog": "puppy", "cat": None}, ("dog", "cat"), ("dog", "puppy", "cat")),
+            ({0: "tree", 1: "lawn"}, ("tree", "lawn"), ("tree", "lawn")),
+            (("tree", {"lawn": ("grass",)}), ("tree", "lawn"), ("tree", "lawn", "grass")),
+            ((name for name in ("tree", "lawn")), ("tree", "lawn"), ("tree", "lawn")),
+            ({"tree": ()}.keys(), ("tree",), ("tree",)),
+        ],
+    )
+    def test_read(self, given, names, phrases):
+        vocabulary = Vocabulary(given)
+        assert (vocabulary.names, vocabulary.phrases) == (names, phrases)
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ([7], "expected a name, or a mapping from a name to its synonyms, got int 7"),
+            ([None], "got NoneType None"),
+            ([["sofa", "settee"]], "got list"),
+            ([b"sofa"], "got bytes"),
+            ({1: "tree", 2: "lawn"}, "expected a name, got int 1; names are texts"),
+            ([{"sofa": [3]}], "expected a name, got int 3"),
+            ([{"sofa": 3}], "expected a list of synonyms of 'sofa', got 3"),
+            ([{"sofa": {"settee": []}}], "expected a list of synonyms of 'sofa'"),
+            ({}, "no class names given"),
+            (iter(()), "no class names given"),
+        ],
+    )
+    def test_refused(self, given, message):
+        with pytest.raises(ValueError, match=message):
+            Vocabulary(given)
+
+    def test_a_text_where_a_list_is_wanted(self):
+        with pytest.raises(ValueError, match="expected a list of names for 'background', got the single text 'wall'"):
+            Vocabulary(["cat"]).with_class("background", "wall")
+
+    def test_names_that_the_tower_cuts(self, monkeypatch, tmp_path, caplog):
+        from fastzs import clip
+
+        monkeypatch.setenv("FASTZS_CACHE", str(tmp_path))
+        tower = clip.load("ViT-B-32", "random")
+        start = "a very long story " * 40
+        with pytest.raises(ValueError, match=r"reads 'a very long .*' and 'a very long .*' as the same text"):
+            Vocabulary([f"{start} of cats", f"{start} of dogs"]).embed(tower)
+        assert "the text tower reads only the beginning of 'a photo of a a very long" in caplog.text
+        Vocabulary([f"{start} of cats", "dogs"]).embed(tower)
+        Vocabulary([{f"{start} of cats": [f"{start} of tigers"]}, "dogs"]).embed(tower)
+
+
+class TestEmbeddingFiles:
+    @pytest.mark.parametrize(
+        ("write", "message"),
+        [
+            (lambda path: None, "cannot be read: No such file"),
+            (lambda path: path.mkdir(), "is a folder, not a file"),
+            (lambda path: path.write_bytes(b""), "expected an array as numpy.save writes it"),
+            (lambda path: path.write_bytes(b"\x80\x04N."), "expected an array as numpy.save writes it"),
+            (lambda path: torch.save(torch.ones(2, 3), path), "expected"),
+            (lambda path: np.save(path, np.array([{}, []], object), allow_pickle=True), "expected"),
+            (lambda path: np.save(path, np.array(["a", "b"])), "an array of <U1"),
+        ],
+    )
+    def test_refused(self, tmp_path, write, message):
+        path = tmp_path / "vectors.npy"
+        write(path)
+        with pytest.raises(ValueError, match=message) as caught:
+            Vocabulary(["cat", "dog"], embeddings=path)
+        assert str(path) in str(caught.value)
+
+    def test_archive(self, tmp_path):
+        np.savez(tmp_path / "v.npz", vectors=np.ones((2, 3)))
+        with pytest.raises(ValueError, match="an archive of vectors"):
+            Vocabulary(["cat", "dog"], embeddings=tmp_path / "v.npz")

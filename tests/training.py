@@ -57,7 +57,7 @@ def small(kind: type = ClipRC, **options) -> ClipRC | ZegCLIP:
 
 def settings(*arguments: str) -> dict[str, Any]:
     """What ``fastzs train`` makes of its arguments."""
-    given = cli._config_first(["train", "--output", "out", *arguments])
+    given, _ = cli._config_first(["train", "--output", "out", *arguments])
     return cli._parser().parse_args(given)["train"].as_dict()
 
 

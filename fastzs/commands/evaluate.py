@@ -1,6 +1,7 @@
 """``fastzs evaluate``: score a model or somebody's label maps under a protocol."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastzs.segmenter import Segmenter
     from fastzs.vocabulary import Vocabulary
 
+PLOTS = ("iou.png", "confusion.png")
 HELP = "score a model, or label maps, on a data set"
 ROWS = 40  # classes in a column of the printed table
 
@@ -37,6 +39,7 @@ def parser() -> ArgumentParser:
     add("--images", type=str | None, help="own data: folder of pictures (with --masks)")
     add("--masks", type=str | None, help="own data: folder of masks named like the pictures")
     add("--pairs", type=str | None, help="own data: file with a picture and its mask on each line")
+    add("--label-file", type=str | None, help="own data: YAML file of what values or colours of masks mean (7: road)")
     add("--classes-file", type=str | None, help="own data without a protocol: YAML list of the names of the labels")
     add("--output", type=str | None, help="folder for results.json and what else is asked for")
     add(
@@ -96,7 +99,7 @@ def run(config: Namespace) -> int:
         plots.check()
     from fastzs.locks import hold
 
-    folder = None if config.output is None else Path(config.output)
+    folder = None if config.output is None else Path(os.path.expanduser(config.output))
     with nullcontext() if folder is None else hold(folder, "evaluate"):
         return _evaluate(config, folder)
 
@@ -119,10 +122,11 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
             segmenter = _segmenter(config, str(device))
             found = _score_fold(segmenter, config, dataset, protocol, shown)
             if ranks.rank() == 0:
-                _show_fold(found, protocol, dataset, config.model)
                 if folder is not None:
                     about |= _about(segmenter, config) | {"seconds": round(time.monotonic() - begun, 3)}
                     _write(folder, protocol, dataset, about, [asdict(found)])
+                _show_fold(found, protocol, dataset, config.model)
+                _told(folder)
             return 0
         if config.predictions is not None:
             matrices = {0.0: _score_folder(config, dataset, protocol, overlays, shown)}
@@ -135,7 +139,7 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
             about |= {"vocabulary": {"hash": vocabulary.hash, "phrases": list(vocabulary.phrases)}}
         about |= {"seconds": round(time.monotonic() - begun, 3)}
         if ranks.rank() == 0:
-            _show(matrices, protocol, dataset, about)
+            # files first: a terminal may fail
             if folder is not None:
                 results = [
                     ({} if "predictions" in about else {"calibration": constant}) | report(matrix, protocol)
@@ -144,6 +148,8 @@ def _evaluate(config: Namespace, folder: Path | None) -> int:
                 _write(folder, protocol, dataset, about, results)
                 if config.plots:
                     _plot(folder, next(iter(matrices.values())), protocol)
+            _show(matrices, protocol, dataset, about)
+            _told(folder)
     finally:
         ranks.leave()
     return 0
@@ -166,16 +172,19 @@ def _protocol(config: Namespace) -> "Protocol":
 
 def _dataset(config: Namespace, protocol: "Protocol") -> "AnyDataset":
     from fastzs.data.datasets import FolderDataset, PairsFile, open_dataset
+    from fastzs.yaml_files import label_file
 
-    reduce = protocol.reduce_zero_label
+    reduce, remap = protocol.reduce_zero_label, label_file(config.label_file, protocol.classes)
     if (config.images is None) != (config.masks is None):
         raise ValueError("--images and --masks go together: the folder of pictures and the folder of their masks")
     if sum(given is not None for given in (config.images, config.pairs, config.data)) > 1:
         raise ValueError("name the data once: with --data, with --images and --masks, or with --pairs")
     if config.images is not None:
-        return FolderDataset(config.images, config.masks, protocol.classes, reduce_zero_label=reduce)
+        return FolderDataset(config.images, config.masks, protocol.classes, reduce_zero_label=reduce, remap=remap)
     if config.pairs is not None:
-        return PairsFile(config.pairs, protocol.classes, reduce_zero_label=reduce)
+        return PairsFile(config.pairs, protocol.classes, reduce_zero_label=reduce, remap=remap)
+    if remap is not None:
+        raise ValueError("--label-file is for own masks, with --images and --masks or with --pairs")
     return open_dataset(protocol, config.data, config.split)
 
 
@@ -205,9 +214,9 @@ def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
 
 
 def _read_classes(path: str) -> list:
-    from fastzs.commands.segment import read_classes
+    from fastzs.yaml_files import read_classes
 
-    return read_classes(Path(path))
+    return read_classes(Path(os.path.expanduser(path)))
 
 
 def _score_folder(
@@ -299,6 +308,7 @@ def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
 def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", dataset: "AnyDataset", about: dict) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(soft_wrap=True)
     what = f"predictions in {about['predictions']}" if "predictions" in about else about["model"]
@@ -322,10 +332,10 @@ def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", datase
         table.add_column("Acc", justify="right")
     rows = -(-len(protocol.classes) // columns)
     for row in range(rows):
-        cells: list[str] = []
+        cells: list[str | Text] = []
         for i in range(row, len(protocol.classes), rows):
             name = protocol.classes[i] + (" (unseen)" if i in protocol.unseen else "")
-            cells += [name, _percent(scores.iou[i]), _percent(scores.accuracy[i])]
+            cells += [Text(name), _percent(scores.iou[i]), _percent(scores.accuracy[i])]
         table.add_row(*cells)
     console.print(table)
     if scores.absent:
@@ -339,6 +349,7 @@ def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", datase
 def _show_fold(found: "FoldScores", protocol: "Protocol", dataset: "AnyDataset", model: str) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(soft_wrap=True)
     console.print(f"{model} on {dataset.what}, one unseen class at a time", markup=False, highlight=False)
@@ -346,7 +357,7 @@ def _show_fold(found: "FoldScores", protocol: "Protocol", dataset: "AnyDataset",
     table = Table("class")
     table.add_column("IoU", justify="right")
     for name, value in (*found.iou.items(), ("mIoU", found.mIoU), ("FBIoU", found.FBIoU)):
-        table.add_row(name, _percent(value))
+        table.add_row(Text(name), _percent(value))
     console.print(table)
 
 
@@ -373,19 +384,25 @@ def _write(
         **about,
         "results": results,
     }
+    for name in PLOTS:  # of an earlier run, whose figures they show
+        (folder / name).unlink(missing_ok=True)
     path = folder / "results.json"
     try:
         write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    print(f"results in {folder}")
+
+
+def _told(folder: Path | None) -> None:
+    if folder is not None:
+        print(f"results in {folder}")
 
 
 def _plot(folder: Path, matrix: "ConfusionMatrix", protocol: "Protocol") -> None:
     from fastzs.plots import save_bars, save_confusion
     from fastzs.runs import OutputError
 
-    for name, save in (("iou.png", save_bars), ("confusion.png", save_confusion)):
+    for name, save in zip(PLOTS, (save_bars, save_confusion), strict=True):
         try:
             save(folder / name, matrix, protocol)
         except OSError as error:

@@ -1,8 +1,9 @@
 """``fastzs segment``: label every pixel of pictures."""
 
+import os
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from fastzs import __version__
-
 if TYPE_CHECKING:
+    from fastzs.locks import Hold
     from fastzs.ray_engine import Actors
     from fastzs.result import Segmentation
     from fastzs.segmenter import Segmenter
@@ -34,7 +34,10 @@ def parser() -> ArgumentParser:
     add("--classes-file", type=str | None, help="YAML file with a list of names, or of name: [synonyms]")
     add("--output", type=str, required=True, help="folder for the results")
     add("--overlay", action="store_true", help="also write the labels drawn over the picture, with a legend")
-    add("--coco", action="store_true", help="also write COCO run-length masks as JSON")
+    add("--coco", action="store_true", help="also write COCO run-length masks, of each picture and in coco.json of all")
+    add("--scores", action="store_true", help="also write each pixel's score as a 16-bit PNG (65535 for 1)")
+    add("--probabilities", action="store_true", help="also write the scores of all classes as float16 in .npz: large")
+    add("--max-pixels", type=int | None, help="largest picture that is read; 178 million if omitted")
     add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
     add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
     add(
@@ -73,10 +76,23 @@ class Job:
     load: dict[str, Any]  # arguments of fastzs.load
     vocabulary: "Vocabulary"
     background: Literal["none", "threshold", "prompt"]
-    threshold: float
+    threshold: float | None
+    options: dict[str, Any] = field(default_factory=dict)  # of the model, as far as ``load`` has them
+    extras: tuple[str, ...] = ()
+    max_pixels: int | None = None
 
     def __call__(self, picture: Path) -> "Segmentation":
-        return self.segmenter(picture, self.vocabulary, background=self.background, threshold=self.threshold)
+        if self.max_pixels is not None:
+            from PIL import Image
+
+            Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2  # Pillow's error comes at twice its warning
+        return self.segmenter(picture, self.vocabulary, **self.asked)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """How the segmenter is called."""
+        scores = {name: True for name in ("scores", "probabilities") if name in self.extras}
+        return {"background": self.background, "threshold": self.threshold, **scores}
 
     @cached_property
     def segmenter(self) -> "Segmenter":
@@ -88,22 +104,29 @@ class Job:
     def facts(self) -> dict[str, Any]:
         """What came of the settings in the process that was asked: the loaded model, its device, versions."""
         from fastzs.doctor import describe_device, versions
+        from fastzs.identity import identity
 
         model: Any = self.segmenter.model
+        self.segmenter.question(self.vocabulary, **self.asked)  # what does not fit is said before any picture
         about = describe_device(self.segmenter.device)
         return {
-            "checkpoint": self.load["checkpoint"] and getattr(model, "fingerprint", self.load["checkpoint"]),
+            "decisive": identity(
+                self.segmenter,
+                self.vocabulary,
+                background=self.background,
+                threshold=self.threshold,
+                options=self.options,
+            ),
             "weights": model.clip.fingerprint,
             "source": model.clip.source,
             "backbone": model.clip.backbone,
             "precision": self.segmenter.precision,
-            **{name: getattr(self.segmenter, name) for name in ("short_side", "crop", "stride")},
             "device": {key: about[key] for key in ("device", "name", "details")},
             "versions": versions(),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
 def run(config: Namespace) -> int:
@@ -120,9 +143,11 @@ def run(config: Namespace) -> int:
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.locks import hold
     from fastzs.pictures import find_pictures
+    from fastzs.runs import EXTRAS
     from fastzs.vocabulary import Vocabulary
 
-    pictures = find_pictures(config.paths or _paths_in(config.config), skip=config.output)
+    output = Path(os.path.expanduser(config.output))
+    pictures = find_pictures(config.paths, skip=output)
     vocabulary = Vocabulary(entries, templates=_templates(config.templates))
     actors = _actors(config)
     from fastzs import ranks
@@ -132,35 +157,34 @@ def run(config: Namespace) -> int:
         options["seen"] = [name.strip() for name in config.seen.split(",") if name.strip()] or None
     names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
-    job = Job(load, vocabulary, config.background, 0.5 if config.threshold is None else config.threshold)
-    with hold(Path(config.output), "segment"), nullcontext() if actors is None else actors:
-        return _segment(config, pictures, job, options, actors, ranks.started())
+    job = Job(
+        load,
+        vocabulary,
+        config.background,
+        config.threshold,
+        options,
+        tuple(extra for extra in EXTRAS if config[extra]),
+        config.max_pixels,
+    )
+    with hold(output, "segment") as held, nullcontext() if actors is None else actors:
+        return _segment(config, pictures, job, actors, ranks.started(), held)
 
 
 def _segment(
     config: Namespace,
     pictures: list[Path],
     job: Job,
-    options: dict[str, Any],
     actors: "Actors | None",
     share: tuple[int, int],
+    held: "Hold",
 ) -> int:
     """Segment the pictures and keep the record."""
     from fastzs.progress import ProgressBar
     from fastzs.runs import Outcome, segment_pictures, settings_hash, write_record
 
-    folder, vocabulary = Path(config.output), job.vocabulary
+    folder, vocabulary = held.folder, job.vocabulary
     facts = job.facts() if actors is None else actors.run(job.facts)
-    decisive = {
-        "fastzs": __version__,
-        "model": config.model,
-        "options": options,
-        "vocabulary": vocabulary.hash,
-        "background": config.background,
-        "threshold": job.threshold if config.background == "threshold" else None,
-        **{name: facts[name] for name in ("checkpoint", "weights", "precision", "short_side", "crop", "stride")},
-    }
-    settings = settings_hash(decisive)
+    settings = settings_hash(facts["decisive"])
     begun = time.monotonic()
     record: dict[str, Any] = {
         "started": _now(),
@@ -171,7 +195,7 @@ def _segment(
         "failed": {},
         "settings": {key: value for key, value in config.as_dict().items() if key != "config"},
         "settings_hash": settings,
-        "decisive_settings": decisive,
+        "decisive_settings": facts["decisive"],
         "weights": {"name": facts["source"], "backbone": facts["backbone"], "fingerprint": facts["weights"]},
         "vocabulary": {"hash": vocabulary.hash, "names": list(vocabulary.names)},
         "device": facts["device"],
@@ -193,6 +217,7 @@ def _segment(
         with ProgressBar("segmenting", "picture", shown=share[0] == 0) as progress:
 
             def step(picture: Path, problem: str | None) -> None:
+                held.check()
                 if problem is not None:
                     progress.say(f"failed: {problem}")
                 progress.advance()
@@ -206,7 +231,7 @@ def _segment(
                 job,
                 folder,
                 settings,
-                also=[extra for extra in ("overlay", "coco") if config[extra]],
+                also=job.extras,
                 start=start,
                 step=step,
                 outcome=outcome,
@@ -219,9 +244,10 @@ def _segment(
             end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
         raise
     end("complete" if outcome.complete else "incomplete")
+    of_all = f" (process {share[0]} of {share[1]}, of {len(pictures)} pictures in all)" if share[1] > 1 else ""
     print(
         f"{outcome.done} of {outcome.found} pictures segmented, {outcome.skipped} done before, "
-        f"{len(outcome.failed)} failed; results in {folder}"
+        f"{len(outcome.failed)} failed{of_all}; results in {folder}"
     )
     return 0 if outcome.complete else 1
 
@@ -243,7 +269,9 @@ def _entries(classes: str | list[str] | None, classes_file: str | None) -> list[
         given = "both are given" if classes is not None else "neither is given"
         raise ValueError(f"name the classes with --classes or with --classes-file; {given}")
     if classes_file is not None:
-        return read_classes(Path(classes_file))
+        from fastzs.yaml_files import read_classes
+
+        return read_classes(Path(os.path.expanduser(classes_file)))
     if isinstance(classes, str):
         classes = classes.split(",") if classes.strip() else []
     if not classes:
@@ -251,70 +279,17 @@ def _entries(classes: str | list[str] | None, classes_file: str | None) -> list[
     return list(classes)
 
 
-def read_classes(path: Path) -> list[str | dict[str, list[str]]]:
-    """Read a YAML file of classes: a list whose items are names or ``name: [synonyms]``, or one such mapping.
-
-    What YAML would take for something else (``no``, ``on``, ``2``) is a name here, and a name that stands twice
-    in a mapping is kept twice, for the vocabulary to refuse.
-
-    Raises:
-        ValueError: the file cannot be read, is not YAML, is empty, or holds something else; the message names it.
-    """
-    import yaml
+def _templates(given: str | None) -> str | list[str] | None:
+    if given is None or not Path(os.path.expanduser(given)).exists():
+        return given
+    from fastzs.files import read_text
 
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader)
+        return [line for line in read_text(os.path.expanduser(given)).splitlines() if line.strip()]
     except OSError as error:
-        raise ValueError(f"classes file {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"classes file {path}: is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"classes file {path}: is not YAML: {' '.join(str(error).split())}") from error
-    if root is None:
-        raise ValueError(f"classes file {path}: has no names in it; name at least one class")
-
-    def bad(node: yaml.Node) -> ValueError:
-        line = node.start_mark.line + 1
-        return ValueError(f"classes file {path}, line {line}: want a name, or a name with a list of synonyms")
-
-    def name(node: yaml.Node) -> str:
-        if not isinstance(node, yaml.ScalarNode):
-            raise bad(node)
-        return node.value
-
-    def synonyms(node: yaml.Node) -> list[str]:
-        if isinstance(node, yaml.SequenceNode):
-            return [name(item) for item in node.value]
-        return [] if node.tag == "tag:yaml.org,2002:null" else [name(node)]
-
-    def classes(node: yaml.Node) -> list[str | dict[str, list[str]]]:
-        if isinstance(node, yaml.MappingNode):
-            return [{name(key): synonyms(value)} for key, value in node.value]
-        return [name(node)]
-
-    if isinstance(root, yaml.ScalarNode):
-        raise bad(root)
-    items = root.value if isinstance(root, yaml.SequenceNode) else [root]
-    entries = [entry for item in items for entry in classes(item)]
-    if not entries:
-        raise ValueError(f"classes file {path}: has no names in it; name at least one class")
-    return entries
-
-
-def _templates(given: str | None) -> str | list[str] | None:
-    if given is None or not Path(given).is_file():
-        return given
-    return [line for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def _paths_in(config_files: list | None) -> list[str]:
-    """``paths`` of the config files: the parser lets an empty list on the command line win over theirs."""
-    import yaml
-
-    paths: list[str] = []
-    for file in config_files or []:
-        paths = (yaml.safe_load(Path(str(file)).read_text(encoding="utf-8")) or {}).get("paths", paths)
-    return paths
+        raise ValueError(f"templates {given}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"templates {error}") from error
 
 
 def _check_coco(wanted: bool) -> None:

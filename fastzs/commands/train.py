@@ -2,6 +2,7 @@
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from itertools import pairwise
@@ -43,6 +44,7 @@ def parser() -> ArgumentParser:
     add("--masks", type=str | None, help="own data: folder of masks named like the pictures")
     add("--test-images", type=str | None, help="own data: pictures to evaluate on (with --test-masks)")
     add("--test-masks", type=str | None, help="own data: their masks")
+    add("--label-file", type=str | None, help="own data: YAML file of what values or colours of masks mean (7: road)")
     add("--classes-file", type=str | None, help="YAML list of the classes' names, or of name: [synonyms]")
     add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
     add("--templates", type=str | None, help="named prompt templates")
@@ -73,19 +75,16 @@ def presets() -> list[str]:
     return sorted(path.relative_to(PRESETS).with_suffix("").as_posix() for path in PRESETS.rglob("*.yaml"))
 
 
-def preset_files(arguments: list[str], files: list[str]) -> list[str]:
-    """The files of the presets that a command's arguments, or else its YAML files, name.
+def preset_files(arguments: list[str], contents: list[dict[str, Any]]) -> list[str]:
+    """The files of the presets that a command's arguments, or else its configuration files, name.
 
     Raises:
         ValueError: there is no such preset; the nearest known are named.
     """
-    import yaml
-
     names = [value for flag, value in pairwise(arguments) if flag == "--preset"]
     names += [item.removeprefix("--preset=") for item in arguments if item.startswith("--preset=")]
-    for file in files if not names else ():
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8")) if Path(file).is_file() else None
-        names += [str(content["preset"])] if isinstance(content, dict) and content.get("preset") else []
+    for content in contents if not names else ():
+        names += [str(content["preset"])] if content.get("preset") else []
     for name in names:
         if name not in presets():
             near = difflib.get_close_matches(name, presets(), n=3, cutoff=0.4) or presets()
@@ -127,7 +126,7 @@ def _run(config: Namespace) -> int:
         )
     from fastzs.locks import hold
 
-    output = Path(config.output)
+    output = Path(os.path.expanduser(config.output))
     with hold(output, "train"):
         return _train(config, recipe, protocol, output)
 
@@ -136,6 +135,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
     import torch
 
     from fastzs import ranks
+    from fastzs.data.protocols import ignore_label
     from fastzs.data.transforms import training_transform
     from fastzs.devices import choose_device
     from fastzs.train import train
@@ -153,6 +153,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
             model.crop or model.short_side,
             model.mean,
             model.std,
+            ignored=ignore_label(len(protocol.classes)),
             **{key: _tuple(value) for key, value in config.transform.items()},
         )
         if ranks.rank() == 0:
@@ -202,9 +203,9 @@ def _protocol(config: Namespace) -> "Protocol":
 
 
 def _words(path: str) -> list:
-    from fastzs.commands.segment import read_classes
+    from fastzs.yaml_files import read_classes
 
-    return read_classes(Path(path))
+    return read_classes(Path(os.path.expanduser(path)))
 
 
 def _vocabulary(config: Namespace, protocol: "Protocol") -> "Vocabulary":
@@ -230,7 +231,10 @@ def _dataset(
         return open_dataset(protocol, config.data, split)
     if config.data is not None:
         raise ValueError("name the data once: with --data, or with --images and --masks")
-    return FolderDataset(images, masks, protocol.classes, reduce_zero_label=protocol.reduce_zero_label)
+    from fastzs.yaml_files import label_file
+
+    remap = label_file(config.label_file, protocol.classes)
+    return FolderDataset(images, masks, protocol.classes, reduce_zero_label=protocol.reduce_zero_label, remap=remap)
 
 
 def _evaluation(

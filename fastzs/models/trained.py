@@ -114,9 +114,9 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
         state = read_state(path)
         try:
             model = cls(**{**config, **options})
-        except (TypeError, AttributeError, KeyError) as error:
-            if options:
-                raise
+        except WeightsError:
+            raise
+        except Exception as error:  # whatever settings of the wrong kind or size make of a constructor
             raise WeightsError(f"{folder / saved.CONFIG}: its settings make no {cls.__name__}: {error}") from error
         with torch.no_grad():
             model._load(path, state)
