@@ -3,6 +3,7 @@
 pytest bench --benchmark-only --benchmark-json run.json
 python -m bench report run.json            # bench/results/MACHINE.md with plots, and the README's table
 python -m bench compare old.json new.json  # what changed beyond noise
+python -m bench gpu-report out/gpu         # the page of bash bench/gpu.sh, and which tiles it would change
 """
 
 import argparse
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 from .compare import compare
+from .gpu_report import gpu_report
 from .report import README, RESULTS, report
 from .rows import read
 
@@ -25,10 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
     both = commands.add_parser("compare", help="what changed between two runs")
     both.add_argument("old", type=Path)
     both.add_argument("new", type=Path)
+    hour = commands.add_parser("gpu-report", help="the page of bash bench/gpu.sh")
+    hour.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
     try:
         if given.what == "report":
             print(report(given.files, given.command, given.folder, None if given.no_readme else README))
+        elif given.what == "gpu-report":
+            print(gpu_report(given.folder))
         else:
             print(compare(read([given.old]), read([given.new])))
     except ValueError as error:

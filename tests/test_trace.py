@@ -119,6 +119,24 @@ def test_the_docs_list_all_names():
     assert len(used) > 15
 
 
+def test_the_docs_name_nothing_else():
+    """Neither in the text, nor in the filters of ncu's lines; and the lines of `fastzs profile` are understood."""
+    from fastzs.commands import profile
+
+    page = (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8")
+    table, _, rest = page.partition("## On any machine")
+    names = set(re.findall(r"`([a-z]+\.[a-z._]+)`", table))
+    kinds = ("predict", "model", "train", "ops")
+    mentioned = {name for name in re.findall(r"`([a-z_.]+)`", rest) if name.partition(".")[0] in kinds}
+    filters = set(re.findall(r'--nvtx-include "fastzs@([a-z_.]+)/"', rest))
+    assert filters
+    assert mentioned | filters <= names, mentioned | filters - names
+    lines = re.findall(r"fastzs profile (maskclip[^\n]*)", rest.replace("\\\n", " "))
+    assert len(lines) >= 4
+    for line in lines:
+        profile.parser().parse_args(line.split())
+
+
 def test_every_op_is_a_range():
     from fastzs import ops
 

@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_runtime import interpreted
+from ..triton_runtime import architecture, interpreted
 from .common import EPS
 
-# tests/kernels/test_key_smoothing_triton.py compiles these for sm_80, sm_90 and sm_100.
+# tests/kernels/test_machine_code.py compiles these for six architectures.
 SUMS_TILE, SUMS_POSITIONS, SUMS_WARPS = 16384, 16, 8  # classes x channels, at least 16 classes
-SPREAD_CLASSES, SPREAD_POSITIONS, SPREAD_CHANNELS, SPREAD_WARPS = 64, 64, 32, 4
+SPREAD_CLASSES, SPREAD_POSITIONS, SPREAD_CHANNELS = 64, 64, 32
+SPREAD_WARPS = {"ieee": 8, "tf32": 4}  # with 4, fp32 spills registers on sm_86 and 89
+SMALL = (86, 89, 120)  # architectures whose blocks have 99 KB of shared memory: whole keys are not loaded ahead
 PROGRAMS = 264  # two for each of an H200's 132 SMs: positions are split so far
 
 
@@ -189,6 +191,7 @@ def key_smoothing(keys: Tensor, probs: Tensor, mode: str, threshold: float) -> T
             CHANNELS=channels,
             PRECISION=precision(keys, probs),
             num_warps=SUMS_WARPS,
+            num_stages=1 if architecture(keys.device) in SMALL else 3,
             enable_fp_fusion=True,
         )
         classes = class_tile(C, SPREAD_CLASSES)
@@ -209,7 +212,7 @@ def key_smoothing(keys: Tensor, probs: Tensor, mode: str, threshold: float) -> T
             POSITIONS=SPREAD_POSITIONS,
             CHANNELS=SPREAD_CHANNELS,
             PRECISION=precision(keys, probs),
-            num_warps=SPREAD_WARPS,
+            num_warps=SPREAD_WARPS[precision(keys, probs)],
             enable_fp_fusion=True,
         )
     return out.to(probs.dtype)
