@@ -12,6 +12,7 @@ from timm.models.eva import Eva
 from timm.models.fastvit import FastVit
 from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastzs.clip import translate
 from fastzs.clip.conv import ConvTower
@@ -22,6 +23,25 @@ from fastzs.clip.vision import VisionTransformer
 Tower = VisionTransformer | ResNet | ConvTower
 
 
+class Sizes(TorchFunctionMode):
+    """Modules are made without memory and without initial values, both of which would be thrown away."""
+
+    def __enter__(self):
+        self.device = torch.device("meta")
+        self.device.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.device.__exit__(*error)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
+            return args[0]  # normal_, fill_, erfinv_, ...
+        return func(*args, **(kwargs or {}))
+
+
 def blueprint(config: dict, name: str) -> nn.Module:
     """open_clip's own tower of a configuration, without memory for its weights (device "meta").
 
@@ -29,7 +49,7 @@ def blueprint(config: dict, name: str) -> nn.Module:
         WeightsError: the configuration asks for what open_clip or timm cannot build.
     """
     try:
-        with torch.device("meta"):
+        with Sizes():
             return _open_clips(config)
     except Exception as error:
         raise WeightsError(f"backbone {name!r}: open_clip cannot build its vision tower ({error})") from error
@@ -51,7 +71,7 @@ def build(config: dict, name: str, state: dict[str, Tensor] | None, source: str,
     if "sizes" in config["vision_cfg"]:  # transformers' SigLIP, which open_clip's configurations cannot describe
         sizes = config["vision_cfg"]["sizes"] | options
         if state is not None:
-            with torch.device("meta"):
+            with Sizes():
                 check(VisionTransformer(**sizes).state_dict(), state, source)
         return _filled(lambda: VisionTransformer(**sizes), state)
     model = blueprint(config, name)
@@ -87,7 +107,7 @@ def _open_clips(config: dict) -> nn.Module:
 def _filled(make: Any, state: dict[str, Tensor] | None) -> Any:
     if state is None:
         return make()
-    with torch.device("meta"):
+    with Sizes():
         tower = make()
     tower.to_empty(device="cpu")
     tower.load_state_dict(state)
