@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fastzs import clip, models, ops
+    from fastzs.clip.backbones import list_backbones
     from fastzs.errors import FastzsError
     from fastzs.loading import load
     from fastzs.registry import list_models
@@ -24,6 +25,7 @@ __all__ = [
     "Segmenter",
     "Vocabulary",
     "clip",
+    "list_backbones",
     "list_models",
     "load",
     "models",
@@ -36,6 +38,7 @@ _HOMES = {
     "Segmenter": "fastzs.segmenter",
     "Vocabulary": "fastzs.vocabulary",
     "FastzsError": "fastzs.errors",
+    "list_backbones": "fastzs.clip.backbones",
     "list_models": "fastzs.registry",
     "load": "fastzs.loading",
 }

@@ -1,8 +1,10 @@
 """What backbones there are, read from open_clip's configurations and the modules they build (without weights)."""
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -14,7 +16,9 @@ from fastzs.clip import towers
 from fastzs.clip.conv import ConvTower
 from fastzs.clip.state import WeightsError
 from fastzs.clip.text import TextEncoder
-from fastzs.clip.vision import VisionTransformer
+from fastzs.clip.vision import OPERATORS, VisionTransformer
+
+KEPT = Path(__file__).with_name("backbones.json")
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,39 @@ class Backbone:
 def list_backbones(pretrained: bool = False) -> list[Backbone]:
     """Every architecture of open_clip that this package runs, in open_clip's order.
 
+    Building 144 modules takes a while, so what they say is kept beside this file (``python -m fastzs.clip.backbones``
+    writes it); an architecture that a newer open_clip brings is built.
+
     Args:
         pretrained: only those with weights that can be loaded by name.
     """
-    found = (describe(name) for name in open_clip.list_models())
-    return [backbone for backbone in found if backbone is not None and (backbone.tags or not pretrained)]
+    kept = json.loads(KEPT.read_text(encoding="utf-8"))
+    out = []
+    for name in open_clip.list_models():
+        sizes = kept[name] if name in kept else measure(name)
+        tags = tuple(open_clip.list_pretrained_tags_by_model(name))
+        if sizes is not None and (tags or not pretrained):
+            out.append(Backbone(name, tags, **sizes, licences=_licences(name)))
+    return out
 
 
-@functools.cache
-def describe(name: str) -> Backbone | None:
-    """What there is to say about a backbone; None if this package does not run it.
+def lines(backbones: Sequence[Backbone]) -> list[str]:
+    """One line for each backbone, and one for its weights."""
+    out = []
+    for one in backbones:
+        text = "" if one.text_parameters is None else f" + {one.text_parameters / 1e6:.0f}"
+        few = f"dense: {', '.join(one.operators)}" if len(one.operators) < len(OPERATORS) else "dense: all"
+        out.append(
+            f"{one.name}: {one.image_size} pixels, patch {one.patch}, width {one.width}, text {one.text_dim}, "
+            f"{one.vision_parameters / 1e6:.0f}{text} million parameters, {few}"
+        )
+        tags = (f"{tag} ({one.licences[tag]})" if tag in one.licences else tag for tag in one.tags)
+        out.append(f"  weights: {', '.join(tags)}")
+    return out
+
+
+def measure(name: str) -> dict[str, Any] | None:
+    """What a backbone's module says, by the names of :class:`Backbone`; None if this package does not run it.
 
     Raises:
         WeightsError: open_clip does not know the name.
@@ -77,19 +104,16 @@ def describe(name: str) -> Backbone | None:
     with towers.Sizes():
         words = None if hub else _parameters(TextEncoder(text, config["embed_dim"], False, tokenizer=list).tower)  # pyright: ignore[reportArgumentType]
     size = config["vision_cfg"].get("image_size", 224)
-    return Backbone(
-        name=name,
-        tags=tuple(open_clip.list_pretrained_tags_by_model(name)),
-        image_size=tower.grid * tower.patch_size if isinstance(tower, VisionTransformer) else size,
-        patch=tower.patch_size,
-        width=tower.width,
-        text_dim=config["embed_dim"],
-        vision_parameters=_parameters(tower),
-        text_parameters=words,
-        text=hub or text.get("hf_tokenizer_name") or "CLIP",
-        operators=tower.operators,
-        licences=_licences(name),
-    )
+    return {
+        "image_size": tower.grid * tower.patch_size if isinstance(tower, VisionTransformer) else size,
+        "patch": tower.patch_size,
+        "width": tower.width,
+        "text_dim": config["embed_dim"],
+        "vision_parameters": _parameters(tower),
+        "text_parameters": words,
+        "text": hub or text.get("hf_tokenizer_name") or "CLIP",
+        "operators": list(tower.operators),
+    }
 
 
 def _parameters(module: nn.Module) -> int:
@@ -127,8 +151,12 @@ def multiply_adds(name: str, side: int) -> int:
     config: Any = open_clip.get_model_config(name)
     with towers.Sizes():
         tower = towers.build(config, name, None, name).eval()
-    with torch.device("meta"), torch.no_grad():
-        with FlopCounterMode(display=False) as counter:
-            tokens, grid = tower.trunk(torch.empty(1, 3, side, side))
-            tower.dense(tokens, grid, "identity" if isinstance(tower, ConvTower) else "qk")
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tokens, grid = tower.trunk(torch.empty(1, 3, side, side))
+        tower.dense(tokens, grid, "identity" if isinstance(tower, ConvTower) else "qk")
     return counter.get_total_flops() // 2
+
+
+if __name__ == "__main__":
+    rows = [f"{json.dumps(name)}: {json.dumps(measure(name))}" for name in open_clip.list_models()]
+    KEPT.write_text("{\n" + ",\n".join(rows) + "\n}\n", encoding="utf-8")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from torch import Tensor, nn
 
-from fastzs.kernels.dense_attention.api import KINDS
+from fastzs.clip.vision import OPERATORS
 from fastzs.ops import dense_attention
 
 
@@ -26,7 +26,7 @@ class ResNet(ModifiedResNet):
             a stage keeps half the dilation of the others, MaskCLIP's ``contract_dilation``).
     """
 
-    operators = KINDS
+    operators = OPERATORS
     prefix = 1  # the mean comes before the positions
 
     def __init__(

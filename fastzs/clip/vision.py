@@ -27,6 +27,7 @@ from fastzs.clip.variants import Variant
 from fastzs.kernels.dense_attention.api import KINDS
 from fastzs.ops import dense_attention
 
+OPERATORS = tuple(kind for kind in KINDS if kind != "proxy")  # those that need no other network
 GRIDS_KEPT = 16  # positional tables of that many image sizes are kept
 
 
@@ -49,7 +50,7 @@ class VisionTransformer(nn.Module):
         variant: what differs from CLIP's own ViT, as a :class:`Variant` or what its ``differences`` gave.
     """
 
-    operators = KINDS  # what :meth:`dense` takes as ``kind``
+    operators = OPERATORS  # what :meth:`dense` takes as ``kind``
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""``fastzs models``: the systems, what is trained of each, which checkpoints it reads."""
+"""``fastzs models``: the systems, what is trained of each, which checkpoints it reads; the backbones."""
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -6,11 +6,18 @@ HELP = "list the systems"
 
 
 def parser() -> ArgumentParser:
-    return ArgumentParser(description="List the systems: paper, what is trained, what is needed, checkpoints read.")
+    parser = ArgumentParser(description="List the systems: paper, what is trained, what is needed, checkpoints read.")
+    parser.add_argument("--backbones", action="store_true", help="list CLIP backbones and their weights instead")
+    return parser
 
 
 def run(config: Namespace) -> int:
-    """Print the systems; 0."""
+    """Print the systems, or the backbones; 0."""
+    if config.backbones:
+        from fastzs.clip.backbones import lines, list_backbones
+
+        print("\n".join(lines(list_backbones(pretrained=True))))
+        return 0
     from fastzs.registry import systems
 
     for system in systems().values():
