@@ -16,6 +16,9 @@ from typing import Any
 import torch
 
 from fastzs.devices import native_bf16
+from fastzs.kernels.packed_linear.compiled import MISSING
+from fastzs.kernels.packed_linear.weights import STEPS, pack_weight
+from fastzs.ops import packed_linear
 
 VERSIONS = ("triton", "xformers", "openvino", "onnxruntime")
 PRELOADED = [
@@ -79,11 +82,31 @@ def copy_bandwidth(device: str) -> float:
 
 @functools.cache
 def matrix_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations per second (a multiplication and an addition are two) of the machine's best matrix product."""
+    """Operations per second (a multiplication and an addition are two) of the machine's best matrix product.
+
+    On CPUs the best of PyTorch's, which is MKL's in fp32 and may leave half of the machine unused, oneDNN's with packed
+    weights and this package's; with int8 PyTorch's of bytes and this package's.
+    """
     n = 8192 if device == "cuda" else 1024
     a, b = (torch.rand(n, n, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
+    if device == "cuda":
+        out = torch.empty_like(a)
+        return 2 * n**3 / _fastest(lambda: torch.mm(a, b, out=out), device)
+    return 2 * n**3 / min(_fastest(product, device) for product in _products(a, b))
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
+    """Ways to multiply two square matrices of a dtype on the CPU."""
+    products: list[Callable[[], object]] = [
+        functools.partial(torch._int_mm if a.dtype == torch.int8 else torch.mm, a, b)
+    ]
+    if a.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
+        weight = torch.ops.mkldnn._reorder_linear_weight(b)
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, weight, None, "none", [], None))
+    if a.dtype in STEPS and MISSING is None:
+        packed, rows = pack_weight(b.float(), None, a.dtype), a.float() if a.dtype == torch.int8 else a
+        products.append(functools.partial(packed_linear, rows, packed, impl="cpu"))
+    return products
 
 
 def _fastest(run: Callable[[], object], device: str) -> float:

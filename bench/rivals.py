@@ -47,6 +47,7 @@ class Rival:
         run: takes the contest's inputs; returns a tensor or a tuple of tensors (gradients among them, where the
             backward pass is timed). Everything it needs besides is made in the first call.
         dtype: of the inputs it is given, and what its products are held against.
+        products: what its products are computed in, if not in ``dtype``.
         bound: largest error it may have.
         answer: what is judged, where that is not what ``run`` returns; takes the same inputs.
         judge: of this answer, where the rivals compute different things.
@@ -60,6 +61,7 @@ class Rival:
 
     run: Callable[..., Any]
     dtype: torch.dtype = torch.float32
+    products: torch.dtype | None = None
     bound: float | None = None
     answer: Callable[..., Any] | None = None
     judge: Callable[..., Any] | None = None
@@ -136,6 +138,11 @@ def compete(benchmark, rival: str, contest: Callable[..., Contest], *args: Any) 
         pytest.skip(str(found))
     if isinstance(found, Exception):
         raise found
+    if found.get("times the floor", 1.0) < 1.0:
+        raise AssertionError(
+            f"{rival} takes {found['times the floor']:.2f} times its floor of {found['floor seconds']:.3g} s in "
+            f"{found['group']}: what it must do, or what the machine can, is measured wrong"
+        )
     benchmark.group = found["group"]
     benchmark.extra_info.update(found)
     times = iter(found["seconds"])
@@ -228,7 +235,7 @@ def _row(it: Contest, name: str, rival: Rival, error: float, bound: float) -> di
         "bytes": it.nbytes,
         "operations": it.operations,
         "copy bytes/s": copy_bandwidth(it.device),
-        "matrix operations/s": matrix_rate(it.device, rival.dtype),
+        "matrix operations/s": matrix_rate(it.device, rival.products or rival.dtype),
         **rival.info,
     }
     floor = max(row["bytes"] / row["copy bytes/s"], row["operations"] / row["matrix operations/s"])

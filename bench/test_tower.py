@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastzs.clip import VisionTransformer, packed, prompted
 from fastzs.clip.prompted import PromptedVisionTransformer
+from fastzs.kernels.packed_linear.compiled import why_int8_is_slow
 
 from .baselines.prompt_tuned import Tower
 from .machine import why_no_bf16
@@ -34,7 +35,11 @@ PROMPTS, BRIDGE, SIDE = 10, (4, 4), 512
 BF16 = torch.bfloat16
 # Exporting is timed on CPUs: there it is what a user would do instead.
 RIVALS = {
-    "cpu": ("published", "dense mask", "fastzs", "fastzs packed", "plain", "plain OpenVINO", "plain ONNX Runtime"),
+    "cpu": (
+        *("published", "dense mask", "fastzs", "fastzs packed", "fastzs int8"),
+        *("plain", "plain packed", "plain int8", "plain OpenVINO", "plain ONNX Runtime"),
+        *("plain OpenVINO int8", "plain ONNX Runtime int8"),
+    ),
     "cuda": ("published", "dense mask", "fastzs", "plain"),
 }
 
@@ -101,8 +106,31 @@ def fastzs_packed(device, dtype):
     return lambda images: tower.encode(images).patches
 
 
+def fastzs_int8(device, dtype):
+    check_int8()
+    tower = bridged().to(device, dtype)
+    packed.pack(tower, int8=True)
+    return lambda images: tower.encode(images).patches
+
+
 def plain(device, dtype):
     return Plain().to(device, dtype)
+
+
+def plain_packed(device, dtype, int8=False):
+    tower = Plain().to(device, dtype)
+    packed.pack(tower, int8)
+    return tower
+
+
+def plain_int8(device, dtype):
+    check_int8()
+    return plain_packed(device, dtype, int8=True)
+
+
+def check_int8() -> None:
+    if why := why_int8_is_slow():
+        raise Unavailable(why)
 
 
 def exported(folder: str) -> str:
@@ -120,7 +148,7 @@ def check_installed(*packages: str) -> None:
         raise Unavailable(f"{' and '.join(missing)} not installed: pip install 'fastzs[bench]'")
 
 
-def openvino(device, dtype):
+def openvino(device, dtype, int8=False):
     check_installed("openvino", "onnx")
     from openvino import Core
 
@@ -131,11 +159,34 @@ def openvino(device, dtype):
     }
     core = Core()
     with tempfile.TemporaryDirectory() as folder:  # as fast as what it makes of the module itself, and made sooner
-        compiled = core.compile_model(core.read_model(exported(folder)), "CPU", hints)
+        model = core.read_model(exported(folder))
+        if int8:
+            model = quantised(model)
+        compiled = core.compile_model(model, "CPU", hints)
     return lambda images: torch.from_numpy(compiled(images.float().numpy())[0])
 
 
-def onnx_runtime(device, dtype):
+def openvino_int8(device, dtype):
+    check_installed("nncf")
+    check_int8()
+    return openvino(device, dtype, int8=True)
+
+
+def quantised(model):
+    """Weights and activations in int8 by NNCF, for transformers, after a few drawn pictures."""
+    import nncf
+
+    pictures = [torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(n)).numpy() for n in range(8)]
+    return nncf.quantize(model, nncf.Dataset(pictures), model_type=nncf.ModelType.TRANSFORMER, subset_size=8)
+
+
+def onnx_runtime_int8(device, dtype):
+    """Dynamic: activations are rounded in each call, with one scale for a tensor."""
+    check_int8()
+    return onnx_runtime(device, dtype, int8=True)
+
+
+def onnx_runtime(device, dtype, int8=False):
     check_installed("onnxruntime", "onnx")
     if dtype == BF16:
         raise Unavailable("ONNX Runtime's CPU kernels do not multiply in bf16")
@@ -144,7 +195,13 @@ def onnx_runtime(device, dtype):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        session = onnxruntime.InferenceSession(exported(folder), options, providers=["CPUExecutionProvider"])
+        path = exported(folder)
+        if int8:
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            quantize_dynamic(path, path + ".int8", weight_type=QuantType.QInt8)
+            path += ".int8"
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
 
@@ -154,9 +211,14 @@ MAKERS = {
     "dense mask": with_dense_mask,
     "fastzs": fastzs,
     "fastzs packed": fastzs_packed,
+    "fastzs int8": fastzs_int8,
     "plain": plain,
+    "plain packed": plain_packed,
+    "plain int8": plain_int8,
     "plain OpenVINO": openvino,
     "plain ONNX Runtime": onnx_runtime,
+    "plain OpenVINO int8": openvino_int8,
+    "plain ONNX Runtime int8": onnx_runtime_int8,
 }
 
 
@@ -169,6 +231,13 @@ def later(make, device, dtype):
         return made()(images)
 
     return run
+
+
+def rival(name, device, dtype):
+    int8 = name.endswith("int8")
+    # twelve layers of rounding to bytes; with one scale for a tensor or few pictures to find it by, several times that
+    bound = (0.2 if "fastzs" in name or name == "plain int8" else 1.0) if int8 else None
+    return Rival(later(MAKERS[name], device, dtype), dtype, torch.int8 if int8 else None, bound)
 
 
 def contest(dtype, device):
@@ -191,7 +260,7 @@ def contest(dtype, device):
         f"tower, ViT-B/16, {SIDE}x{SIDE}, {str(dtype).removeprefix('torch.')}",
         device,
         inputs,
-        {name: Rival(later(MAKERS[name], device, dtype), dtype) for name in RIVALS[device]},
+        {name: rival(name, device, dtype) for name in RIVALS[device]},
         judge,
         error,
         nbytes=weights,

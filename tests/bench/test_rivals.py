@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from bench import rivals
+from bench import machine, rivals
 from bench.machine import in_fresh_process, peak_megabytes
 from bench.rivals import Contest, Rival, Unavailable, hold
 
@@ -153,3 +153,23 @@ def test_peak_counts_what_was_freed_again():
         torch.ones(25_000_000)
 
     assert peak_megabytes(run, "cpu") == pytest.approx(100, abs=5)
+
+
+def test_a_row_below_its_floor_fails(monkeypatch):
+    row = {"group": "squares", "times the floor": 0.9, "floor seconds": 0.01, "seconds": [0.009]}
+    monkeypatch.setattr(rivals, "_FOUND", {(contest.__module__, contest.__qualname__, ()): {"fast": row}})
+    with pytest.raises(AssertionError, match=r"fast takes 0\.90 times its floor"):
+        rivals.compete(None, "fast", contest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_the_ceiling_is_that_of_the_best_product(dtype, monkeypatch):
+    a, b = (torch.eye(128).to(dtype) for _ in range(2))
+    products = machine._products(a, b)
+    assert len(products) >= (2 if machine.MISSING is None else 1)
+    assert all(torch.equal(product().float(), torch.eye(128)) for product in products)
+    times = iter([3.0, 2.0, 5.0])
+    monkeypatch.setattr(machine, "_fastest", lambda product, device: next(times))
+    machine.matrix_rate.cache_clear()
+    assert machine.matrix_rate("cpu", dtype) == 2 * 1024**3 / 2.0
+    machine.matrix_rate.cache_clear()
