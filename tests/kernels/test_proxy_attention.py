@@ -14,7 +14,7 @@ from tests.parity.golden import read
 
 from .mutants import NEEDS_COMPILER, compile_variants
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 NEEDS_LIBRARY = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 ISAS = ["avx512_bf16", "avx512", "avx2", "portable"] if platform.machine() == "x86_64" else ["portable"]
 f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16

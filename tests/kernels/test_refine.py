@@ -15,7 +15,7 @@ from fastzs.ops import refine
 from fastzs.windows import window_grid
 from tests.parity.golden import read
 
-GOLDENS = Path(__file__).parent / "goldens"
+GOLDENS = Path(__file__).parents[1] / "goldens"
 EPS = torch.finfo(torch.float32).eps
 
 CASES = [  # picture, crop, stride, map, output, dilations, iterations: one reason each

@@ -1,10 +1,15 @@
 """The training-free systems on the built-in weights; parity with the published code is in tests/parity."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import fastzs.operators as operators
 from fastzs import clip
+from fastzs.clip import WeightsError
+from fastzs.models.pearl import polar, procrustes
+from fastzs.models.proxyclip import ProxyCLIP
 from fastzs.models.resclip import ResCLIP, agreement
 from fastzs.models.training_free import NACLIP, SCLIP, ClearCLIP
 from fastzs.segmenter import Segmenter
@@ -110,3 +115,28 @@ def test_agreement_is_weaker_across_another_label():
 
 def _normal(image):
     return image[None].float() / 255
+
+
+def test_proxyclip_reads_any_network_and_survives_a_plain_image(shapes, image):
+    """Features of one's own; where all patches look alike each sees at least itself."""
+    model = ProxyCLIP(shapes, affinity=lambda images: images[:, :, ::8, ::8], multiple=16)
+    segmenter = Segmenter(model, short_side=64, crop=48, stride=24)
+    assert segmenter(image, NAMES).labels.shape == (70, 90)
+    plain = segmenter(torch.full_like(image, 90), NAMES, scores=True)
+    assert plain.scores.isfinite().all()
+
+
+def test_an_affinity_that_cannot_be_had_is_named(shapes):
+    with pytest.raises(WeightsError, match="affinity 'vit_nowhere'"):
+        ProxyCLIP(shapes, affinity="vit_nowhere")
+
+
+def test_pearl_turns_keys_to_queries():
+    """Keys that are the queries turned by any rotation attend as if they were not turned."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, 2, 40, 6, generator=generator, dtype=torch.float64)
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator, dtype=torch.float64))
+    v = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    exact = partial(polar, steps=40)
+    turned, plain = (procrustes(q, k, v, 1, 0.0, exact) for k in (q @ turn, q))
+    assert (turned - plain).abs().max() < 1e-9

@@ -1,0 +1,68 @@
+"""ProxyCLIP: CLIP's values, mixed by the similarity of another network's features.
+
+Source: Lan et al., "ProxyCLIP: Proxy Attention Improves CLIP for Open-Vocabulary Segmentation", ECCV 2024. With u_i the
+unit features of the other network on its own grid, S = u u', and the last block's values brought to that grid::
+
+    A = softmax(gamma (S - beta mean S)), where that is not negative         beta 1.2, gamma 3; the same for all heads
+
+The last block is bare, and maps have the other network's grid. Where every score of a patch is negative, as in an image
+of one colour, a patch sees itself; the published code gives NaN there.
+"""
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastzs.clip import Clip, VisionTransformer
+from fastzs.models.affinity import Affinity
+from fastzs.models.training_free import Settings, TrainingFree
+from fastzs.ops import dense_attention
+from fastzs.readout import Readout
+
+
+class ProxyCLIP(TrainingFree):
+    """ProxyCLIP (ECCV 2024); windows of 336 pixels at short side 336.
+
+    Args:
+        clip: weights of a vision transformer.
+        affinity: see :class:`fastzs.models.affinity.Affinity`; published: "dino".
+        beta, gamma: shift and scale of the similarities.
+        floor: weights are the similarities of at least this instead of a softmax (CLIP-DINOiser: 0.2).
+        options: see :class:`TrainingFree`; ``multiple`` is the least common multiple of both patch sizes if omitted.
+
+    Raises:
+        ValueError: a tower that is no vision transformer.
+        WeightsError: see :class:`fastzs.models.affinity.Affinity`.
+    """
+
+    published = Settings("proxy", True, 336, 336, 112, 56, Readout(scale=40.0, direct=True))
+
+    def __init__(
+        self,
+        clip: Clip,
+        *,
+        affinity: str | Callable[[Tensor], Tensor] = "dino",
+        beta: float = 1.2,
+        gamma: float = 3.0,
+        floor: float | None = None,
+        multiple: int | None = None,
+        **options,
+    ):
+        super().__init__(clip, **options)
+        if not isinstance(self.visual, VisionTransformer):
+            raise ValueError(f"ProxyCLIP replaces a transformer's last attention, which {clip.backbone} lacks")
+        self.affinity = Affinity(affinity, self.mean, self.std)
+        self.beta, self.gamma, self.floor = beta, gamma, floor
+        self.multiple = math.lcm(self.visual.patch_size, self.affinity.patch) if multiple is None else multiple
+
+    def last_block(self, fitted: Tensor, images: Tensor) -> Tensor:
+        """Features [B, D, h', w'] on the other network's grid."""
+        tower = self.visual
+        assert isinstance(tower, VisionTransformer)
+        features = self.affinity(fitted)
+        tokens, grid = tower.trunk(fitted)
+        options = {"affinity": features, "beta": self.beta, "gamma": self.gamma, "floor": self.floor}
+        attended = dense_attention(*tower.projections(tokens, grid), "proxy", grid, **options)
+        own = (features.shape[2], features.shape[3])
+        return tower.read(tower.finish(tokens, attended, False, False), own)
