@@ -1,6 +1,7 @@
 """Another network's features as the measure of which patches belong together, for ProxyCLIP."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import timm
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ class Affinity(nn.Module):
         super().__init__()
         if isinstance(network, str):
             network = _timm(NAMES.get(network, network))
-        self.network = network
+        self.network: Any = network
         config = getattr(network, "pretrained_cfg", {})
         own_mean = config.get("mean", getattr(network, "mean", mean))
         own_std = config.get("std", getattr(network, "std", std))

@@ -62,7 +62,9 @@ class ProxyCLIP(TrainingFree):
         assert isinstance(tower, VisionTransformer)
         features = self.affinity(fitted)
         tokens, grid = tower.trunk(fitted)
-        options = {"affinity": features, "beta": self.beta, "gamma": self.gamma, "floor": self.floor}
-        attended = dense_attention(*tower.projections(tokens, grid), "proxy", grid, **options)
+        q, k, v = tower.projections(tokens, grid)
+        attended = dense_attention(
+            q, k, v, "proxy", grid, affinity=features, beta=self.beta, gamma=self.gamma, floor=self.floor
+        )
         own = (features.shape[2], features.shape[3])
         return tower.read(tower.finish(tokens, attended, False, False), own)
