@@ -1,6 +1,6 @@
 """Zero-shot semantic segmentation with CLIP, fast: name the classes, get the masks.
 
-seg = fastzs.load("maskclip", backbone="ViT-B-16", weights="openai")
+seg = fastzs.load(backbone="ViT-B-16", weights="openai")
 result = seg("street.jpg", ["road", "car", "person"])
 """
 

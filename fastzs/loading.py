@@ -21,7 +21,7 @@ _OWN = ("self", "clip", "backbone", "weights")
 
 
 def load(
-    model: str | Path = "maskclip",
+    model: str | Path | None = None,
     *,
     backbone: str | None = None,
     weights: str | Path | None = None,
@@ -39,7 +39,7 @@ def load(
 
     Args:
         model: a system's name (see :func:`fastzs.list_models`); or what a trained one lies in, as for ``checkpoint``,
-            which then says itself which system it is.
+            which then says itself which system it is. Omitted: see :func:`default_model`.
         backbone, weights: see :func:`fastzs.clip.load`; ViT-B-16 and openai where nothing else is known;
             ``weights="shapes"`` needs no download. Of a checkpoint without a text tower they name the CLIP that the
             text tower is taken from.
@@ -57,6 +57,8 @@ def load(
         ValueError: unknown model, option, device or precision (nearest known names are given).
         WeightsError: weights that cannot be found, read or fitted.
     """
+    if model is None:
+        model = default_model(weights, checkpoint)
     given = {"backbone": backbone, "weights": None if weights is None else str(weights)}
     given = {name: value for name, value in given.items() if value is not None}
     if checkpoint is None and _is_checkpoint(str(model)):
@@ -73,7 +75,7 @@ def load(
     elif checkpoint is None:
         raise ValueError(
             f"{entry.name} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
-            f"start from fastzs.models.{entry.kind.__name__}(...); model='maskclip' needs none"
+            f"start from fastzs.models.{entry.kind.__name__}(...); model='naclip' needs none"
         )
     else:
         network = entry.kind.open(checkpoint, **given, **options)
@@ -85,6 +87,18 @@ def load(
     elif precision == "int8":
         raise ValueError("precision int8 is a way to optimize: expected optimize=True, got False")
     return segmenter
+
+
+def default_model(weights: str | Path | None = None, checkpoint: str | Path | None = None) -> str:
+    """The system that is taken where none is named: the checkpoint's, else what gives the best masks without training.
+
+    That is NACLIP with its refinement, which has the best published mean over the eight benchmarks of the training-free
+    systems without a second network that are free to use (docs/training-free.md). The built-in weights are read as they
+    were trained, by MaskCLIP.
+    """
+    if checkpoint is not None:
+        return str(checkpoint) if _is_checkpoint(str(checkpoint)) else system_of(checkpoint).name
+    return "maskclip" if str(weights) == "shapes" else "naclip"
 
 
 def system_of(checkpoint: str | Path) -> System:
@@ -130,8 +144,20 @@ def check_options(entry: System, options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: names the first unknown one and the nearest known.
     """
-    known = [name for name in inspect.signature(entry.kind).parameters if name not in _OWN]
+    known = [name for name in _parameters(entry.kind) if name not in _OWN]
     check_keys(options, [*known, *getattr(entry.kind, "file_options", ())], entry.name)
+
+
+def _parameters(kind: type) -> list[str]:
+    """Names of a constructor's arguments, with those that it hands on to the class it builds on."""
+    found: list[str] = []
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            found += [one.name for one in parameters if one.kind is not inspect.Parameter.VAR_KEYWORD]
+            if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in parameters):
+                break
+    return found
 
 
 def _is_checkpoint(name: str) -> bool:

@@ -51,11 +51,19 @@ def parser() -> ArgumentParser:
     add("--overlays", action="store_true", help="also write the labels drawn over each picture")
     add("--plots", action="store_true", help="also write bars of the IoU and the confusion matrix (needs matplotlib)")
     add("--predictions", type=str | None, help="score the label maps NAME.png of this folder instead of a model")
-    add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
+    add(
+        "--model",
+        type=str | None,
+        help="a name that fastzs models lists, or a checkpoint of any of them; naclip if omitted (maskclip for the "
+        "built-in weights)",
+    )
     add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
     add("--weights", type=str | None, help="as for fastzs segment")
     add("--checkpoint", type=str | None, help="trained model: file, folder, hub id")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
+    add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
+    add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
+    add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
     add("--words", type=str | None, help="YAML file with other names, or synonyms, for the classes, in their order")
     add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
     add("--templates", type=str | None, help="named prompt templates")
@@ -190,7 +198,10 @@ def _dataset(config: Namespace, protocol: "Protocol") -> "AnyDataset":
 
 def _segmenter(config: Namespace, device: str) -> "Segmenter":
     import fastzs
+    from fastzs.commands.training_free import model_options
+    from fastzs.loading import default_model
 
+    config.model = config.model or default_model(config.weights, config.checkpoint)
     return fastzs.load(
         config.model,
         backbone=config.backbone,
@@ -202,7 +213,7 @@ def _segmenter(config: Namespace, device: str) -> "Segmenter":
         crop=config.crop,
         stride=config.stride,
         batch=config.batch,
-        **config.options,
+        **model_options(config),
     )
 
 

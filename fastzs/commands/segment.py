@@ -38,7 +38,12 @@ def parser() -> ArgumentParser:
     add("--scores", action="store_true", help="also write each pixel's score as a 16-bit PNG (65535 for 1)")
     add("--probabilities", action="store_true", help="also write the scores of all classes as float16 in .npz: large")
     add("--max-pixels", type=int | None, help="largest picture that is read; 178 million if omitted")
-    add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
+    add(
+        "--model",
+        type=str | None,
+        help="a name that fastzs models lists, or a checkpoint of any of them; naclip if omitted (maskclip for the "
+        "built-in weights)",
+    )
     add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
     add(
         "--weights",
@@ -53,9 +58,12 @@ def parser() -> ArgumentParser:
     )
     add("--seen", type=str | None, help="the checkpoint's training classes, by commas, to calibrate against the others")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
+    add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
+    add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
+    add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
-    add("--threshold", type=float | None, help="score below which --background threshold says so; 0.5 if omitted")
+    add("--threshold", type=float | None, help="score below which --background threshold says so; the model's own if omitted")
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
@@ -152,7 +160,11 @@ def run(config: Namespace) -> int:
     actors = _actors(config)
     from fastzs import ranks
 
-    options = dict(config.options)
+    from fastzs.commands.training_free import model_options
+    from fastzs.loading import default_model
+
+    options = model_options(config)
+    config.model = config.model or default_model(config.weights, config.checkpoint)
     if config.seen is not None:
         options["seen"] = [name.strip() for name in config.seen.split(",") if name.strip()] or None
     names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")

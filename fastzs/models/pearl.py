@@ -17,11 +17,20 @@ from torch import Tensor
 
 from fastzs.clip import Clip
 from fastzs.models.maskclip import DenseFeatures
-from fastzs.models.training_free import Settings, TrainingFree
+from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree
 from fastzs.operators import LastBlock
 from fastzs.readout import Readout
+from fastzs.registry import register
 
 
+@register(
+    "pearl",
+    paper="PEARL (CVPR 2026)",
+    does="windows through CLIP, keys turned to queries in a bare last block, cosines refined by a Laplacian",
+    trained="",
+    needs="a CLIP ViT",
+    checkpoints=CHECKPOINTS,
+)
 class PEARL(TrainingFree):
     """PEARL (CVPR 2026); windows of 224 pixels at short side 336.
 

@@ -16,11 +16,20 @@ from torch import Tensor
 
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.affinity import Affinity
-from fastzs.models.training_free import Settings, TrainingFree
+from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree
 from fastzs.ops import dense_attention
 from fastzs.readout import Readout
+from fastzs.registry import register
 
 
+@register(
+    "proxyclip",
+    paper="ProxyCLIP (Lan et al., ECCV 2024)",
+    does="windows through CLIP and a second network, whose features mix CLIP's values",
+    trained="",
+    needs="a CLIP ViT, and a timm ViT such as DINO",
+    checkpoints=CHECKPOINTS,
+)
 class ProxyCLIP(TrainingFree):
     """ProxyCLIP (ECCV 2024); windows of 336 pixels at short side 336.
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.base import Features
-from fastzs.models.training_free import Settings, TrainingFree, watched
+from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree, watched
 from fastzs.ops import pixel_text_logits, refine
 from fastzs.readout import Readout
+from fastzs.registry import register
 from fastzs.trace import traced
 
 BLOCKS = (5, 6, 7, 8)
@@ -39,6 +40,14 @@ class ResFeatures(Features):
     images: Tensor  # [B, 3, H, W], normalised: the guide of the first pass's refinement
 
 
+@register(
+    "resclip",
+    paper="ResCLIP (Yang et al., CVPR 2025)",
+    does="as naclip, with earlier blocks' attention and a second pass corrected by the first one's labels",
+    trained="",
+    needs="a CLIP ViT of ten blocks or more",
+    checkpoints=CHECKPOINTS,
+)
 class ResCLIP(TrainingFree):
     """ResCLIP (CVPR 2025) on NACLIP's operator, or on another one's.
 

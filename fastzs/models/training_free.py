@@ -33,7 +33,10 @@ from fastzs.models.maskclip import DenseFeatures
 from fastzs.operators import LastBlock
 from fastzs.ops import dense_attention, pixel_text_logits
 from fastzs.readout import Readout, Refinement
+from fastzs.registry import register
 from fastzs.trace import traced
+
+CHECKPOINTS = "CLIP weights: open_clip tags, hub ids, files"
 
 
 @dataclass(frozen=True)
@@ -172,18 +175,42 @@ class TrainingFree(SegmentationModel):
         return pixel_text_logits(wide, text)
 
 
+@register(
+    "sclip",
+    paper="SCLIP (Wang et al., ECCV 2024)",
+    does="windows through CLIP, queries to queries and keys to keys in the last block, cosines averaged",
+    trained="",
+    needs="any CLIP",
+    checkpoints=CHECKPOINTS,
+)
 class SCLIP(TrainingFree):
     """SCLIP (ECCV 2024): queries attend to queries and keys to keys; windows of 224 pixels at short side 336."""
 
     published = Settings("qq+kk", False, 336, 224, 112, 0, Readout(scale=40.0, direct=True))
 
 
+@register(
+    "clearclip",
+    paper="ClearCLIP (Lan et al., ECCV 2024)",
+    does="windows through CLIP, queries to queries in a bare last block, cosines averaged",
+    trained="",
+    needs="any CLIP",
+    checkpoints=CHECKPOINTS,
+)
 class ClearCLIP(TrainingFree):
     """ClearCLIP (ECCV 2024): queries attend to queries in a bare last block; windows of 448 pixels."""
 
     published = Settings("qq", True, 448, 448, 224, 16, Readout(scale=50.0, direct=True))
 
 
+@register(
+    "naclip",
+    paper="NACLIP (Hajimiri et al., WACV 2025)",
+    does="windows through CLIP, keys to keys and neighbours in a bare last block, cosines averaged, refined by PAMR",
+    trained="",
+    needs="any CLIP",
+    checkpoints=CHECKPOINTS,
+)
 class NACLIP(TrainingFree):
     """NACLIP (WACV 2025): keys attend to keys and to their neighbourhood, in a bare last block; refined by PAMR."""
 

@@ -1,0 +1,22 @@
+"""What the commands share about the training-free systems: the settings that have a flag of their own."""
+
+from typing import Any
+
+from jsonargparse import Namespace
+
+FLAGS = {"refine": "refine", "operator": "dense", "affinity": "affinity"}
+
+
+def model_options(config: Namespace) -> dict[str, Any]:
+    """The model's settings: ``--options``, and the flags that stand for one of them.
+
+    Raises:
+        ValueError: a setting is given both ways.
+    """
+    options = dict(config.options)
+    for flag, name in FLAGS.items():
+        if config[flag] is not None:
+            if name in options:
+                raise ValueError(f"--{flag} is --options.{name}, which is given as well; leave one of them out")
+            options[name] = config[flag]
+    return options
