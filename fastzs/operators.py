@@ -14,11 +14,12 @@ On the command line ``--operator mine.py:near`` names a function in a file, whic
 """
 
 import difflib
+import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -100,6 +101,13 @@ def find(dense: str | Function) -> str | Function:
     raise ValueError(f"unknown operator {dense!r}; nearest known: {', '.join(near)}; or FILE.py:FUNCTION")
 
 
+def identity_of(dense: str | Function) -> str:
+    """What tells an operator from others in the key of a result: its name, or the contents of the file it is from."""
+    if isinstance(dense, str):
+        return dense
+    return getattr(dense, "contents", None) or f"{dense.__module__}.{getattr(dense, '__qualname__', dense)}"
+
+
 def blocks_of(dense: str | Function) -> tuple[int, ...]:
     """The earlier blocks whose maps an operator wants."""
     return getattr(dense, "blocks", ())
@@ -116,4 +124,5 @@ def _from_file(path: Path, name: str) -> Function:
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"operator {path}:{name}: {path} defines no function {name!r}")
+    cast(Any, function).contents = f"{name} of {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     return cast(Function, function)

@@ -63,7 +63,11 @@ def parser() -> ArgumentParser:
     add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
-    add("--threshold", type=float | None, help="score below which --background threshold says so; the model's own if omitted")
+    add(
+        "--threshold",
+        type=float | None,
+        help="score below which --background threshold says so; the model's own if omitted",
+    )
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
@@ -159,7 +163,6 @@ def run(config: Namespace) -> int:
     vocabulary = Vocabulary(entries, templates=_templates(config.templates))
     actors = _actors(config)
     from fastzs import ranks
-
     from fastzs.commands.training_free import model_options
     from fastzs.loading import default_model
 

@@ -124,6 +124,14 @@ class TrainingFree(SegmentationModel):
         given = {"refine": refine, "scale": scale, "area": area, "cells": cells, "guide": guide}
         given |= {"working_side": working_side}
         self.readout = replace(ours.readout, **{key: value for key, value in given.items() if value is not None})
+        self.settings = {  # what decides beside the readout, for the key of a result
+            "dense": operators.identity_of(self.kind),
+            "gaussian": gaussian,
+            "residual": self.residual,
+            "ffn": self.ffn,
+            "multiple": self.multiple,
+            "positions": positions,
+        }
         self.mean, self.std = clip.mean, clip.std
         self.short_side, self.crop, self.stride = ours.short_side, ours.crop, ours.stride
 

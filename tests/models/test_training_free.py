@@ -70,9 +70,12 @@ def test_an_operator_of_ones_own(shapes, image, tmp_path):
     assert (mine - built_in).abs().max() <= 1e-5 * built_in.abs().max()
     path = tmp_path / "mine.py"
     path.write_text("def values(block):\n    return block.v[:, :, block.prefix:]\n")
-    own = NACLIP(shapes, dense=f"{path}:values").encode(_normal(image)).patches
+    model = NACLIP(shapes, dense=f"{path}:values")
+    own = model.encode(_normal(image)).patches
     identity = NACLIP(shapes, dense="identity").encode(_normal(image)).patches
     assert (own - identity).abs().max() <= 1e-5 * identity.abs().max()
+    path.write_text(path.read_text() + "\n# another file")
+    assert NACLIP(shapes, dense=f"{path}:values").settings != model.settings  # other contents, other results
 
 
 @pytest.mark.parametrize(
