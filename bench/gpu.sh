@@ -41,7 +41,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
     tee -a "$out/log.txt"
 git rev-parse HEAD >"$out/commit.txt" 2>/dev/null || true
 if command -v nvidia-smi >/dev/null; then nvidia-smi >"$out/nvidia-smi.txt" 2>&1; fi
-within 60 "$python" -m fastzs.cli doctor && say "doctor: see log.txt"
+within 60 "$python" -m fastzs doctor && say "doctor: see log.txt"
 
 "$python" -m bench.gpu_stages "$out" --total $((TOTAL - SECONDS)) "${@:2}" | tee -a "$out/log.txt"
 failed=${PIPESTATUS[0]}

@@ -74,7 +74,7 @@ def stages(folder: Path, dry: bool) -> Iterator[Stage]:
     else:
         for path, file in zip(benches, files, strict=True):
             yield Stage(f"bench-{path.stem.removeprefix('test_')}", 45, [*pytest, "-m", "gpu", file], rows)
-    call = ["-m", "fastzs.cli", "profile", "maskclip", "--device", device]
+    call = ["-m", "fastzs", "profile", "maskclip", "--device", device]
     small = ["--size", "64", "--warmup", "1", "--iterations", "1"] if dry else ["--warmup", "10"]
     trace = ["--torch-profiler", str(folder / "trace.json")]
     yield Stage("profile-torch", test_budget, [*python, *call, *small, *trace])

@@ -25,7 +25,7 @@ def architecture(device: torch.device) -> int:
         return 0
     from triton.runtime.driver import driver  # bench/aot.py: a GPU that is not here
 
-    return driver.active.get_current_target().arch
+    return driver.active.get_current_target().arch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def why_not_triton(what: str, device: torch.device) -> str | None:

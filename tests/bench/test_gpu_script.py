@@ -37,6 +37,12 @@ def test_dry_run(tmp_path):
     assert list(ended) == names
     assert {name: how for name, how in ended.items() if how != "done" and not how.startswith("skipped")} == {}
     assert not (folder / "rows.jsonl").exists()  # nothing was measured
+    # what a stage was to leave behind: one that does nothing ends well, too
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+    assert (folder / "tiles.jsonl").exists()
+    assert "launches compiled for sm_90" in (folder / "compile.log").read_text()
+    assert " PASSED" in (folder / "correct-mask_loss.log").read_text()
+    assert "Ops (what impl='auto' takes" in (folder / "log.txt").read_text()
     page = (folder / "gpu.md").read_text()
     assert all(f"| {name} | " in page for name in names)
     assert "times of the interpreter, which say nothing" in page
