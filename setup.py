@@ -13,10 +13,13 @@ import sys
 import traceback
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 LIBRARY = "fastzs._C"
+SETUPTOOLS = 77  # the oldest that reads pyproject.toml's licence, as build-system.requires has it
+PYTHON = "cp311"  # the oldest Python; the library uses the stable ABI, so one wheel serves all later ones
 # The oldest LibTorch the library runs under: only the stable ABI of that version is used.
 TORCH_TARGET = "0x020b000000000000"
 # Without a GPU to ask and without TORCH_CUDA_ARCH_LIST: A100, H100 and B200, the last also as PTX for later ones.
@@ -140,8 +143,23 @@ def build_options() -> dict:
         raise SystemExit(f"FASTZS_BUILD=cuda cannot build: {no_cuda}")
     built = extension(cuda=no_cuda is None)
     built.optional = wanted == "auto"
-    return {"ext_modules": [built], "cmdclass": {"build_ext": build_command(wanted, no_cuda)}}
+    return {
+        "ext_modules": [built],
+        "cmdclass": {"build_ext": build_command(wanted, no_cuda)},
+        "options": {"bdist_wheel": {"py_limited_api": PYTHON}},
+    }
+
+
+def packages() -> list[str]:
+    """Every package: those of fastzs/, and those of kernels/, which are installed as fastzs.kernels."""
+    kernels = find_packages(str(ROOT), include=["kernels", "kernels.*"])
+    return find_packages(str(ROOT), include=["fastzs", "fastzs.*"]) + [f"fastzs.{name}" for name in kernels]
 
 
 if __name__ == "__main__":
-    setup(**build_options())
+    if int(setuptools.__version__.partition(".")[0]) < SETUPTOOLS:
+        raise SystemExit(
+            f"expected setuptools {SETUPTOOLS} or newer, got {setuptools.__version__}: run "
+            f"pip install -U 'setuptools>={SETUPTOOLS}', or build without --no-build-isolation"
+        )
+    setup(packages=packages(), package_dir={"fastzs.kernels": "kernels"}, **build_options())

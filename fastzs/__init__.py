@@ -7,7 +7,7 @@ result = seg("street.jpg", ["road", "car", "person"])
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from fastzs import clip, models, ops
