@@ -56,12 +56,12 @@ class Lenient:
 def lenient_streams() -> Iterator[Lenient]:
     """Put :class:`Lenient` streams in the place of ``sys.stdout`` (which it gives) and ``sys.stderr``."""
     before = sys.stdout, sys.stderr
-    # under pythonw and some services there are none
-    out, err = (Lenient(stream if stream is not None else open(os.devnull, "w")) for stream in before)  # noqa: SIM115
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
-    try:
-        yield out
-    finally:
-        out.flush()
-        err.flush()
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w") as nowhere:  # under pythonw and some services there are no streams
+        out, err = (Lenient(nowhere if stream is None else stream) for stream in before)
+        sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+        try:
+            yield out
+        finally:
+            out.flush()
+            err.flush()
+            sys.stdout, sys.stderr = before

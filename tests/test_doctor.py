@@ -104,3 +104,15 @@ def test_describes_a_gpu(monkeypatch, major, precision):
     assert (device["device"], device["name"], device["precision"]) == ("cuda:1", "A GPU", precision)
     assert device["details"] == f"compute capability {major}.0, 80 GiB"
     assert ("have bf16" in device["why"]) == (precision == "bf16")
+
+
+def test_an_account_without_a_home_keeps_nothing_and_makes_no_folder(monkeypatch, tmp_path):
+    from fastzs.cache import cache_folder
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("FASTZS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as for an unknown number of a user
+    with pytest.raises(NotADirectoryError):
+        cache_folder().mkdir(parents=True)
+    assert list(tmp_path.iterdir()) == []
