@@ -45,6 +45,13 @@ COSTS = {
     "maskclip_plus": (80.3e6, 663.8e9),
     "zegformer": (127.6e6, 1752.6e9),
     "zsseg": (127.7e6, 1752.6e9),
+    "spnet": (86.7e6, 455.9e9),
+    "strict": (86.7e6, 250.4e9),
+    "zs3": (59.6e6, 118.9e9),
+    "cagnet": (101.6e6, 545.4e9),
+    "sign": (106.0e6, 570.1e9),
+    "joint": (59.5e6, 118.9e9),
+    "deop": (154.0e6, 214.0e9),
 }
 TABLE = ("<!-- systems: begin -->", "<!-- systems: end -->")
 DOCS = Path(__file__).parent.parent / "docs" / "systems.md"
@@ -60,6 +67,13 @@ FULL: dict[str, Callable[[], Any]] = {
     "maskclip_plus": lambda: models.MaskCLIPPlus(weights="random"),
     "zegformer": lambda: models.ZegFormer(sizes=CUT_OUT, pretrained=None),
     "zsseg": lambda: models.ZSSeg(sizes=CUT_OUT, pretrained=None),
+    "spnet": lambda: models.SPNet(weights="random", text_dim=600, crop=512),
+    "strict": lambda: models.STRICT(weights="random", text_dim=600, crop=512),
+    "zs3": lambda: models.ZS3(CLASSES, weights="random", text_dim=300, crop=512),
+    "cagnet": lambda: models.CaGNet(CLASSES, weights="random", text_dim=600, crop=512),
+    "sign": lambda: models.SIGN(CLASSES, weights="random", text_dim=600, crop=512),
+    "joint": lambda: models.Joint(weights="random", text_dim=300, crop=512),
+    "deop": lambda: models.DeOP(sizes=CUT_OUT, pretrained=None),
 }
 
 

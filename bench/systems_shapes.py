@@ -75,12 +75,18 @@ def make(name: str, stage: dict[str, Any] | None, start: Path | None = None) -> 
 
 
 class Cropped:
-    """Training pictures: parts of scenes in their own size, flipped, colours as they are (they are part of names)."""
+    """Training pictures: parts of scenes in the size of testing, flipped, colours as they are (names hold them)."""
 
     def __init__(self, model: Any):
         side = model.crop or SIDE * 3 // 4
         self.transform = training_transform(
-            side, model.mean, model.std, short_side=max(SIDE, side), scale=(1.0, 1.0), most=1.0, distortion=False
+            side,
+            model.mean,
+            model.std,
+            short_side=max(model.short_side or SIDE, side),  # as in testing
+            scale=(1.0, 1.0),
+            most=1.0,
+            distortion=False,
         )
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

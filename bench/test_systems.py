@@ -39,7 +39,7 @@ from .machine import why_no_bf16
 from .rivals import Contest, Rival, compete
 from .systems import ONE_STAGE, TWO_STAGE
 
-SLOW = (*TWO_STAGE, "lseg", "maskclip_plus")
+SLOW = (*TWO_STAGE, "lseg", "maskclip_plus", "spnet", "cagnet", "sign")
 RIVALS = (*(f"published {name}" for name in (*ONE_STAGE, *TWO_STAGE)), *(f"fastzs {name}" for name in systems.FULL))
 # The default has every system once; two stages in the published order would take over a third of its time.
 DEFAULT = tuple(rival for rival in RIVALS if rival not in ("published zegformer", "published zsseg"))
@@ -55,6 +55,8 @@ HEADS, DECODER_HEADS = (12, 8), (3, 4)  # of the published sizes and of the twin
 PROPOSALS = {"width": 32, "queries": 7, "layers": 2, "heads": 4, "hidden": 64, "dropout": 0.0}
 TIMM = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2.0}
 TWO_STAGE_TWIN: dict[str, Any] = {"sizes": TINY, "size": 64, "resnet": "resnet18", "pretrained": None}
+WORDS: dict[str, Any] = {"weights": "random", "text_dim": 6, "resnet": (1, 1, 1, 1), "width": 8, "crop": 64}
+PIXELS: dict[str, Any] = {"features": 8, "context": 4, "generator": (8,), "generator_dropout": (0.0,), "hidden": 8}
 TWINS = {
     "maskclip": lambda: models.MaskCLIP(clip.load(weights="shapes")),
     "zegclip": lambda: models.ZegCLIP(sizes=TINY, prompts=3, crop=64, decoder_heads=4, decoder_hidden=64),
@@ -64,6 +66,13 @@ TWINS = {
     "maskclip_plus": lambda: models.MaskCLIPPlus(weights="shapes", resnet="resnet50", pretrained=False, crop=64),
     "zegformer": lambda: models.ZegFormer(proposals=PROPOSALS, **TWO_STAGE_TWIN),
     "zsseg": lambda: models.ZSSeg(proposals=PROPOSALS, **TWO_STAGE_TWIN),
+    "spnet": lambda: models.SPNet(**WORDS),
+    "strict": lambda: models.STRICT(**WORDS),
+    "zs3": lambda: models.ZS3(systems.CLASSES, **WORDS, features=8, fine=4, hidden=8, noise=4),
+    "cagnet": lambda: models.CaGNet(systems.CLASSES, **WORDS, **PIXELS),
+    "sign": lambda: models.SIGN(systems.CLASSES, **WORDS, **PIXELS, positions_hidden=4),
+    "joint": lambda: models.Joint(**WORDS, features=8, fine=4),
+    "deop": lambda: models.DeOP(proposals=PROPOSALS, added=(1,), added_side=4, anchor_hidden=32, **TWO_STAGE_TWIN),
 }
 TWIN_PICTURE = (64, 96)
 

@@ -21,7 +21,7 @@ from fastzs.pictures import Picture, PictureError, read_picture
 from fastzs.readout import read_image
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
-from fastzs.vocabulary import Vocabulary, class_indices, text_vectors
+from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
 from fastzs.windows import resize_size, window_grid
 
 Names = Vocabulary | Sequence[str | Mapping[str, Sequence[str]]]
@@ -307,6 +307,7 @@ class Segmenter:
         if threshold is None:
             readout = self.model.readout
             threshold = 0.5 if readout is None else readout.threshold(len(vocabulary.phrases))
+        check_fixed_classes(self.model, vocabulary.names)
         trained, competing = seen_classes(self.model, vocabulary.names)
         return Question(
             names=(*vocabulary.names, "background") if background == "threshold" else vocabulary.names,
@@ -445,6 +446,25 @@ class Segmenter:
         groups = torch.arange(len(text)) if vocabulary.row_groups is None else vocabulary.row_groups
         rows = (groups == vocabulary.names.index(name)).to(text.device)
         return torch.where(rows[:, None], self.model.learned_vector().to(text), text)
+
+
+def check_fixed_classes(model: SegmentationModel, names: Sequence[str]) -> None:
+    """See that a model whose classes were fixed in training is asked for these.
+
+    Raises:
+        ValueError: it is asked for others, fewer or in another order; the first difference is named.
+    """
+    if model.fixed_classes is None:
+        return
+    known, asked = ([normal_name(name) for name in some] for some in (model.fixed_classes, names))
+    if known == asked:
+        return
+    what = f"the classes of {type(model).__name__} were fixed in training"
+    if missing := [name for name in known if name not in asked]:
+        raise ValueError(f"{what}, and {missing[0]!r} of them is missing; give all {len(known)} in their order")
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"{what}, and {unknown[0]!r} is none of them; they are {', '.join(known[:5])}, ...")
+    raise ValueError(f"{what}, in another order; the first are {', '.join(known[:5])}, ...")
 
 
 def seen_classes(model: SegmentationModel, names: Sequence[str]) -> tuple[list[int] | None, Tensor | None]:

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from fastzs.clip.memo import Memo
+from fastzs.decoders.resnet import DilatedResNet
 
 HEADS = ("deeplabv2", "deeplabv3+")
 RESNETS = ("resnet50", "resnet101", "resnet152")  # those that torchvision can dilate
+SMALL = "resnet26"  # of our own, a quarter as wide, for drawn scenes and other small data
 
 
 class ConvNorm(nn.Module):
@@ -87,7 +89,7 @@ class DeepLab(nn.Module):
 
     Args:
         output_dim: channels D of the result.
-        resnet: torchvision's name: resnet50, resnet101 or resnet152.
+        resnet: torchvision's name: resnet50, resnet101 or resnet152; or "resnet26", which is narrow and always new.
         head: "deeplabv2" (stride 8) or "deeplabv3+" (stride 4).
         pretrained: start from torchvision's ImageNet weights.
 
@@ -99,15 +101,20 @@ class DeepLab(nn.Module):
         self, output_dim: int, resnet: str, head: Literal["deeplabv2", "deeplabv3+"], *, pretrained: bool = False
     ):
         super().__init__()
-        for what, value, known in (("resnet", resnet, RESNETS), ("network", head, HEADS)):
+        for what, value, known in (("resnet", resnet, (*RESNETS, SMALL)), ("network", head, HEADS)):
             if value not in known:
                 raise ValueError(f"DeepLab: {what} must be one of {', '.join(known)}, got {value!r}")
-        weights = "DEFAULT" if pretrained else None
-        made = torchvision.models.get_model(resnet, weights=weights, replace_stride_with_dilation=[False, True, True])
-        net = cast(ResNet, made)
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
-        self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
-        wide = net.fc.in_features
+        self.small = DilatedResNet(SMALL, 16) if resnet == SMALL else None
+        if self.small is not None:
+            wide = self.small.channels[-1]
+        else:
+            weights = "DEFAULT" if pretrained else None
+            dilated = [False, True, True]
+            made = torchvision.models.get_model(resnet, weights=weights, replace_stride_with_dilation=dilated)
+            net = cast(ResNet, made)
+            self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+            self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
+            wide = net.fc.in_features
         if head == "deeplabv2":
             self.head = DeepLabV2Head(wide, output_dim)
         else:
@@ -115,8 +122,11 @@ class DeepLab(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> features [B, D, H / 8, W / 8], or of stride 4."""
-        fine = self.layer1(self.stem(images))
-        x = self.layer4(self.layer3(self.layer2(fine)))
+        if self.small is not None:
+            fine, *_, x = self.small(images)
+        else:
+            fine = self.layer1(self.stem(images))
+            x = self.layer4(self.layer3(self.layer2(fine)))
         return self.head(x, fine) if isinstance(self.head, DeepLabV3PlusHead) else self.head(x)
 
 

@@ -33,6 +33,10 @@ class FCN(nn.Module):
                 channels = width
         self.fc6 = nn.Conv2d(channels, hidden, 7)
         self.fc7 = nn.Conv2d(hidden, hidden, 1)
+        for module in self.modules():  # fifteen layers without norms fall silent as PyTorch makes them
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, hidden, h, w] at stride 32."""

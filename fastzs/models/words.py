@@ -28,7 +28,7 @@ class WordModel(TrainedModel):
         text_dim: width D of the word vectors, if it should not be looked up in ``backbone``.
         resnet, width, form, frozen: see :class:`fastzs.decoders.resnet.DilatedResNet`. Frozen norms are right for
             pretrained weights, not for a network that starts at random.
-        crop: window side in training; pictures are tested whole.
+        crop: side of training pictures, and the shorter side of those in testing, which are taken whole.
         seen, calibration: the training classes, and what is taken from their scores in testing.
     """
 
@@ -54,7 +54,7 @@ class WordModel(TrainedModel):
         width: int = 64,
         form: Form = "caffe",
         frozen: bool = True,
-        crop: int | None = 321,
+        crop: int = 321,
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.0,
     ):
@@ -78,7 +78,7 @@ class WordModel(TrainedModel):
         )
         self.form: Form = form
         self.mean, self.std = (CAFFE_MEAN, CAFFE_STD) if caffe else (IMAGENET_MEAN, IMAGENET_STD)
-        self.short_side, self.crop, self.stride = crop, crop, None
+        self.short_side, self.crop, self.stride = crop, None, None
         self.settings.update(
             text_dim=self.text_dim,
             resnet=resnet if isinstance(resnet, str) else list(resnet),

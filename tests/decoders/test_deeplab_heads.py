@@ -3,7 +3,7 @@ import re
 import pytest
 import torch
 
-from fastzs.decoders.deeplab import PlainV3PlusHead, SumHead, from_zs3
+from fastzs.decoders.deeplab import DeepLab, PlainV3PlusHead, SumHead, from_zs3
 
 
 @pytest.fixture
@@ -75,3 +75,10 @@ def test_names_of_both_publishers_of_the_v3_plus_head():
 def test_the_v3_plus_head_gives_the_fine_maps_size():
     head = PlainV3PlusHead(8, 4, 6, 5).eval()
     assert head(torch.zeros(2, 8, 3, 4), torch.zeros(2, 4, 9, 13)).shape == (2, 6, 9, 13)
+
+
+@pytest.mark.parametrize(("head", "stride"), [("deeplabv2", 8), ("deeplabv3+", 4)])
+def test_the_small_network(head, stride):
+    net = DeepLab(5, "resnet26", head).eval()
+    assert net(torch.zeros(1, 3, 64, 96)).shape == (1, 5, 64 // stride, 96 // stride)
+    assert sum(p.numel() for p in net.parameters()) < 12e6

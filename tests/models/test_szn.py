@@ -28,6 +28,12 @@ def model(**options) -> SZN:
     return out.eval()
 
 
+def test_a_new_network_tells_pictures_apart():
+    net = FCN((16, 32, 48, 64, 64), 128).eval()
+    features = net(torch.randn(2, 3, 64, 64))
+    assert (features[0] - features[1]).std() > 0.05 * features.std()
+
+
 def test_stage_one_trains_the_embedding_alone():
     for loss in ("cosine", "mse"):
         net = model(loss=loss)

@@ -158,6 +158,21 @@ def test_text_that_does_not_fit(name):
         net.losses(image, torch.full((1, 32, 32), 9), words(6).embeddings, seen=SEEN)
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (NAMES[:-1], "'gravel' of them is missing"),
+        ((*NAMES, "sand"), "'sand' is none of them"),
+        (NAMES[::-1], "in another order"),
+    ],
+)
+def test_names_of_other_classes_than_were_trained(names, message):
+    segmenter = Segmenter(model("zs3").eval())
+    segmenter.question(words(6))
+    with pytest.raises(ValueError, match=message):
+        segmenter.question(words(6, names))
+
+
 def test_word_vectors_of_another_width_name_theirs():
     vocabulary = Vocabulary(NAMES, embeddings=torch.zeros(7, 4))
     with pytest.raises(ValueError, match=r"SPNet: expected text vectors 6 wide.* 4 wide"):
