@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fastzs import clip, models, ops
     from fastzs.clip.backbones import list_backbones
     from fastzs.errors import FastzsError
+    from fastzs.features import ImageFeatures
     from fastzs.loading import load
     from fastzs.registry import list_models
     from fastzs.result import Segmentation
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FastzsError",
+    "ImageFeatures",
     "Segmentation",
     "Segmenter",
     "Vocabulary",
@@ -39,6 +41,7 @@ _HOMES = {
     "Vocabulary": "fastzs.vocabulary",
     "FastzsError": "fastzs.errors",
     "list_backbones": "fastzs.clip.backbones",
+    "ImageFeatures": "fastzs.features",
     "list_models": "fastzs.registry",
     "load": "fastzs.loading",
 }

@@ -31,7 +31,8 @@ def load(
     short_side: int | None = None,
     crop: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
-    batch: int = 8,
+    batch_size: int = 8,
+    batch: int | None = None,
     optimize: bool = True,
     **options: Any,
 ) -> Segmenter:
@@ -48,7 +49,7 @@ def load(
         device: "auto" takes a GPU if there is one.
         precision: "auto" takes bf16 where the device computes it natively, else fp32; "int8", on CPUs with VNNI only,
             multiplies bytes and computes the rest as "auto" does, see :meth:`fastzs.Segmenter.optimize`.
-        short_side, crop, stride, batch: see :class:`fastzs.Segmenter`.
+        short_side, crop, stride, batch_size: see :class:`fastzs.Segmenter`.
         optimize: call :meth:`fastzs.Segmenter.optimize`.
         options: the system's own settings, see the constructor of its class in :mod:`fastzs.models`; of published
             checkpoints also what their tensors do not tell (``heads``).
@@ -81,7 +82,7 @@ def load(
         network = entry.kind.open(checkpoint, **given, **options)
     chosen = choose_device(device)
     network.to(chosen, choose_precision(precision, chosen))
-    segmenter = Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch=batch)
+    segmenter = Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch_size=batch_size, batch=batch)
     if optimize:
         segmenter.optimize(int8=precision == "int8")
     elif precision == "int8":

@@ -4,20 +4,27 @@ An image is encoded once and can be labelled with any names: :meth:`Segmenter.en
 at once by calling the segmenter.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
 
+import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
+from PIL import Image
 from torch import Tensor
 
 from fastzs.clip.packed import computes_int8, pack, unpack
-from fastzs.features import ImageFeatures
+from fastzs.errors import FastzsError
+from fastzs.features import FeaturesError, ImageFeatures
 from fastzs.models.base import Features, SegmentationModel
 from fastzs.ops import label_map
-from fastzs.pictures import Picture, PictureError, read_picture
+from fastzs.pictures import Picture, PictureError, find_pictures, read_picture
 from fastzs.readout import read_image
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
@@ -26,6 +33,8 @@ from fastzs.windows import resize_size, window_grid
 
 Names = Vocabulary | Sequence[str | Mapping[str, Sequence[str]]]
 Background = Literal["none", "threshold", "prompt"]
+OnError = Literal["raise", "skip"]
+log = logging.getLogger(__name__)
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
 # what SCLIP and its successors ask for in PASCAL VOC's background
 STUFF = (
@@ -98,7 +107,7 @@ class Segmenter:
         crop, stride: sliding windows over the resized image, a side or (height, width) in pixels; 0 takes the
             whole image at once; the model's own choice if omitted, which shrinks to images smaller than it, as
             published; ``stride`` two thirds of the crop.
-        batch: windows per forward pass.
+        batch_size: windows per forward pass, also of several images; ``batch`` is its old name.
 
     Raises:
         ValueError: a number out of range, a stride larger than the crop or without one.
@@ -111,10 +120,12 @@ class Segmenter:
         short_side: int | None = None,
         crop: int | tuple[int, int] | None = None,
         stride: int | tuple[int, int] | None = None,
-        batch: int = 8,
+        batch_size: int = 8,
+        batch: int | None = None,
     ):
-        if batch < 1:
-            raise ValueError(f"batch must be at least 1, got {batch}")
+        batch_size = batch_size if batch is None else batch
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if short_side is not None and short_side < 0:
             raise ValueError(f"short_side must not be negative, got {short_side}")
         self.model = model.eval()
@@ -132,7 +143,7 @@ class Segmenter:
                 f"stride {stride} is the distance of windows, but images are taken whole (crop is {self.crop}); "
                 "give a crop, too, or no stride"
             )
-        self.batch = batch
+        self.batch_size = batch_size
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         scale = torch.tensor(model.std, device=self.device) * 255
@@ -140,6 +151,10 @@ class Segmenter:
         self._scale = scale[:, None, None]
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self.optimized = False
+
+    @cached_property
+    def _identity(self) -> str:
+        return self.model.identity()
 
     def optimize(self, *, int8: bool = False) -> None:
         """Rearrange weights for inference where that pays: on a CPU the tower's products are packed.
@@ -173,23 +188,32 @@ class Segmenter:
         if self.optimized:
             self.optimize()
 
-    @traced("predict.picture")
-    @torch.inference_mode()
-    def __call__(
+    @overload
+    def __call__(self, images: Picture, names: Names, **options: Any) -> Segmentation: ...
+
+    @overload
+    def __call__(self, images: Iterable[Picture], names: Names, **options: Any) -> Iterator[Segmentation]: ...
+
+    def __call__(  # pyright: ignore[reportInconsistentOverload]
         self,
-        picture: Picture,
-        names: Names,
+        images: Picture | Iterable[Picture] | None = None,
+        names: Names = (),
         *,
         background: Background = "none",
         threshold: float | None = None,
         background_names: Sequence[str] | None = None,
         scores: bool = False,
         probabilities: bool = False,
-    ) -> Segmentation:
-        """Label every pixel of an image: :meth:`encode` and :meth:`label` without keeping the features.
+        batch_size: int | None = None,
+        on_error: OnError = "raise",
+        picture: Picture | None = None,
+    ) -> Segmentation | Iterator[Segmentation]:
+        """Label every pixel of an image, or of many: :meth:`encode` and :meth:`label` without keeping the features.
 
         Args:
-            picture: path, PIL image, uint8 array [H, W, 3] or uint8 tensor [3, H, W].
+            images: a path, PIL image, uint8 array [H, W, 3] or uint8 tensor [3, H, W]; or a folder, a sequence or an
+                iterator of images, which are read when it is their turn and whose results come one by one, in their
+                order. At most about a batch of windows is held at a time.
             names: the classes, see :class:`fastzs.Vocabulary`.
             background: pixels of none of the names: there are none; those whose best score is below ``threshold``;
                 or those that fit ``background_names`` better. "background" then is the last of the result's names.
@@ -198,12 +222,23 @@ class Segmenter:
             background_names: what "prompt" looks for; a few general words if omitted.
             scores: also keep the winning score of each pixel.
             probabilities: also keep every class's score of each pixel, fp16 [C, H, W]: large.
+            batch_size: windows per forward pass; the segmenter's own if omitted.
+            on_error: of many images, one that cannot be used: "raise" after the results before it have come, or
+                "skip" it with a warning that names it.
+            picture: the old name of ``images``.
 
         Raises:
-            PictureError: the image cannot be read.
-            ValueError: names or settings that do not fit, or a crop asked for that is larger than the resized image;
-                the message says which.
+            PictureError: an image cannot be read.
+            ValueError: names or settings that do not fit, no images, or a crop asked for that is larger than the
+                resized image; the message says which.
         """
+        given = picture if images is None else images
+        if given is None:
+            raise ValueError("images: expected an image, a folder, or several images, got None")
+        if on_error not in ("raise", "skip"):
+            raise ValueError(f"on_error must be 'raise' or 'skip', got {on_error!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         question = self.question(
             names,
             background=background,
@@ -212,7 +247,15 @@ class Segmenter:
             scores=scores,
             probabilities=probabilities,
         )
-        return _result(question, next(self.answers([picture], question)))
+        if isinstance(given, str | Path) and Path(given).is_dir():
+            given = find_pictures([str(given)])
+        if isinstance(given, list | tuple) and not given:
+            raise ValueError("images: expected at least one image, got an empty sequence")
+        single = isinstance(given, str | bytes | PathLike | Image.Image | np.ndarray | Tensor) or hasattr(given, "read")
+        if single or not isinstance(given, Iterable):
+            return _result(question, next(self.answers([given], question)))  # pyright: ignore[reportArgumentType]
+        several = self.answers(given, question, batch_size=batch_size, on_error=on_error)  # pyright: ignore[reportArgumentType]
+        return (_result(question, answer) for answer in several)
 
     @torch.no_grad()  # not inference_mode: kept features can take part in somebody's training
     def encode(self, image: Picture) -> ImageFeatures:
@@ -222,8 +265,9 @@ class Segmenter:
             PictureError, ValueError: as when the segmenter is called.
         """
         view = self._view(image)
-        parts = [self._encode(list(view.crops(some))) for some in view.windows.split(self.batch)]
-        return ImageFeatures(type(parts[0]).cat(parts), view.windows, view.size, view.image)
+        parts = [self._encode(list(view.crops(some))) for some in view.windows.split(self.batch_size)]
+        windows = type(parts[0]).cat(parts)
+        return ImageFeatures(windows, view.windows, view.size, view.image.cpu(), self._identity)
 
     @traced("predict.picture")
     @torch.inference_mode()
@@ -238,7 +282,12 @@ class Segmenter:
         scores: bool = False,
         probabilities: bool = False,
     ) -> Segmentation:
-        """Label every pixel of an encoded image; arguments and errors as when the segmenter is called."""
+        """Label every pixel of an encoded image; arguments and errors as when the segmenter is called.
+
+        Raises:
+            FeaturesError: the features are of another model, or of other weights, settings or precision.
+        """
+        self._check(features)
         question = self.question(
             names,
             background=background,
@@ -257,6 +306,7 @@ class Segmenter:
         Raises:
             ValueError: names that do not fit.
         """
+        self._check(features)
         return torch.cat(list(self._decoded(features, self.question(names))))
 
     def question(
@@ -325,14 +375,49 @@ class Segmenter:
         )
 
     @torch.inference_mode()
-    def answers(self, images: Iterable[Picture], question: Question) -> Iterator[Answer]:
-        """The answers to one question for many images, in their order, read when it is their turn."""
-        for image in images:
-            view = self._view(image)
-            parts = (
-                self._decode(self._encode(list(view.crops(some))), question) for some in view.windows.split(self.batch)
-            )
-            yield self._answer(view.image, view.size, view.windows, parts, question)
+    def answers(
+        self,
+        images: Iterable[Picture],
+        question: Question,
+        *,
+        batch_size: int | None = None,
+        on_error: OnError = "raise",
+    ) -> Iterator[Answer]:
+        """The answers to one question for many images, in their order; see :meth:`__call__`."""
+        batch_size = batch_size or self.batch_size
+        for views in _batches(self._views(images, on_error), batch_size):
+            for view, parts in self._maps(views, question, batch_size):
+                with span("predict.picture"):
+                    answer = self._answer(view.image, view.size, view.windows, parts, question)
+                yield answer
+
+    def _views(self, images: Iterable[Picture], on_error: OnError) -> Iterator[View]:
+        for i, image in enumerate(images):
+            try:
+                yield self._view(image)
+            except (FastzsError, ValueError) as error:
+                problem = error if isinstance(image, str | PathLike) else PictureError(f"image {i}: {error}")
+                if on_error == "raise":
+                    raise problem from error
+                log.warning("left out: %s", problem)
+
+    def _maps(
+        self, views: Sequence[View], question: Question, batch_size: int
+    ) -> Iterator[tuple[View, Iterable[Tensor]]]:
+        """Each image with the class maps of its windows, [W', C, h, w] in their order."""
+        if len(views) == 1:  # perhaps of thousands of windows: no more than a batch is held
+            windows = views[0].windows.split(batch_size)
+            yield views[0], (self._decode(self._encode(list(views[0].crops(some))), question) for some in windows)
+            return
+        crops = [(i, crop) for i, view in enumerate(views) for crop in view.crops(view.windows)]
+        maps: list[list[Tensor]] = [[] for _ in views]
+        for size in dict.fromkeys(crop.shape for _, crop in crops):
+            same = [(i, crop) for i, crop in crops if crop.shape == size]
+            for start in range(0, len(same), batch_size):
+                indices, some = zip(*same[start : start + batch_size], strict=True)
+                for i, logits in zip(indices, self._decode(self._encode(some), question), strict=True):
+                    maps[i].append(logits[None])
+        yield from zip(views, maps, strict=True)
 
     def _view(self, image: Picture) -> View:
         with span("predict.preprocess"):
@@ -365,10 +450,20 @@ class Segmenter:
             groups = question.groups if self.model.readout is None else None  # names are joined at the very end
             return self.model.decode(features, question.text, groups=groups, seen=question.seen).float()
 
+    def _check(self, features: ImageFeatures) -> None:
+        """Refuse features that are not of this model."""
+        if not isinstance(features, ImageFeatures):
+            raise FeaturesError(f"expected features from Segmenter.encode, got {type(features).__name__}")
+        if features.model != self._identity:
+            raise FeaturesError(
+                f"these features are of another model, weights, settings or precision: expected {self._identity}, got "
+                f"{features.model}; encode the image with this model"
+            )
+
     def _decoded(self, features: ImageFeatures, question: Question) -> Iterator[Tensor]:
-        """Class maps of an encoded image's windows, ``batch`` at a time."""
-        for start in range(0, len(features.windows), self.batch):
-            yield self._decode(features.windows[start : start + self.batch].to(self.device), question)
+        """Class maps of an encoded image's windows, ``batch_size`` at a time."""
+        for start in range(0, len(features.windows), self.batch_size):
+            yield self._decode(features.windows[start : start + self.batch_size].to(self.device), question)
 
     def _answer(
         self, image: Tensor, size: tuple[int, int], windows: Tensor, parts: Iterable[Tensor], question: Question
@@ -483,6 +578,32 @@ def seen_classes(model: SegmentationModel, names: Sequence[str]) -> tuple[list[i
     competing[trained] = True
     competing[class_indices(model.train_unseen, names, among=True)] = False
     return trained, competing
+
+
+def _batches(views: Iterator[View], size: int) -> Iterator[list[View]]:
+    """Images that have about ``size`` windows together, at least one; before an error comes what was before it."""
+    batch: list[View] = []
+    problem, count = None, 0
+    while problem is None:
+        try:
+            view = next(views)
+        except StopIteration:
+            break
+        except Exception as error:
+            problem = error
+            break
+        if batch and count + len(view.windows) > size:
+            yield batch
+            batch, count = [], 0
+        batch.append(view)
+        count += len(view.windows)
+        if count >= size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+    if problem is not None:
+        raise problem
 
 
 class Band(NamedTuple):

@@ -6,9 +6,11 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 
 import fastzs
 from fastzs.clip import WeightsError
+from fastzs.data import shapes
 from fastzs.models import SZN, ClipRC, LSeg, ZegCLIP, saved
 from tests.models.official import model, published_state, write
 from tests.models.test_lseg import lightning
@@ -120,3 +122,24 @@ def test_a_segmenter_can_be_copied_pickled_and_saved(tmp_path):
     plain = fastzs.load(tmp_path / "own", device="cpu", precision="fp32", optimize=False)
     segmenter.unoptimize()
     assert torch.equal(segmenter(image, names, scores=True).scores, plain(image, names, scores=True).scores)
+
+
+def test_the_calls_of_the_readme(tmp_path):
+    """One image, many images, encoded once, as they are printed there."""
+    names, image = ["red disc", "blue ring"], tmp_path / "street.png"
+    drawn = shapes.draw(2, (64, 64), seed=3).images
+    for path, pixels in zip((image, tmp_path / "b.png"), drawn, strict=True):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
+    seg = fastzs.load("maskclip", weights="shapes")
+    result = seg(image, names)
+    results = seg([image, tmp_path / "b.png"], names, batch_size=8)
+    assert torch.equal(next(results).labels, result.labels)
+    assert len(list(results)) == 1
+    assert len(list(seg(tmp_path, names, batch_size=8, on_error="skip"))) == 2
+    features = seg.encode(image)
+    a, b = seg.label(features, names), seg.label(features, ["green star", "slate", "wood"])
+    assert torch.equal(a.labels, result.labels)
+    assert b.names == ("green star", "slate", "wood")
+    assert features.dense.ndim == 3
+    features.save(tmp_path / "street.safetensors")
+    assert torch.equal(seg.label(fastzs.ImageFeatures.load(tmp_path / "street.safetensors"), names).labels, a.labels)

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def test_any_windows(windows):
 
 @pytest.mark.parametrize(("crop", "stride"), [(24, 17), (16, 16), ((20, 70), (9, 70)), ((50, 20), (50, 13)), (30, 5)])
 def test_bands_change_nothing(picture, crop, stride, monkeypatch):
-    seg = segmenter(short_side=0, crop=crop, stride=stride, batch=3)
+    seg = segmenter(short_side=0, crop=crop, stride=stride, batch_size=3)
     want = seg(picture, NAMES, scores=True)
     calls = []
     monkeypatch.setattr("fastzs.segmenter.MAPS_BYTES", 1)
@@ -148,7 +150,7 @@ def test_bad_calls_are_refused(picture, options, message):
         ({"device": "tpu9"}, "tpu9"),
         ({"precision": "fp8"}, "fp8"),
         ({"weights": "opnai"}, "openai"),
-        ({"batch": 0}, "batch"),
+        ({"batch_size": 0}, "batch_size"),
         ({"short_side": -1}, "short_side"),
         ({"crop": 16, "stride": 32}, "stride"),
     ],
@@ -207,3 +209,98 @@ def test_the_picture_is_resized_once(picture, monkeypatch):
     monkeypatch.setattr(seg, "_resize", lambda *a: calls.append(1) or resize(*a))
     seg(picture, NAMES)
     assert calls == [1]
+
+
+def images(count=7):
+    """Of three sizes, so that some share a forward pass and some do not."""
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(50, 70), (50, 70), (64, 40), (50, 70), (90, 33), (64, 40), (50, 70)]
+    return [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes[:count]]
+
+
+@pytest.mark.parametrize("windows", [{}, {"crop": 24, "stride": 16}, {"short_side": 0, "crop": 24, "stride": 16}])
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_many_images_are_what_each_is_alone(windows, batch_size):
+    seg, given = segmenter(**windows), images()
+    alone = [seg(image, NAMES, scores=True) for image in given]
+    for together in (given, tuple(given), iter(given)):
+        results = list(seg(together, NAMES, scores=True, batch_size=batch_size))
+        assert len(results) == len(given)
+        for one, other, image in zip(results, alone, given, strict=True):
+            assert torch.equal(one.picture, image)
+            torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
+            assert (one.labels != other.labels).float().mean() < 0.01  # where scores tie within rounding
+
+
+def test_images_share_forward_passes_and_are_read_when_it_is_their_turn(monkeypatch):
+    seg, sizes, read = segmenter(batch_size=4), [], []
+    encode = seg.model.encode
+    monkeypatch.setattr(seg.model, "encode", lambda batch: sizes.append(len(batch)) or encode(batch))
+
+    def given():
+        for i, image in enumerate(images(2) * 5):
+            read.append(i)
+            yield image
+
+    results = seg(given(), NAMES)
+    assert read == sizes == []
+    next(results)
+    assert (sizes, read) == ([4], [0, 1, 2, 3])
+    assert len(list(results)) == 9
+    assert sizes == [4, 4, 2]
+
+
+def test_a_folder(tmp_path):
+    from PIL import Image
+
+    for i, image in enumerate(images(3)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    results = list(segmenter()(tmp_path, NAMES))
+    assert [tuple(result.labels.shape) for result in results] == [(50, 70), (50, 70), (64, 40)]
+
+
+def test_a_broken_image_among_many(tmp_path, caplog):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for broken, name in ((tmp_path / "broken.png", r"broken\.png"), (np.zeros((2, 2, 2, 2)), "image 1: ")):
+        given = [images(1)[0], broken, images(2)[1]]
+        results = segmenter()(given, NAMES)
+        assert next(results).labels.shape == (50, 70)  # what came before it is not lost
+        with pytest.raises(fastzs.FastzsError, match=name):
+            next(results)
+        caplog.clear()
+        assert len(list(segmenter()(given, NAMES, on_error="skip"))) == 2
+        (record,) = caplog.records
+        assert re.search(name, record.message)
+
+
+def test_an_iterator_that_raises():
+    def given():
+        yield from images(2)
+        raise RuntimeError("the camera is gone")
+
+    for on_error in ("raise", "skip"):
+        results = segmenter()(given(), NAMES, on_error=on_error)
+        assert len([next(results), next(results)]) == 2
+        with pytest.raises(RuntimeError, match="the camera is gone"):
+            next(results)
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        ([], {}, "got an empty sequence"),
+        (None, {}, "got None"),
+        ([1], {"on_error": "ignore"}, "on_error must be"),
+        ([1], {"batch_size": 0}, "batch_size must be at least 1"),
+        (5, {}, "int"),
+    ],
+)
+def test_bad_images(given, options, message):
+    with pytest.raises(ValueError, match=message):
+        segmenter()(given, NAMES, **options)
+
+
+def test_the_old_names_of_arguments(picture):
+    seg = Segmenter(MaskCLIP(tiny_clip()), short_side=32, batch=3)
+    assert seg.batch_size == 3
+    assert torch.equal(seg(picture=picture, names=NAMES).labels, seg(images=picture, names=NAMES).labels)

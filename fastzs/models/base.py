@@ -4,6 +4,8 @@ No system knows a class by its name. It gets text vectors [T, D], one for each p
 each row and which classes were seen in training; :mod:`fastzs.segmenter` and :mod:`fastzs.train` turn names into these.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from fastzs.readout import Readout
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# attributes of models that change no feature
+NOT_OF_FEATURES = ("training", "weights", "fingerprint", "calibration", "short_side", "crop", "stride", "activation")
 Activation = Literal["sigmoid", "softmax", "none", "cosine"]
 
 
@@ -144,6 +148,20 @@ class SegmentationModel(nn.Module):
                 f"{type(self).__name__} has no text tower; give the text vectors: Vocabulary(names, embeddings=...)"
             )
         return self._clip
+
+    def identity(self) -> str:
+        """Tells models apart whose features differ: the class, the weights, the settings and the dtype."""
+        settings = {
+            name: value
+            for name, value in vars(self).items()
+            if name[0] != "_" and name not in NOT_OF_FEATURES and isinstance(value, str | int | float | tuple | None)
+        }
+        weights = self.fingerprint
+        if not weights:  # as it was made or trained in this process
+            sums = [(name, list(p.shape), p.detach().double().sum().item()) for name, p in self.named_parameters()]
+            weights = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+        content = [weights, str(next(self.parameters()).dtype), settings]
+        return f"{type(self).__name__}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
 
     def encode(self, images: Tensor) -> Features:
         """Features of images [B, 3, H, W] of any size, normalised with ``mean`` and ``std``."""
