@@ -115,7 +115,7 @@ def read_state(path: Path, opaque: Sequence[str] = ()) -> dict[str, Tensor]:
         raise
     except Exception as error:
         raise WeightsError(f"{path}: cannot be read as weights ({type(error).__name__}: {error})") from error
-    for wrapper in ("state_dict", "model_state_dict"):
+    for wrapper in ("state_dict", "model_state_dict", "model"):  # "model": detectron2's
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if isinstance(content, dict) and isinstance(content.get("clip"), dict):  # MaskCLIP's ViT16_clip_weights.pth

@@ -258,6 +258,13 @@ def test_reads_published_checkpoints(case, tmp_path):
         kind.from_checkpoint(tmp_path / "other.safetensors")
 
 
+def test_reads_what_detectron2_wraps(tmp_path):
+    state = read(GOLDENS / "S_spnet.safetensors").under("w.")
+    torch.save({"model": state, "trainer": {"iteration": 3}, "iteration": 3}, tmp_path / "model_final.pth")
+    found = SPNet.from_checkpoint(tmp_path / "model_final.pth").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in SPNet._used(state).items())
+
+
 @pytest.mark.parametrize("form", ["torchvision", "caffe"])
 def test_reads_joints_pair_of_files(form, tmp_path):
     net = model("joint", form=form).eval()
