@@ -76,6 +76,12 @@ def alone(theirs: nn.Module, images: torch.Tensor, patch: int) -> torch.Tensor:
     return theirs.head(trunk.forward_head(x))
 
 
+def native(theirs: nn.Module, config: dict) -> tuple[int, int]:
+    """Pixels of the image that open_clip's tower is made for; ViTamin-XL-384's configuration names another."""
+    embed = getattr(getattr(theirs, "trunk", None), "patch_embed", None)
+    return (architectures.side(config),) * 2 if embed is None else embed.img_size
+
+
 def linear_pool(tower: nn.Module) -> bool:
     """Whether the embedding is the mean of the dense features."""
     if isinstance(tower, VisionTransformer):
@@ -93,9 +99,11 @@ def test_is_open_clips_own(name, tmp_path):
         theirs = architectures.open_clips_own(config)
         loaded = architectures.loaded(config, theirs, tmp_path)
         tower = loaded.vision()
-    side = tower.grid * tower.patch_size if isinstance(tower, VisionTransformer) else architectures.side(config)
-    images = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(2))
-    close(tower(images), theirs.encode_image(images, normalize=False), theirs.visual)
+    whole = torch.randn(1, 3, *native(theirs.visual, config), generator=torch.Generator().manual_seed(2))
+    # of 384 pixels a tower with patches of 14 reads 378, here they would be filled up to 392
+    side = tower.grid * tower.patch_size if isinstance(tower, VisionTransformer) else whole.shape[-1]
+    images = whole[..., :side, :side]
+    close(tower(images), theirs.encode_image(whole, normalize=False), theirs.visual)
 
     encoder = loaded.text()
     ids = tokens(config, config["text_cfg"].get("context_length", 77))
@@ -106,7 +114,7 @@ def test_is_open_clips_own(name, tmp_path):
     assert full.shape == (1, loaded.embed_dim, *grid)
     if not isinstance(tower, ResNet):
         patch = grid[1] + 1 if grid[0] > 1 else 0
-        close(full.flatten(2)[..., patch], alone(theirs.visual, images, patch), theirs.visual)
+        close(full.flatten(2)[..., patch], alone(theirs.visual, whole, patch), theirs.visual)
     if linear_pool(tower):
         close(full.mean((2, 3)), tower(images), tower)
 

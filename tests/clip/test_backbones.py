@@ -6,6 +6,7 @@ import open_clip
 import pytest
 
 import fastzs
+from bench import backbones as tables
 from fastzs.cli import main
 from fastzs.clip import backbones
 from tests.clip import architectures
@@ -38,6 +39,12 @@ def test_sizes_are_the_modules():
 def test_what_is_kept_is_what_modules_say():
     kept = json.loads(backbones.KEPT.read_text())
     assert {name: backbones.measure(name) for name in open_clip.list_models()} == kept
+
+
+@pytest.mark.slow
+def test_the_page_has_the_tables():
+    page = tables.PAGE.read_text(encoding="utf-8")
+    assert tables.renewed(page) == page
 
 
 def test_an_architecture_that_is_not_kept_is_measured(tmp_path, monkeypatch):
