@@ -1,0 +1,66 @@
+"""``fastzs compare``: what another precision changes in the labels of your own pictures."""
+
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+HELP = "what another precision changes in the labels of pictures"
+
+
+def parser() -> ArgumentParser:
+    options = ArgumentParser(
+        description="Label pictures in two precisions and say where they differ: the share of equal labels, the mean "
+        "IoU between the two, and the classes that changed most. fastzs compare --precision int8 fp32 photos/ ..."
+    )
+    add = options.add_argument
+    add("paths", nargs="+", type=str, help="pictures, folders, globs")
+    add("--classes", type=str, required=True, help="names, separated by commas")
+    add(
+        "--precision",
+        nargs=2,
+        type=Literal["auto", "fp32", "bf16", "fp16", "int8"],
+        default=["auto", "fp32"],
+        help="the one that is judged, and the one it is held against",
+    )
+    add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
+    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
+    add("--weights", type=str | None, help="open_clip's name of weights, 'shapes', a file or folder")
+    add("--checkpoint", type=str | None, help="trained model: .pth or safetensors file, folder, hub id")
+    add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
+    return options
+
+
+def run(config: Namespace) -> int:
+    """Print the comparison; 0."""
+    names = [name.strip() for name in config.classes.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--classes has no names in it; name at least one class")
+    from fastzs.loading import load
+    from fastzs.metrics import ConfusionMatrix
+    from fastzs.pictures import find_pictures
+
+    pictures = find_pictures(config.paths)
+    given = {name: config[name] for name in ("backbone", "weights", "checkpoint", "device")}
+    ours, theirs = (load(config.model, precision=name, **given, **config.options) for name in config.precision)
+    matrix = ConfusionMatrix(len(names))  # the truth being the precision that is held against
+    for picture in pictures:
+        matrix.add(theirs(picture, names).labels, ours(picture, names).labels)
+    print(report(matrix, names, ours.precision, theirs.precision, len(pictures)))
+    return 0
+
+
+def report(matrix: Any, names: list[str], ours: str, theirs: str, pictures: int) -> str:
+    """The comparison in words; ``matrix`` has the labels of ``theirs`` as its truth."""
+    counts, iou = matrix.counts[:, : len(names)], matrix.iou()
+    pixels = int(counts.sum())
+    lines = [f"{ours} against {theirs}, {pictures} pictures, {pixels:,} pixels"]
+    lines.append(f"  labels that agree: {100 * int(counts.diagonal().sum()) / max(pixels, 1):.3f} %")
+    lines.append(f"  mean IoU between the two: {100 * float(iou.nanmean()):.2f} %")
+    changed = [(int(counts[i].sum() - counts[i, i]), i) for i in range(len(names)) if counts[i].sum() > counts[i, i]]
+    for count, i in sorted(changed, reverse=True)[:10]:
+        row = counts[i].clone()
+        row[i] = 0
+        share, iou_of = 100 * count / int(counts[i].sum()), 100 * float(iou[i])
+        lines.append(f"  {names[i]}: {share:.2f} % changed, most to {names[int(row.argmax())]}; IoU {iou_of:.1f} %")
+    return "\n".join(lines)
