@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fastzs import __version__, yaml_files
-from fastzs.commands import compare, doctor, evaluate, models, profile, segment, train
+from fastzs.commands import benchmarks, compare, doctor, evaluate, models, profile, segment, train
 from fastzs.errors import FastzsError
 from fastzs.files import read_text
 from fastzs.recipe import check_keys
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate,
     "compare": compare,
     "models": models,
+    "benchmarks": benchmarks,
     "profile": profile,
     "doctor": doctor,
 }

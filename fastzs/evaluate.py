@@ -51,6 +51,7 @@ def evaluate(
     *,
     calibrations: Sequence[float] | None = None,
     metric: Metric = "standard",
+    threshold: float = 0.0,
     workers: int = 0,
     step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
 ) -> dict[float, ConfusionMatrix]:
@@ -62,6 +63,7 @@ def evaluate(
         calibrations: constants taken from the seen classes' scores; the model runs once for all of them.
             :func:`own_calibration` if omitted.
         metric: how the published tables to compare with were scored, see :class:`fastzs.metrics.ConfusionMatrix`.
+        threshold: of a training-free system: pixels with a lower score get label 0, the background; 0: none do.
         workers: processes that read pictures ahead.
         step: called after each of this process's pictures with its name, the picture uint8 [3, H, W] and the labels
             [H, W] under the first constant.
@@ -85,7 +87,8 @@ def evaluate(
     if workers < 0:
         raise ValueError(f"workers is {workers}; wanted at least 0")
     matrices = {constant: ConfusionMatrix(len(protocol.classes), metric) for constant in constants}
-    question = segmenter.question(vocabulary, seen=protocol.seen, calibrations=list(matrices))
+    rejected = {"threshold": threshold, "below": 0} if threshold else {}
+    question = segmenter.question(vocabulary, seen=protocol.seen, calibrations=list(matrices), **rejected)
     names, truths = dataset.names, deque()
 
     def pictures() -> Iterator[Tensor]:

@@ -84,6 +84,7 @@ class Question:
     seen: Tensor | None
     calibrations: Sequence[float]
     options: Mapping[str, Any]
+    below: int | None = None
     probabilities: bool = False
 
 
@@ -108,6 +109,10 @@ class Segmenter:
             whole image at once; the model's own choice if omitted, which shrinks to images smaller than it, as
             published; ``stride`` two thirds of the crop.
         batch_size: windows per forward pass, also of several images; ``batch`` is its old name.
+
+    Attributes:
+        long_side: bound on the longer side of resized images; four times ``short_side`` if None.
+        antialias: resize with antialiasing; benchmarks of the training-free systems are published without.
 
     Raises:
         ValueError: a number out of range, a stride larger than the crop or without one.
@@ -144,6 +149,8 @@ class Segmenter:
                 "give a crop, too, or no stride"
             )
         self.batch_size = batch_size
+        self.long_side: int | None = None
+        self.antialias = True
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         scale = torch.tensor(model.std, device=self.device) * 255
@@ -320,6 +327,7 @@ class Segmenter:
         probabilities: bool = False,
         seen: Sequence[int] | None = None,
         calibrations: Sequence[float] | None = None,
+        below: int | None = None,
     ) -> Question:
         """Names and settings in the model's terms, for :meth:`answers`.
 
@@ -327,6 +335,8 @@ class Segmenter:
             names, background, threshold, background_names, scores, probabilities: as when the segmenter is called.
             seen: indices of the classes that lose ``calibrations``; those that the model was trained on if omitted.
             calibrations: constants; the model's own if omitted.
+            below: with background "none" and a training-free system: pixels whose score is below ``threshold`` get this
+                class of ``names``.
 
         Raises:
             ValueError: names or settings that do not fit.
@@ -365,10 +375,11 @@ class Segmenter:
             groups=vocabulary.row_groups,
             seen=competing,
             calibrations=[self.model.calibration] if calibrations is None else calibrations,
+            below=below,
             options={
                 "activation": self.model.activation,
                 "seen": trained if seen is None else seen,
-                "threshold": threshold if background == "threshold" else None,
+                "threshold": threshold if background == "threshold" or below is not None else None,
                 "return_scores": scores,
             },
             probabilities=probabilities,
@@ -434,9 +445,9 @@ class Segmenter:
         size = (picture.shape[1], picture.shape[2])
         if not self.short_side:
             return picture
-        wanted = resize_size(size, self.short_side, LONG_SIDE * self.short_side)
+        wanted = resize_size(size, self.short_side, self.long_side or LONG_SIDE * self.short_side)
         # antialiasing changes nothing where images grow, as in the published pipelines on their data sets
-        return picture if wanted == size else TF.resize(picture, list(wanted), antialias=True)
+        return picture if wanted == size else TF.resize(picture, list(wanted), antialias=self.antialias)
 
     def _encode(self, crops: Sequence[Tensor]) -> Features:
         """Features of crops of one size, uint8 [3, h, w] each."""
@@ -513,7 +524,7 @@ class Segmenter:
                 question.text,
                 classes=question.groups,
                 threshold=question.options["threshold"],
-                below=len(question.names) - 1,
+                below=len(question.names) - 1 if question.below is None else question.below,
                 scores=question.options["return_scores"],
             )
         labels = found.labels.to("cpu", torch.uint8 if len(question.names) <= 255 else torch.int16)

@@ -75,6 +75,30 @@ class Vocabulary:
         self.templates = _templates(templates)
         self.groups = torch.tensor(groups)
         self.embeddings = None if embeddings is None else _embeddings(embeddings, len(names))
+        self.repeats = False  # whether a phrase may stand in two classes
+
+    @classmethod
+    def of_phrases(
+        cls,
+        names: Sequence[str],
+        phrases: Sequence[Sequence[str]],
+        templates: str | Sequence[str] | None = None,
+    ) -> "Vocabulary":
+        """Classes that are asked for under ``phrases`` only, as benchmarks have it: their names are just printed.
+
+        A phrase may stand in two classes ("bed" is a class of COCO-Object and one of its background's words); the first
+        of them wins.
+
+        Raises:
+            ValueError: a class without phrases, or more or fewer lists of phrases than names.
+        """
+        if len(names) != len(phrases) or not all(phrases):
+            raise ValueError(f"vocabulary: expected phrases for each of {len(names)} names, got {len(phrases)} lists")
+        out = cls(list(names), templates)
+        out.phrases = tuple(_clean(phrase) for some in phrases for phrase in some)
+        out.groups = torch.tensor([i for i, some in enumerate(phrases) for _ in some])
+        out.repeats = True
+        return out
 
     def __len__(self) -> int:
         return len(self.names)
@@ -114,7 +138,8 @@ class Vocabulary:
             return self.embeddings
         templates = self.templates or TEMPLATES[clip.templates or default_templates]
         vectors = encode(clip, templates, self.phrases)
-        self._check_distinct(vectors)
+        if not self.repeats:
+            self._check_distinct(vectors)
         if self.synonyms == "mean" and len(self.phrases) > len(self.names):
             mean = torch.zeros(len(self), vectors.shape[1]).index_add_(0, self.groups, vectors)
             return F.normalize(mean, dim=-1)

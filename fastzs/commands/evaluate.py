@@ -48,6 +48,11 @@ def parser() -> ArgumentParser:
         default="standard",
         help="zs3: classes that occur nowhere count as 0; cagnet: at an eighth of the size; for published tables",
     )
+    add(
+        "--benchmarks",
+        type=str | None,
+        help="score a training-free system as published on all eight benchmarks, or on some by commas, below --data",
+    )
     add("--overlays", action="store_true", help="also write the labels drawn over each picture")
     add("--plots", action="store_true", help="also write bars of the IoU and the confusion matrix (needs matplotlib)")
     add("--predictions", type=str | None, help="score the label maps NAME.png of this folder instead of a model")
@@ -90,6 +95,8 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> int:
     """Evaluate; 0 when it is done."""
+    if config.benchmarks is not None:
+        return _benchmarks(config)
     if (config.overlays and config.output is None) or (config.plots and config.output is None):
         raise ValueError("--overlays and --plots write files; name a folder for them with --output")
     if config.against is not None:
@@ -110,6 +117,17 @@ def run(config: Namespace) -> int:
     folder = None if config.output is None else Path(os.path.expanduser(config.output))
     with nullcontext() if folder is None else hold(folder, "evaluate"):
         return _evaluate(config, folder)
+
+
+def _benchmarks(config: Namespace) -> int:
+    from fastzs.commands.benchmarks import evaluate_all
+    from fastzs.locks import hold
+
+    if config.data is None:
+        raise ValueError("--benchmarks needs the folder that holds the data sets: --data DIR; see fastzs benchmarks")
+    folder = None if config.output is None else Path(os.path.expanduser(config.output))
+    with nullcontext() if folder is None else hold(folder, "evaluate"):
+        return evaluate_all(config, folder)
 
 
 def _evaluate(config: Namespace, folder: Path | None) -> int:
@@ -235,7 +253,7 @@ def _score_folder(
 ) -> "ConfusionMatrix":
     from fastzs.evaluate import evaluate_predictions
 
-    with _progress(shown, dataset, protocol, overlays) as step:
+    with progress(shown, dataset, protocol, overlays) as step:
         return evaluate_predictions(config.predictions, dataset, protocol, metric=config.metric, step=step)
 
 
@@ -252,7 +270,7 @@ def _score_model(
 
     given = config.calibration
     constants = [given] if isinstance(given, float | int) else given
-    with _progress(shown, dataset, protocol, overlays) as step:
+    with progress(shown, dataset, protocol, overlays) as step:
         return evaluate(
             segmenter,
             dataset,
@@ -273,12 +291,12 @@ def _score_fold(
     if not protocol.unseen:
         raise ValueError(f"--against scores unseen classes, but protocol {protocol.name} has none")
     classes = [protocol.classes[i] for i in protocol.unseen]
-    with _progress(shown, dataset, protocol, None) as step:
+    with progress(shown, dataset, protocol, None) as step:
         return evaluate_fold(segmenter, dataset, classes, others=config.against, templates=config.templates, step=step)
 
 
 @contextmanager
-def _progress(
+def progress(
     shown: bool, dataset: "AnyDataset", protocol: "Protocol", overlays: Path | None
 ) -> "Iterator[Callable[..., None]]":
     """A bar, and the step that moves it and writes overlays."""
