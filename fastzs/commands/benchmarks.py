@@ -109,7 +109,7 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
     dataset = open_dataset(rules, config.data, config.split)
     if config.model not in SYSTEMS:
         raise ValueError(f"--benchmarks runs {', '.join(SYSTEMS)}, whose settings there are known; got {config.model}")
-    options: dict[str, Any] = {"batch": config.batch, "device": device, "precision": config.precision}
+    options: dict[str, Any] = {"batch_size": config.batch, "device": device, "precision": config.precision}
     published = {"guide": "enlarged", "working_side": 1 << 20} | setting.options | model_options(config)
     segmenter = fastzs.load(config.model, backbone=config.backbone, weights=config.weights, **options, **published)
     segmenter.short_side, segmenter.crop, segmenter.stride = setting.short_side, setting.crop, setting.stride
