@@ -1,7 +1,7 @@
 """Tables from what the bench measured.
 
 pytest bench --benchmark-only --benchmark-json run.json
-python -m bench report run.json            # bench/results/MACHINE.md with plots, and the README's table
+python -m bench report run.json            # bench/results/MACHINE.md with plots, and the table of docs/performance.md
 python -m bench compare old.json new.json  # what changed beyond noise
 python -m bench gpu-report out/gpu         # the page of bash bench/gpu.sh, and which tiles it would change
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .compare import compare
 from .gpu_report import gpu_report
-from .report import README, RESULTS, report
+from .report import PAGE, RESULTS, report
 from .rows import read
 
 
@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     tables.add_argument("files", nargs="+", type=Path, help="of --benchmark-json, or .jsonl of FASTZS_BENCH_ROWS")
     tables.add_argument("--folder", type=Path, default=RESULTS, help="where MACHINE.md goes")
     tables.add_argument("--command", default="pytest bench --benchmark-only", help="what measured it, for the page")
-    tables.add_argument("--no-readme", action="store_true", help="leave the README's table as it is")
+    tables.add_argument("--no-page", action="store_true", help="leave the table of docs/performance.md as it is")
     both = commands.add_parser("compare", help="what changed between two runs")
     both.add_argument("old", type=Path)
     both.add_argument("new", type=Path)
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         if given.what == "report":
-            print(report(given.files, given.command, given.folder, None if given.no_readme else README))
+            print(report(given.files, given.command, given.folder, None if given.no_page else PAGE))
         elif given.what == "gpu-report":
             print(gpu_report(given.folder))
         else:

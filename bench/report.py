@@ -1,4 +1,4 @@
-"""``python -m bench report``: the tables and plots of a bench run, and the README's table."""
+"""``python -m bench report``: the tables and plots of a bench run, and the table of docs/performance.md."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from .rows import Row, commit, duration, faster, groups, is_ours, machine, read, spread
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- made by python -m bench report -->", "<!-- end of what is made -->"
 SIZES = {"classes": "classes", "height": "height in pixels or positions", "batch": "batch"}  # that curves go over
 MARKERS = "os^vDPX*"
@@ -15,23 +15,21 @@ GREYS = ("0.2", "0.45", "0.6", "0.75")
 VERSIONS = ("python", "torch", "triton", "cuda", "xformers", "openvino", "onnxruntime")
 
 
-def report(files: Sequence[Path], command: str, folder: Path = RESULTS, readme: Path | None = None) -> Path:
-    """Write ``folder/MACHINE.md``, plots beside it where matplotlib is there, and the table in ``readme``.
+def report(files: Sequence[Path], command: str, folder: Path = RESULTS, page: Path | None = None) -> Path:
+    """Write ``folder/MACHINE.md``, plots beside it where matplotlib is there, and the table in ``page``.
 
-    The page has everything, the README the problems that stand for their op or model ("headline" in their rows).
+    ``folder/MACHINE.md`` has everything, ``page`` the problems that stand for their op or model ("headline").
 
     Raises:
-        ValueError: files that are not a bench's, have no rows or are of several machines; a README without the markers,
+        ValueError: files that are not a bench's, have no rows or are of several machines; a page without the markers,
             or rows of which none is for it.
     """
     rows = read(files)
     if not rows:
         raise ValueError(f"no measured rows in {', '.join(map(str, files))}")
     headlines = [row for row in rows if row.get("headline")]
-    if readme is not None and not headlines:
-        raise ValueError(
-            f"no rows for {readme.name} in {', '.join(map(str, files))}: run the whole bench, or --no-readme"
-        )
+    if page is not None and not headlines:
+        raise ValueError(f"no rows for {page.name} in {', '.join(map(str, files))}: run the whole bench, or --no-page")
     name = machine(rows)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.md"
@@ -40,8 +38,8 @@ def report(files: Sequence[Path], command: str, folder: Path = RESULTS, readme: 
     text += "".join(f"\n![{picture.stem}]({name}/{picture.name})" for picture in pictures) + "\n" * bool(pictures)
     text += "".join(f"\n## {group}\n\n{table(some)}\n{remarks(some)}" for group, some in groups(rows).items())
     path.write_text(text, encoding="utf-8")
-    if readme is not None:
-        replace_table(readme, f"{provenance(rows, files, command)}\n\n{summary(headlines)}")
+    if page is not None:
+        replace_table(page, f"{provenance(rows, files, command)}\n\n{summary(headlines)}")
     return path
 
 
@@ -151,12 +149,12 @@ def remarks(rows: Sequence[Row]) -> str:
     return "".join(lines)
 
 
-def replace_table(readme: Path, content: str) -> None:
-    text = readme.read_text(encoding="utf-8")
+def replace_table(page: Path, content: str) -> None:
+    text = page.read_text(encoding="utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} should have the lines {BEGIN!r} and {END!r} once each")
+        raise ValueError(f"{page} should have the lines {BEGIN!r} and {END!r} once each")
     before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def plots(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -87,7 +87,7 @@ class Contest:
         operations: additions and multiplications at the least.
         pictures: a call's, for models.
         info: what else a row should have: its "op", sizes that plots are drawn over ("classes", "height", "batch" ...),
-            and "headline" where it stands for the op in the README.
+            and "headline" where it stands for the op in docs/performance.md.
         seconds: for all the rounds.
         fresh: each call on a CPU is timed in a process of its own, which is also measured for memory; for calls of
             many seconds and models that need not all be there at a time. One round is the least then.

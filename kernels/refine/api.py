@@ -54,8 +54,8 @@ def refine(
 
     ``"pamr"`` (Araslanov & Roth, CVPR 2020; NACLIP, ResCLIP): ``iterations`` times, each pixel becomes a weighted mean
     of its 8 neighbours at every distance of ``dilations``; beyond the border its nearest pixel counts. A neighbour
-    weighs exp(-mean over channels of |difference| / (1e-8 + 0.1 sigma)), divided by the sum of all, where sigma is the
-    channel's standard deviation (n - 1) over the neighbours and the centre, counted once a dilation.
+    weighs exp(-mean over channels of abs(difference) / (1e-8 + 0.1 sigma)), divided by the sum of all, where sigma is
+    the channel's standard deviation (n - 1) over the neighbours and the centre, counted once a dilation.
 
     ``"laplacian"`` (PEARL, CVPR 2026): the averaged maps are pooled to about ``cells`` cells a side, ``iterations``
     steps of conjugate gradients draw cells together where the picture has no edge, and the result is interpolated

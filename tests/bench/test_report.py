@@ -36,29 +36,29 @@ OTHER = row(group="op, 847 classes", parts={"forward": 0.5, "backward": 1.5})  #
 
 
 def test_the_page_shows_wins_and_losses(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
-    path = pages.report([write(tmp_path / "a.json", [*ROWS, OTHER])], "the command", tmp_path / "results", readme)
+    page = tmp_path / "performance.md"
+    page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
+    path = pages.report([write(tmp_path / "a.json", [*ROWS, OTHER])], "the command", tmp_path / "results", page)
     assert path.name == "some-2-threads.md"
     line = "| op, 20 classes | 1.1 s | torch.compile, 50 ms | 100 ms | 11 | **0.5** | 100 to 3 |"
     assert line in path.read_text()
     assert "| published | float32 | 1.1 s | 9 % | 1 | 1e-07 | 100 | 9 |" in path.read_text()
     assert "`the command` on some processor, 2 threads" in path.read_text()
     assert "commit abcdef012345" in path.read_text()
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{pages.END}\nafter\n")
     assert line in text
     assert "old" not in text
     assert "| op, 847 classes |  |  | 100 ms |  |  | 3 |" in path.read_text()
     assert "Where the time of fastzs goes, in one call: forward 500 ms, backward 1.5 s." in path.read_text()
-    assert "847" not in text  # the README has a row an op
+    assert "847" not in text  # the page of headlines has a row an op
 
 
-def test_a_readme_is_not_emptied(tmp_path, capsys):
+def test_the_page_of_headlines_is_not_emptied(tmp_path, capsys):
     path = write(tmp_path / "a.json", [OTHER])
     assert main(["report", str(path), "--folder", str(tmp_path)]) == 2
-    assert f"no rows for README.md in {path}: run the whole bench, or --no-readme" in capsys.readouterr().err
+    assert f"no rows for performance.md in {path}: run the whole bench, or --no-page" in capsys.readouterr().err
 
 
 def test_plots_are_written_where_matplotlib_is(tmp_path):
@@ -102,12 +102,12 @@ def test_comparing_tells_changes_from_noise(tmp_path, capsys):
 def test_machines_are_not_mixed(tmp_path, capsys):
     one, other = write(tmp_path / "a.json", [row()]), write(tmp_path / "b.json", [row(device="another")])
     assert main(["compare", str(one), str(other)]) == 2
-    assert main(["report", str(one), str(other), "--no-readme", "--folder", str(tmp_path)]) == 2
+    assert main(["report", str(one), str(other), "--no-page", "--folder", str(tmp_path)]) == 2
     assert "another, some processor" in capsys.readouterr().err
 
 
 def test_files_that_are_no_bench_run_are_named(tmp_path, capsys):
     path = tmp_path / "a.json"
     path.write_text("[]")
-    assert main(["report", str(path), "--no-readme"]) == 2
+    assert main(["report", str(path), "--no-page"]) == 2
     assert f"{path} is not the JSON of a bench run" in capsys.readouterr().err
