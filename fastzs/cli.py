@@ -3,6 +3,7 @@
 Every option can also stand in a YAML file given with ``--config``; ``--print_config`` writes one.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -89,6 +90,7 @@ def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
         ValueError: a file cannot be read or has a key that the command does not know, or there is no such preset.
     """
     name, *rest = arguments
+    rest = _names_as_written(rest)
     files = []
     while "--config" in rest[:-1]:
         at = rest.index("--config")
@@ -104,6 +106,24 @@ def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
     presets = command.preset_files(rest, contents) if hasattr(command, "preset_files") else []
     configs = [*presets, *(yaml.safe_dump(content) for content in contents)]
     return [name, *(part for config in configs for part in ("--config", config)), *rest], paths
+
+
+def _names_as_written(arguments: list[str]) -> list[str]:
+    """Give ``--classes`` as a list where the parser, which reads YAML, would see nothing or a list in ``#road, car``."""
+    out: list[str] = []
+    for item in arguments:
+        if item.startswith("--classes="):
+            item = f"--classes={_listed(item.removeprefix('--classes='))}"
+        elif out and out[-1] == "--classes":
+            item = _listed(item)
+        out.append(item)
+    return out
+
+
+def _listed(names: str) -> str:
+    text = names.strip()
+    plain = text.lower() != "null" and text[:1] not in tuple("#&!~-")
+    return names if plain else json.dumps(names.split(","))
 
 
 def _as_written(file: str, known: list[str]) -> dict[str, Any]:

@@ -144,8 +144,8 @@ class SpatialBlock(nn.Module):
             raise ValueError(f"LSeg: block must be None, 'depthwise' or 'bottleneck', got {kind!r}")
         if activation not in self.ACTIVATIONS:
             raise ValueError(f"LSeg: block_activation must be one of {', '.join(self.ACTIVATIONS)}, got {activation!r}")
-        if not 0 <= depth <= 4:
-            raise ValueError(f"LSeg: block_depth must be 0 to 4, got {depth}")
+        if depth < 0:
+            raise ValueError(f"LSeg: block_depth must be at least 0, got {depth}")
         self.kind, self.depth, self.activation = kind, depth, self.ACTIVATIONS[activation]
         self.depthwise = nn.Sequential()
         self.depthwise.add_module("depthwise", nn.Conv2d(1, 1, 3, padding=1))

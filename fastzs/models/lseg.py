@@ -286,7 +286,7 @@ class LSeg(TrainedModel):
         if has_block and "block" not in options:
             raise WeightsError(
                 "the checkpoint has a spatial block, and its tensors do not tell which; give block='bottleneck' or "
-                "'depthwise' and block_depth=1 to 4, or block=None to leave it out"
+                "'depthwise' and block_depth=1 or more, or block=None to leave it out"
             )
         if "pretrained.act_postprocess1.0.project.0.weight" in state:
             options = {"readout": "project"} | options

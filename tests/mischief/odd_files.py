@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def on_the_command_line() -> Iterator[Case]:
         ("a path", "red disc,../../etc/passwd", "passwd"),
     ):
         yield refused(f"names: {what}", make(classes), says)
+    for odd in ("#road", "null", "NULL", "no", "1", "~", "3.0", "2020-01-01", "!tag", "&a", "*a", "{a}", "'b'"):
+        name = re.escape(odd)
+        for classes in (f"red disc,{odd}", odd, f"{odd},red disc", f"- {odd}"):
+            yield refused(
+                f"names: {classes}, read as YAML", make(classes), f"(?i)know the word .{name}|know the word '-'"
+            )
     yield Case("names: spaces around", make(" red disc , blue ring "), check=segmented(*GOOD))
     yield Case("names: one", make("red disc"), check=segmented(*GOOD))
 
