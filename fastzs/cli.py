@@ -109,7 +109,7 @@ def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _names_as_written(arguments: list[str]) -> list[str]:
-    """Give ``--classes`` as a list where the parser, which reads YAML, would see nothing or a list in ``#road, car``."""
+    """Give ``--classes`` as a list where YAML, which the parser reads, sees nothing or a list in ``#road, car``."""
     out: list[str] = []
     for item in arguments:
         if item.startswith("--classes="):

@@ -24,7 +24,7 @@ from fastzs.errors import FastzsError
 from fastzs.features import FeaturesError, ImageFeatures
 from fastzs.models.base import Features, SegmentationModel
 from fastzs.ops import label_map
-from fastzs.pictures import Picture, PictureError, find_pictures, read_picture
+from fastzs.pictures import Picture, PictureError, find_pictures, read_picture, split_batch
 from fastzs.readout import read_image
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
@@ -95,6 +95,16 @@ class Answer(NamedTuple):
     labels: list[Tensor]  # [H, W] on the CPU, for each of the question's constants
     scores: list[Tensor]  # fp32 [H, W], for each of them; empty unless asked for
     probabilities: Tensor | None  # fp16 [C, H, W] under the first constant; None unless asked for
+
+    def ordinary(self) -> "Answer":
+        """The same in tensors that may be changed and take part in training, which those of inference mode may not."""
+
+        def copied(tensor: Tensor) -> Tensor:
+            return tensor.clone() if tensor.is_inference() else tensor
+
+        with torch.inference_mode(False):
+            every = None if self.probabilities is None else copied(self.probabilities)
+            return Answer(copied(self.image), [*map(copied, self.labels)], [*map(copied, self.scores)], every)
 
 
 class Segmenter:
@@ -256,6 +266,7 @@ class Segmenter:
         )
         if isinstance(given, str | Path) and Path(given).is_dir():
             given = find_pictures([str(given)])
+        given = split_batch(given) or given
         if isinstance(given, list | tuple) and not given:
             raise ValueError("images: expected at least one image, got an empty sequence")
         single = isinstance(given, str | bytes | PathLike | Image.Image | np.ndarray | Tensor) or hasattr(given, "read")
@@ -306,7 +317,7 @@ class Segmenter:
         parts = self._decoded(features, question)
         return _result(question, self._answer(features.image, features.size, features.places, parts, question))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # what leaves the package are ordinary tensors
     def logits(self, features: ImageFeatures, names: Names) -> Tensor:
         """What the model says of an encoded image's windows before labels are made of it, fp32 [W, C, h, w].
 
@@ -400,7 +411,7 @@ class Segmenter:
             for view, parts in self._maps(views, question, batch_size):
                 with span("predict.picture"):
                     answer = self._answer(view.image, view.size, view.windows, parts, question)
-                yield answer
+                yield answer.ordinary()
 
     def _views(self, images: Iterable[Picture], on_error: OnError) -> Iterator[View]:
         for i, image in enumerate(images):

@@ -4,12 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import fastzs
 from fastzs.devices import choose_device, choose_precision, native_bf16
 from fastzs.models import MaskCLIP
 from fastzs.ops import label_map
 from fastzs.segmenter import Segmenter
+from fastzs.vocabulary import Vocabulary
 from fastzs.windows import window_grid
 from tests.models.ask import ask
 from tests.tiny import tiny_clip
@@ -304,3 +306,78 @@ def test_the_old_names_of_arguments(picture):
     seg = Segmenter(MaskCLIP(tiny_clip()), short_side=32, batch=3)
     assert seg.batch_size == 3
     assert torch.equal(seg(picture=picture, names=NAMES).labels, seg(images=picture, names=NAMES).labels)
+
+
+class TestOrdinaryTensors:
+    """Nothing that is given out belongs to inference mode or to the caller's buffer."""
+
+    @pytest.fixture(scope="class")
+    def shapes_segmenter(self):
+        return fastzs.load("maskclip", weights="shapes", precision="fp32", device="cpu", short_side=32)
+
+    NAMES = ("red disc", "blue ring", "green star")
+
+    def test_results_may_be_changed_and_trained_on(self, shapes_segmenter):
+        image = torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8)
+        result = shapes_segmenter(image, self.NAMES, scores=True)
+        features = shapes_segmenter.encode(image)
+        labelled = shapes_segmenter.label(features, self.NAMES, scores=True)
+        logits = shapes_segmenter.logits(features, self.NAMES)
+        answer = next(shapes_segmenter.answers([image], shapes_segmenter.question(self.NAMES, scores=True)))
+        given = [result.labels, result.scores, result.picture, labelled.labels, labelled.scores, logits]
+        given += [answer.image, *answer.labels, *answer.scores, *features.windows.tensors().values()]
+        for tensor in given:
+            assert not tensor.is_inference()
+            tensor += 1
+        weight = torch.ones_like(logits, requires_grad=True)
+        (weight * logits).sum().backward()
+        assert torch.equal(weight.grad, logits)
+
+    def test_text_vectors_can_be_trained_on_after_they_were_used(self, shapes_segmenter):
+        vocabulary = Vocabulary(self.NAMES)
+        shapes_segmenter(torch.zeros(3, 32, 32, dtype=torch.uint8), vocabulary)
+        vectors = vocabulary.embed(shapes_segmenter.model.clip)
+        weight = torch.ones_like(vectors, requires_grad=True)
+        (weight * vectors).sum().backward()
+        kept = vectors.clone()
+        vectors += 1  # and what is kept does not change with them
+        assert torch.equal(vocabulary.embed(shapes_segmenter.model.clip), kept)
+
+    def test_the_callers_buffer_may_be_used_again(self, shapes_segmenter):
+        buffer = torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8)
+        before = buffer.clone()
+        result, features = shapes_segmenter(buffer, self.NAMES), shapes_segmenter.encode(buffer)
+        buffer.zero_()
+        assert torch.equal(result.picture, before)
+        assert torch.equal(features.image, before)
+
+    def test_batches_are_many_images(self, shapes_segmenter):
+        batch = torch.randint(0, 256, (3, 3, 40, 48), dtype=torch.uint8)
+        results = list(shapes_segmenter(batch, self.NAMES))
+        arrays = list(shapes_segmenter(batch.permute(0, 2, 3, 1).numpy(), self.NAMES))
+        for image, one, other in zip(batch, results, arrays, strict=True):
+            wanted = shapes_segmenter(image, self.NAMES).labels
+            assert torch.equal(one.labels, wanted)
+            assert torch.equal(other.labels, wanted)
+
+    def test_probabilities_are_the_scores_of_every_class(self, shapes_segmenter, tmp_path):
+        image = torch.randint(0, 256, (3, 40, 48), dtype=torch.uint8)
+        result = shapes_segmenter(image, self.NAMES, scores=True, probabilities=True)
+        assert result.probabilities.shape == (3, 40, 48)
+        assert torch.equal(result.probabilities.argmax(0).to(torch.uint8)[~tied(result.probabilities)],
+                           result.labels[~tied(result.probabilities)])  # fmt: skip
+        assert (result.probabilities.amax(0).float() - result.scores).abs().max() <= 2**-11  # a rounding to fp16
+        result.save_probabilities(tmp_path / "p.npz")
+        with np.load(tmp_path / "p.npz") as read:
+            assert np.array_equal(read["probabilities"], result.probabilities.numpy())
+            assert tuple(read["names"]) == self.NAMES
+        result.save_scores(tmp_path / "s.png")
+        with Image.open(tmp_path / "s.png") as read:
+            levels = np.asarray(read).astype(np.float64) / 65535
+        assert np.abs(levels - result.scores.numpy().clip(0, 1)).max() <= 0.5 / 65535 + 1e-7
+
+
+def tied(probabilities):
+    """Where the two best are equal as fp16."""
+    best = probabilities.float().topk(2, 0).values
+    return best[0] == best[1]
