@@ -43,6 +43,7 @@ class FakeSegmenter:
         )  # fmt: skip
         self.device, self.precision = torch.device("cpu"), "float32"
         self.short_side, self.crop, self.stride = settings["short_side"], settings["crop"], settings["stride"]
+        self.long_side, self.antialias = None, True
 
     def question(self, vocabulary, **asked):
         pass
@@ -349,7 +350,7 @@ class TestSegment:
         (["--device", "warp9", "--weights", "random", "--backbone", "ViT-B-32"], "'warp9'"),
         (["--options.densee", "qq", "--weights", "random", "--backbone", "ViT-B-32"], "densee"),
         (["--short-side", "-3", "--weights", "random", "--backbone", "ViT-B-32"], "short_side"),
-        (["--batch", "0", "--weights", "shapes"], "batch must be at least 1, got 0"),
+        (["--batch", "0", "--weights", "shapes"], "batch_size must be at least 1, got 0"),
         (["--stride", "0", "--weights", "shapes"], "stride=0: want positive integers"),
         (["--stride", "[8,0]", "--weights", "shapes"], "stride=(8, 0): want positive integers"),
         (["--crop", "-16", "--weights", "shapes"], "crop=-16: want positive integers"),
