@@ -1,4 +1,4 @@
-"""Where results are kept between runs."""
+"""The folder in which results are kept between runs."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 def cache_folder() -> Path:
     """``$FASTZS_CACHE``, else ``$XDG_CACHE_HOME/fastzs``, else ``~/.cache/fastzs``.
 
-    For an account without a home folder, a place below a file that is none: what cannot be written there is not kept.
+    For an account without a home folder it is a path that cannot be written, so nothing is kept.
     """
     if folder := os.environ.get("FASTZS_CACHE"):
         return Path(os.path.expanduser(folder))

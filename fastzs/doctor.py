@@ -1,4 +1,4 @@
-"""What is there: versions, devices, the built extension, and which backend each op takes and why."""
+"""Versions, devices, the built extension, and which backend each op takes and why, on this machine."""
 
 import functools
 import importlib.metadata

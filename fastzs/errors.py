@@ -1,5 +1,5 @@
-"""The base of all errors that are the user's to mend. Their messages name what is wrong and what to do."""
+"""The base class of all errors that the user can mend. A message names the problem and the remedy."""
 
 
 class FastzsError(Exception):
-    """What fastzs refuses or cannot do; the message is one sentence for the user."""
+    """The request cannot be served; the message is one sentence for the user."""

@@ -29,10 +29,10 @@ TOLD = 5  # problems that a message names; the rest are counted
 
 
 def own_calibration(model: SegmentationModel, protocol: Protocol) -> float:
-    """What the model takes from the scores of the protocol's seen classes if nothing else is asked for.
+    """The constant that is subtracted from the scores of the protocol's seen classes, unless another one is given.
 
-    Its own constant if it was told its training classes and they are the protocol's seen ones; else 0: a model that
-    was trained on another vocabulary, transductively or on all labels has no reason to distrust these classes.
+    It is the model's own calibration if its recorded training classes are exactly the protocol's seen classes.
+    Otherwise it is 0, because the model's scores are not biased towards those classes.
     """
     if model.seen is None or not protocol.unseen:
         return 0.0
@@ -85,7 +85,7 @@ def evaluate(
     if not constants:
         raise ValueError("calibrations has no constant in it")
     if workers < 0:
-        raise ValueError(f"workers is {workers}; wanted at least 0")
+        raise ValueError(f"workers: expected at least 0, got {workers}")
     matrices = {constant: ConfusionMatrix(len(protocol.classes), metric) for constant in constants}
     rejected = {"threshold": threshold, "below": 0} if threshold else {}
     question = segmenter.question(vocabulary, seen=protocol.seen, calibrations=list(matrices), **rejected)
@@ -146,7 +146,7 @@ def evaluate_predictions(
 
 
 def _predicted(path: Path, protocol: Protocol) -> Tensor:
-    """The labels of a label map as indices of the protocol's classes; what is none of them is one past the last."""
+    """The labels of a label map as indices of the protocol's classes; any other label becomes one past the last."""
     try:
         names, values = read_labels(path)
     except (OSError, ValueError) as error:

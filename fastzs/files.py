@@ -1,4 +1,4 @@
-"""Files: written so that a reader meets the whole file or none of it, and read only if they are files."""
+"""Files: written as a whole or not at all, and read only if they are regular files."""
 
 import contextlib
 import errno
@@ -68,7 +68,7 @@ def remove_leftovers(folder: Path, before: float) -> None:
     """Remove the temporary files and folders that a killed process has left below ``folder``.
 
     Args:
-        before: a time of change in seconds; what changed later may be in use and stays.
+        before: a modification time in seconds; files that changed later may be in use and stay.
     """
     for parent, folders, names in os.walk(folder):
         for name in [name for name in (*folders, *names) if TEMPORARY.fullmatch(name)]:
@@ -84,7 +84,7 @@ def remove_leftovers(folder: Path, before: float) -> None:
 
 
 def open_file(path: str | os.PathLike) -> BufferedReader:
-    """Open a file for reading, without waiting for what is no file.
+    """Open a regular file for reading; anything else is refused, so that nothing waits for it.
 
     Raises:
         OSError: it cannot be opened, or it is a folder, a FIFO (whose reader would wait for ever), a socket or a
@@ -101,7 +101,7 @@ def open_file(path: str | os.PathLike) -> BufferedReader:
 
 
 def check_file(path: str | os.PathLike) -> None:
-    """See that a path is a file; what opens it by its name may then do so without waiting for ever.
+    """Check that a path is a regular file, so that a library may open it by name without waiting for ever.
 
     Raises:
         OSError: as :func:`open_file`.

@@ -21,7 +21,7 @@ from fastzs.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class FoldScores:
-    """All fractions of 1; None where there is nothing to compute it from.
+    """Fractions of 1, or None where no pixel or class defines them.
 
     Attributes:
         iou: of each class of the fold, None if no picture holds it.
@@ -50,7 +50,7 @@ def evaluate_fold(
         dataset: pictures and labels, see :mod:`fastzs.data.datasets`. Pixels of 255 are not scored, so the background
             has to be a class of its own, as in PASCAL-5i. Processes of ``torchrun`` share the pictures out.
         classes: names among the data set's.
-        others: name of all that is not the class.
+        others: the name of everything that is not the class.
         templates: named prompt templates of both names; the model's own if omitted.
         step: called after each of this process's pictures.
 

@@ -1,9 +1,9 @@
-"""Which labels train a zero-shot model: the three published settings, and one that is told less; and the softmax loss
-of dense models.
+"""Which labels train a zero-shot model: the three published settings and one that uses fewer labels; and the softmax
+loss of dense models.
 
-Source: the label handling of ZegCLIP and CLIP-RC. All three take labels of the whole vocabulary and leave the ignored
-ones as they are; what is ignored, and unseen classes in the inductive setting, counts as negative for every class
-in :func:`fastzs.ops.mask_loss` unless told otherwise.
+Source: the label handling of ZegCLIP and CLIP-RC. All three functions take labels of the whole vocabulary and keep
+ignored labels as they are. In :func:`fastzs.ops.mask_loss`, ignored pixels, and pixels of unseen classes in the
+inductive setting, count as negatives of every class unless an option says otherwise.
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,10 @@ def inductive_target(target: Tensor, seen: Sequence[int], classes: int, ignore_i
 
 
 def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ignore_index: int = 255) -> Tensor:
-    """Pixels of unseen classes get the model's own best unseen class; which pixels these are, the labels tell.
+    """Pixels of unseen classes get the model's own best unseen class. The labels say which pixels these are.
 
-    That is the published protocol (ZegCLIP and after it CLIP-RC): the labels of unseen classes are not used, but
-    where they are is. :func:`honest_target` is not told.
+    This is the published protocol (ZegCLIP, then CLIP-RC): it uses the positions of unseen classes, but not their
+    labels. :func:`honest_target` uses neither.
 
     Args:
         target: integer labels [B, H, W], in [0, C) or ``ignore_index``.
@@ -62,10 +62,10 @@ def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ign
 def honest_target(
     target: Tensor, logits: Tensor, seen: Sequence[int], ignore_index: int = 255, threshold: float = 0.5
 ) -> Tensor:
-    """Pixels without a seen label get the model's own best unseen class where it says that class is there.
+    """Pixels without a seen label get the model's own best unseen class, where its probability is high enough.
 
-    Unlike in the published protocol, pixels of unseen classes and ignored ones are not told from each other: of both,
-    those where no unseen class has a probability of ``threshold`` become ``ignore_index``.
+    Unlike the published protocol, this treats pixels of unseen classes and ignored pixels alike. Where no unseen class
+    has a probability of at least ``threshold``, both become ``ignore_index``.
 
     Args, result and errors: as :func:`transductive_target`.
     """
@@ -133,7 +133,7 @@ def _in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
         low, high = index.min().item(), index.max().item()
         if low < 0 or high >= classes:
             raise ValueError(
-                f"the labels run from {low} to {high}; wanted 0 to {classes - 1}, the {classes} classes of the "
-                "vocabulary, or the ignored label"
+                f"labels: expected 0 to {classes - 1} (the {classes} classes of the vocabulary) or the ignored label, "
+                f"got {low} to {high}"
             )
     return index

@@ -22,7 +22,7 @@ from fastzs.data.protocols import Protocol, ignore_label
 
 @dataclass(frozen=True)
 class Scores:
-    """All fractions of 1; None where there is nothing to compute it from.
+    """Fractions of 1, or None where no pixel or class defines them.
 
     Attributes:
         pAcc: share of right pixels.
@@ -77,7 +77,7 @@ class ConfusionMatrix:
 
     def __init__(self, classes: int, metric: Metric = "standard"):
         if metric not in METRICS:
-            raise ValueError(f"metric is {metric!r}; want one of {', '.join(METRICS)}")
+            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
         self.metric: Metric = metric
         if classes < 1:
             raise ValueError(f"a confusion matrix of {classes} classes")
@@ -89,16 +89,18 @@ class ConfusionMatrix:
 
         Args:
             truth: integers of any shape, class indices or, above 255 classes, 65535, else 255 (ignored).
-            labels: integers of the same shape and on the same device; whatever is not a class index counts as a
-                wrong answer of no class.
+            labels: integers of the same shape and on the same device; a value that is no class index counts as a
+                wrong answer.
 
         Raises:
             ValueError: the shapes differ, a tensor is not of integers, or the truth has a label out of range.
         """
         if truth.shape != labels.shape:
-            raise ValueError(f"truth has shape {list(truth.shape)}, the labels {list(labels.shape)}")
+            raise ValueError(
+                f"expected truth and labels of one shape, got {list(truth.shape)} and {list(labels.shape)}"
+            )
         if truth.is_floating_point() or labels.is_floating_point():
-            raise ValueError(f"truth is {truth.dtype}, labels are {labels.dtype}; want integers")
+            raise ValueError(f"expected integers, got a truth of {truth.dtype} and labels of {labels.dtype}")
         if self.metric == "cagnet":
             truth, labels = reduced(truth), reduced(labels)
         ignored = ignore_label(self.classes)
@@ -106,8 +108,8 @@ class ConfusionMatrix:
         rows, columns = truth[kept].long(), labels[kept].long()
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.classes):
             raise ValueError(
-                f"the truth has labels from {int(rows.min())} to {int(rows.max())}; want 0 to {self.classes - 1}, "
-                f"or {ignored} for ignored"
+                f"truth: expected labels from 0 to {self.classes - 1}, or {ignored} for ignored, "
+                f"got {int(rows.min())} to {int(rows.max())}"
             )
         columns = torch.where((columns < 0) | (columns >= self.classes), self.classes, columns)
         wide = self.classes + 1

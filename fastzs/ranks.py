@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def rank() -> int:
-    """This process's number, 0 where there is one process."""
+    """The number of this process; 0 if it is the only one."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -21,7 +21,7 @@ def started() -> tuple[int, int]:
     """This process's number and how many ``torchrun`` started, for work that needs no process group.
 
     Raises:
-        ValueError: the variables of ``torchrun`` contradict each other, or are there in part, as after an ``export``.
+        ValueError: the variables of ``torchrun`` contradict each other, or only some of them are set.
     """
     rank, world = _number("RANK"), _number("WORLD_SIZE")
     if rank is None and (world is None or world == 1):

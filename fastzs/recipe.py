@@ -1,4 +1,4 @@
-"""How a training goes: every number of it, and the learning rate at each step. No torch here."""
+"""The settings of a training, and the learning rate at each step. This module does not import torch."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -55,9 +55,7 @@ class Recipe:
         "auto", "of products: bf16 is autocast over fp32 weights, auto takes it where the device has it"
     )
     checkpointing: bool = _option(False, "compute the tower's activations again in backward instead of keeping them")
-    ema: float = _option(
-        0.0, "decay of a moving average of the weights, which is then what is tested and kept; 0: none"
-    )
+    ema: float = _option(0.0, "decay of a moving average of the weights, which is then tested and kept; 0: none")
     self_training: dict[str, Any] = _option(
         {},
         "labels for pixels without a seen one, in the inductive setting: {rule: best, teacher: frozen}; rules: best, "
@@ -85,17 +83,17 @@ class Recipe:
         for part, factors in self.groups.items():
             for key in factors:
                 if key not in ("lr", "decay"):
-                    raise ValueError(f"groups: {part} has a factor {key!r}; wanted lr and decay")
+                    raise ValueError(f"groups: {part}: expected the factors lr and decay, got {key!r}")
 
     def _want(self, name: str, holds: bool, what: str) -> None:
         if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)}; wanted {what}")
+            raise ValueError(f"{name}: expected {what}, got {getattr(self, name)}")
 
     def factors(self, name: str) -> tuple[float, float]:
         """Factors on learning rate and weight decay of the parameter called ``name``.
 
-        The longest part that is in the name counts alone, as in mmcv, with which the published models were trained;
-        there "backbone" wins over "norm", so that the published norms are decayed.
+        Only the longest part that occurs in the name counts, as in mmcv, with which the published models were trained.
+        There "backbone" wins over "norm", so the published norms are decayed.
         """
         parts = [part for part in self.groups if part in name]
         chosen = self.groups[min(parts, key=lambda part: (-len(part), part))] if parts else {}

@@ -1,4 +1,4 @@
-"""What a segmentation is once it is there: a label map, its names, and ways to keep and show it."""
+"""The result of a segmentation: a label map with its names, and ways to save and show it."""
 
 import io
 import json
@@ -49,20 +49,22 @@ class Segmentation:
         want = torch.uint8 if len(self.names) <= 255 else torch.int16
         if self.labels.ndim != 2 or self.labels.numel() == 0 or self.labels.dtype != want:
             raise ValueError(
-                f"labels have shape {list(self.labels.shape)} and dtype {self.labels.dtype}; "
-                f"want {want} [H, W] for {len(self.names)} names"
+                f"labels: expected {want} [H, W] for {len(self.names)} names, "
+                f"got {self.labels.dtype} {list(self.labels.shape)}"
             )
         lowest, highest = self.labels.min().item(), self.labels.max().item()
         if lowest < 0 or highest >= len(self.names):
-            raise ValueError(f"labels go from {lowest} to {highest}, but there are {len(self.names)} names")
+            raise ValueError(
+                f"labels: expected 0 to {len(self.names) - 1} for {len(self.names)} names, got {lowest} to {highest}"
+            )
         size = self.labels.shape
         if self.scores is not None and (self.scores.shape != size or self.scores.dtype != torch.float32):
             raise ValueError(
-                f"scores have shape {list(self.scores.shape)} and dtype {self.scores.dtype}; "
-                f"want torch.float32 {list(size)} like the labels"
+                f"scores: expected torch.float32 {list(size)} like the labels, "
+                f"got {self.scores.dtype} {list(self.scores.shape)}"
             )
         if self.picture is not None and self.picture.shape != (3, *size):
-            raise ValueError(f"picture has shape {list(self.picture.shape)}; want {[3, *size]} like the labels")
+            raise ValueError(f"picture: expected shape {[3, *size]} like the labels, got {list(self.picture.shape)}")
         if (every := self.probabilities) is not None and not (
             every.is_floating_point() and every.ndim == 3 and every.shape[1:] == size and len(every) <= len(self.names)
         ):
@@ -73,7 +75,7 @@ class Segmentation:
 
     @property
     def background(self) -> int | None:
-        """The label of what is none of the classes, if there is one: the last, named ``"background"``."""
+        """The label of pixels that belong to no class: the last one, if it is named ``"background"``, else None."""
         return len(self.names) - 1 if self.names[-1] == "background" else None
 
     @property
@@ -183,7 +185,7 @@ class Segmentation:
             OSError: it cannot be written; nothing half-written is left.
         """
         if not 0 <= opacity <= 1:
-            raise ValueError(f"opacity={opacity}: want a number from 0 to 1")
+            raise ValueError(f"opacity: expected a number from 0 to 1, got {opacity}")
         kind = None if path is None else Image.registered_extensions().get(Path(path).suffix.lower())
         if path is not None and kind is None:
             raise ValueError(f"{os.fspath(path)}: its suffix names no picture format; use .jpg or .png")

@@ -57,7 +57,7 @@ class SelfTraining:
         need = NEEDS.get(self.rule)
         for name in NEEDS.values():
             if (getattr(self, name) is not None) != (name == need):
-                wanted = f"wants {need}" if need else "takes no number"
+                wanted = f"needs {need}" if need else "takes no number"
                 raise ValueError(f"self_training: the rule {self.rule!r} {wanted}, got {name}={getattr(self, name)}")
 
     @classmethod
@@ -86,7 +86,7 @@ class Teacher:
     def __init__(self, how: SelfTraining, model: Any, text: Tensor, seen: Sequence[int], average: Any = None):
         if how.teacher == "ema" and average is None:
             raise ValueError(
-                "self_training: the teacher 'ema' wants a moving average of the weights; set ema, as 0.999"
+                "self_training: the teacher 'ema' needs a moving average of the weights; set ema, for example 0.999"
             )
         self.how, self.model, self.text, self.average = how, model, text, average
         self.seen = list(seen)

@@ -1,4 +1,4 @@
-"""Training: one loop for every model that says what its losses are.
+"""Training: one loop for every model that has a method ``losses``.
 
 A model is trained if it has
 
@@ -11,8 +11,8 @@ A model is trained if it has
 - ``requires_grad`` on exactly the parameters to train; each of them gets a gradient in every step.
 - ``save_pretrained(folder)``: writes its settings and a ``model.safetensors`` with all of its state.
 
-and if all its randomness comes from torch's default generators: they are seeded anew in every step, so that a step
-depends on seed, number and process only. What else it has to remember from step to step it keeps in buffers.
+All its randomness must come from torch's default generators. They are seeded anew in every step, so that a step
+depends on the seed, its number and the process only. Any other state must be kept in buffers.
 """
 
 import contextlib
@@ -96,7 +96,7 @@ def train(
         losses: keyword arguments for ``model.losses``: the weights of its parts.
         evaluate: scores of the model, called every ``recipe.evaluate_every`` steps and at the end, by all processes.
         best: the score by which the best checkpoint is chosen.
-        about: what else decides the result, as plain values; a folder of another training is refused.
+        about: other settings that decide the result, as plain values; a folder that holds a different run is refused.
         device: of each process; with several, "cuda" is each one's own.
 
     Raises:
@@ -124,7 +124,7 @@ def _one_vector_each(model: Any, vocabulary: Vocabulary | Tensor) -> Tensor:
     if not isinstance(vocabulary, Vocabulary):
         return vocabulary
     if vocabulary.row_groups is not None:
-        raise ValueError("training wants one text vector for each class: Vocabulary(..., synonyms='mean')")
+        raise ValueError("training needs one text vector for each class: pass Vocabulary(..., synonyms='mean')")
     with torch.no_grad():
         return text_vectors(model, vocabulary)
 
@@ -171,7 +171,7 @@ class _Run:
             self.arguments["ignore_index"] = ignored
         if recipe.setting != "supervised":
             if not seen:
-                raise ValueError(f"setting {recipe.setting!r} wants to know which classes are seen: seen=[...]")
+                raise ValueError(f"setting {recipe.setting!r} needs the seen classes: pass seen=[...]")
             self.arguments["seen"] = list(seen)
         if recipe.setting.startswith("transductive"):
             if not model.transductive:
@@ -203,7 +203,9 @@ class _Run:
         else:
             del self.arguments["seen"]
         if how.rule == "annealed" and "pixel_weights" not in _loss_options(self.model):
-            raise ValueError(f"{type(self.model).__name__} weighs no pixels, which the rule 'annealed' wants")
+            raise ValueError(
+                f"the rule 'annealed' needs a model that weighs pixels, and {type(self.model).__name__} does not"
+            )
         return Teacher(how, self.model, self.text, seen or (), self.average)
 
     def restore(self, settings: dict[str, Any]) -> None:
@@ -280,7 +282,7 @@ class _Run:
     def _step(
         self, step: int, run: nn.Module, queue: Iterator[Batch], signals: "_Signals"
     ) -> tuple[dict[str, float], float, int]:
-        """One step; its losses, the seconds it waited for data, and the signal that wants the training to stop."""
+        """Take one step. Returns its losses, the seconds it waited for data, and the signal to stop, if any came."""
         recipe, waited, names = self.recipe, 0.0, []
         values: dict[str, float] = {}
         for part in range(recipe.accumulate):

@@ -132,8 +132,8 @@ class Vocabulary:
         if self.embeddings is not None:
             if self.embeddings.shape[1] != clip.embed_dim:
                 raise ValueError(
-                    f"vocabulary: the embeddings are {self.embeddings.shape[1]} wide, "
-                    f"{clip.source} wants {clip.embed_dim}"
+                    f"vocabulary: expected embeddings of width {clip.embed_dim} for {clip.source}, "
+                    f"got {self.embeddings.shape[1]}"
                 )
             return self.embeddings
         templates = self.templates or TEMPLATES[clip.templates or default_templates]
@@ -295,7 +295,7 @@ def _embeddings(given: Tensor | np.ndarray | str | Path, count: int) -> Tensor:
         given = _read_embeddings(Path(os.path.expanduser(given)))
     rows = torch.as_tensor(given).detach().to("cpu", torch.float32)
     if rows.ndim != 2 or rows.shape[0] != count:
-        raise ValueError(f"vocabulary: {count} names want embeddings [{count}, D], got {list(rows.shape)}")
+        raise ValueError(f"vocabulary: expected embeddings [{count}, D] for {count} names, got {list(rows.shape)}")
     if not torch.isfinite(rows).all():
         raise ValueError("vocabulary: NaN or infinite values in the embeddings")
     return rows

@@ -14,7 +14,7 @@ def resize_size(size: Size, short_side: int, long_side: int | None = None) -> Si
 
     Args:
         size: (height, width) of the picture in pixels.
-        short_side: wanted length of the shorter side.
+        short_side: length of the shorter side after resizing.
         long_side: bound on the longer side; without it a long thin picture grows without bound.
 
     Raises:
@@ -66,5 +66,5 @@ def _starts(length: int, crop: int, stride: int) -> list[int]:
 def _pair(name: str, value: int | Size) -> Size:
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in pair):
-        raise ValueError(f"{name}={value!r}: want positive integers, one or (height, width)")
+        raise ValueError(f"{name}: expected a positive integer or (height, width), got {value!r}")
     return pair

@@ -351,9 +351,9 @@ class TestSegment:
         (["--options.densee", "qq", "--weights", "random", "--backbone", "ViT-B-32"], "densee"),
         (["--short-side", "-3", "--weights", "random", "--backbone", "ViT-B-32"], "short_side"),
         (["--batch", "0", "--weights", "shapes"], "batch_size must be at least 1, got 0"),
-        (["--stride", "0", "--weights", "shapes"], "stride=0: want positive integers"),
-        (["--stride", "[8,0]", "--weights", "shapes"], "stride=(8, 0): want positive integers"),
-        (["--crop", "-16", "--weights", "shapes"], "crop=-16: want positive integers"),
+        (["--stride", "0", "--weights", "shapes"], "stride: expected a positive integer or (height, width), got 0"),
+        (["--stride", "[8,0]", "--weights", "shapes"], "or (height, width), got (8, 0)"),
+        (["--crop", "-16", "--weights", "shapes"], "crop: expected a positive integer or (height, width), got -16"),
         (["--crop", "16", "--stride", "17", "--weights", "shapes"], "stride (17, 17) is larger than crop (16, 16)"),
         (
             ["--crop", "0", "--stride", "16", "--weights", "shapes"],

@@ -94,7 +94,7 @@ def test_another_vocabulary(segmenter, tmp_path):
         evaluate(segmenter, dataset, SHAPES)
     with pytest.raises(ValueError, match="no constant"):
         evaluate(segmenter, dataset, own, words, calibrations=[])
-    with pytest.raises(ValueError, match="workers is -1; wanted at least 0"):
+    with pytest.raises(ValueError, match="workers: expected at least 0, got -1"):
         evaluate(segmenter, dataset, own, words, workers=-1)
 
 

@@ -107,10 +107,10 @@ def test_counts_of_parts_add_up_to_those_of_the_whole():
 @pytest.mark.parametrize(
     ("truth", "predicted", "message"),
     [
-        ([0, 1], [0], "truth has shape"),
-        ([0.0], [0], "want integers"),
-        ([3], [0], "from 3 to 3; want 0 to 2"),
-        ([-1], [0], "from -1 to -1"),
+        ([0, 1], [0], "of one shape"),
+        ([0.0], [0], "expected integers"),
+        ([3], [0], "expected labels from 0 to 2, or 255 for ignored, got 3 to 3"),
+        ([-1], [0], "got -1 to -1"),
     ],
 )
 def test_bad_label_maps_are_refused(truth, predicted, message):
@@ -143,5 +143,5 @@ def test_metrics_of_published_tables():
     small = ConfusionMatrix(3)
     small.add(truth[rows][:, columns], labels[rows][:, columns])
     assert scores["cagnet"] == small.scores_of(PETS)
-    with pytest.raises(ValueError, match="metric is 'coco'; want one of standard, zs3, cagnet"):
+    with pytest.raises(ValueError, match="metric: expected one of standard, zs3, cagnet, got 'coco'"):
         ConfusionMatrix(3, "coco")

@@ -58,10 +58,10 @@ def test_published_recipes_train_everything_alike(name):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"iterations": 0}, "iterations is 0; wanted at least 1"),
-        ({"ema": 1.0}, r"ema is 1\.0; wanted in \[0, 1\)"),
-        ({"lr": -1.0}, r"lr is -1\.0; wanted at least 0"),
-        ({"groups": {"head": {"rate": 1}}}, "groups: head has a factor 'rate'; wanted lr and decay"),
+        ({"iterations": 0}, "iterations: expected at least 1, got 0"),
+        ({"ema": 1.0}, r"ema: expected in \[0, 1\), got 1\.0"),
+        ({"lr": -1.0}, r"lr: expected at least 0, got -1\.0"),
+        ({"groups": {"head": {"rate": 1}}}, "groups: head: expected the factors lr and decay, got 'rate'"),
     ],
 )
 def test_numbers_out_of_range(bad, said):

@@ -109,17 +109,20 @@ def test_background_is_black_in_the_file_and_classes_follow(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": torch.zeros(2, 3, dtype=torch.int16)}, r"dtype torch.int16; want torch.uint8 \[H, W\] for 2"),
-        ({"labels": torch.zeros(6, dtype=torch.uint8)}, r"shape \[6\]"),
-        ({"labels": torch.zeros(0, 6, dtype=torch.uint8)}, r"shape \[0, 6\]"),
-        ({"labels": torch.full((2, 3), 2, dtype=torch.uint8)}, "labels go from 2 to 2, but there are 2 names"),
-        ({"scores": torch.zeros(3, 2)}, r"scores have shape \[3, 2\].*want torch.float32 \[2, 3\]"),
-        ({"scores": torch.zeros(2, 3, dtype=torch.float64)}, "dtype torch.float64"),
-        ({"picture": grey((3, 2))}, r"picture has shape \[3, 3, 2\]; want \[3, 2, 3\]"),
-        ({"names": ()}, "for 0 names|there are 0 names"),
+        (
+            {"labels": torch.zeros(2, 3, dtype=torch.int16)},
+            r"expected torch.uint8 \[H, W\] for 2 .*got torch.int16",
+        ),
+        ({"labels": torch.zeros(6, dtype=torch.uint8)}, r"got torch.uint8 \[6\]"),
+        ({"labels": torch.zeros(0, 6, dtype=torch.uint8)}, r"got torch.uint8 \[0, 6\]"),
+        ({"labels": torch.full((2, 3), 2, dtype=torch.uint8)}, "labels: expected 0 to 1 for 2 names, got 2 to 2"),
+        ({"scores": torch.zeros(3, 2)}, r"scores: expected torch.float32 \[2, 3\].*got torch.float32 \[3, 2\]"),
+        ({"scores": torch.zeros(2, 3, dtype=torch.float64)}, "got torch.float64"),
+        ({"picture": grey((3, 2))}, r"picture: expected shape \[3, 2, 3\] like the labels, got \[3, 3, 2\]"),
+        ({"names": ()}, "for 0 names"),
         (
             {"names": tuple(map(str, range(300))), "labels": torch.full((2, 3), -1, dtype=torch.int16)},
-            "labels go from -1 to -1",
+            "got -1 to -1",
         ),
     ],
 )

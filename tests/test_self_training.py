@@ -70,7 +70,7 @@ def test_teachers(net):
     [
         ({"rule": "bst"}, "rule must be one of best, rank"),
         ({"rule": "best", "teacher": "mean"}, "teacher must be one of self, frozen, ema"),
-        ({"rule": "rank"}, "'rank' wants within, got within=None"),
+        ({"rule": "rank"}, "'rank' needs within, got within=None"),
         ({"rule": "best", "percent": 3}, "'best' takes no number, got percent=3"),
         ({"teacher": "self"}, "name the rule"),
         ({"rule": "best", "teachr": "self"}, "no setting 'teachr'; did you mean teacher"),
@@ -84,7 +84,7 @@ def test_settings_that_are_refused(settings, message):
 def test_what_a_teacher_needs(net):
     with pytest.raises(ValueError, match="every class is seen"):
         Teacher(SelfTraining("best"), net, words(6).embeddings, range(7))
-    with pytest.raises(ValueError, match="wants a moving average"):
+    with pytest.raises(ValueError, match="needs a moving average"):
         Teacher(SelfTraining("best", "ema"), net, words(6).embeddings, SEEN)
 
 
@@ -157,9 +157,9 @@ def test_pseudo_labels_change_what_is_learnt_and_the_record_names_what_was_told(
 def test_models_that_weigh_no_pixels(tmp_path):
     net = Joint(**SIZES | {"text_dim": 16}, features=8, fine=4)
     recipe = Recipe(iterations=1, batch=2, self_training={"rule": "annealed", "temperature": 1.0})
-    with pytest.raises(ValueError, match="Joint weighs no pixels"):
+    with pytest.raises(ValueError, match="needs a model that weighs pixels, and Joint does not"):
         train(net, Scenes(), flipped, TEXT, recipe, tmp_path, seen=TRAINED)
     with pytest.raises(ValueError, match="goes with setting 'inductive', got 'supervised'"):
         Recipe(setting="supervised", self_training={"rule": "best"})
-    with pytest.raises(ValueError, match="optimizer is lion; wanted adamw or sgd"):
+    with pytest.raises(ValueError, match="optimizer: expected adamw or sgd, got lion"):
         Recipe(optimizer="lion")

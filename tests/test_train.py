@@ -432,7 +432,7 @@ class TestFaults:
             train_small(tmp_path, accumulate=3)
 
     def test_seen_classes_not_told(self, tmp_path):
-        with pytest.raises(ValueError, match="'inductive' wants to know which classes are seen"):
+        with pytest.raises(ValueError, match="'inductive' needs the seen classes"):
             train(small(), Scenes(), flipped, TEXT, recipe(), tmp_path)
 
     def test_a_setting_that_the_model_does_not_have(self, tmp_path):

@@ -192,7 +192,7 @@ def test_given_embeddings_are_used_as_they_are(weights, tmp_path):
     np.save(tmp_path / "text.npy", rows)
     got = Vocabulary(["cat", "dog"], embeddings=tmp_path / "text.npy").embed(weights)
     assert torch.equal(got, torch.from_numpy(rows).float())
-    with pytest.raises(ValueError, match=r"\[2, D\], got \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"\[2, D\] for 2 names, got \[3, 4\]"):
         Vocabulary(["cat", "dog"], embeddings=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="NaN"):
         Vocabulary(["cat"], embeddings=torch.full((1, 4), torch.nan))

@@ -195,7 +195,7 @@ def test_bad_arguments():
         net(images, torch.randn(3, 20))
     with pytest.raises(ValueError, match="20 wide"):
         ask(net, images, Vocabulary(["a", "b"], embeddings=torch.randn(2, 20)))
-    with pytest.raises(ValueError, match="labels run from"):
+    with pytest.raises(ValueError, match="labels: expected 0 to"):
         net.losses(images, target, torch.randn(2, 24))
     with pytest.raises(ValueError, match="no transductive training"):
         net.losses(images, target, words(24).embeddings, seen=[0], transductive=True)

@@ -285,7 +285,7 @@ def test_bad_input(kind, tmp_path, text):
         ask(net, images, Vocabulary(["cat", "dog"], embeddings=torch.randn(2, 24)))
     with pytest.raises(ValueError, match=r"expected text vectors \[classes, 32\], got \[4, 24\]"):
         net(images, torch.randn(4, 24))
-    with pytest.raises(ValueError, match="labels run from 9 to 9; wanted 0 to 3"):
+    with pytest.raises(ValueError, match=r"labels: expected 0 to 3 .*, got 9 to 9"):
         net.losses(images, target + 9, text)
     with pytest.raises(ValueError, match="has no transductive training"):
         net.losses(images, target, text, seen=[0], transductive=True)
