@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import yaml
 
 import fastzs
@@ -39,7 +40,13 @@ def test_a_wheel_with_the_library_serves_all_later_pythons():
     setup = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     oldest = PROJECT["requires-python"].removeprefix(">=").replace(".", "")
     assert f"cp{oldest}" == setup["PYTHON"]
-    assert setup["build_options"]()["options"] == {"bdist_wheel": {"py_limited_api": f"cp{oldest}"}}
+    options = setup["build_options"]()["options"]
+    assert options == {"bdist_wheel": {"py_limited_api": f"cp{oldest}"}}
+    distribution = setuptools.Distribution({"name": "fastzs", "ext_modules": [setuptools.Extension("fastzs._C", [])]})
+    wheel = distribution.get_command_obj("bdist_wheel")
+    wheel.py_limited_api = options["bdist_wheel"]["py_limited_api"]
+    wheel.ensure_finalized()
+    assert wheel.get_tag()[:2] == (f"cp{oldest}", "abi3")
 
 
 def test_an_old_setuptools_gets_one_sentence(monkeypatch):

@@ -144,7 +144,7 @@ class TestRefuses:
         ("option", "message"),
         [
             ("--options.crop=0", "ClipRC: crop is 0; wanted 8 pixels at least"),
-            ("--transform.short_side=0", "short_side is 0; wanted 1 pixel at least"),
+            ("--transform.short_side=0", "short_side: expected at least 1 pixel, got 0"),
         ],
     )
     def test_sides_without_a_pixel(self, folder, capsys, option, message):
@@ -163,7 +163,7 @@ class TestRefuses:
         Image.fromarray(np.full((32, 40), 7, np.uint8)).save(folder / "masks" / "2.png")
         assert main(command(folder)) == 2
         said = capsys.readouterr().err
-        assert "2.png has the labels 7; want 0 to 6, or 255" in said
+        assert "2.png: expected labels from 0 to 6, or 255 for ignored, got 7" in said
 
     def test_empty_data_set(self, folder, capsys):
         for path in [*(folder / "images").iterdir(), *(folder / "masks").iterdir()]:

@@ -74,8 +74,8 @@ class _Prepared(Dataset):
             wrong = used[(used >= self.classes) & (used != ignored)].tolist()
             if wrong:
                 return (
-                    f"{name}: labels {', '.join(map(str, wrong[:5]))} in the mask; wanted 0 to {self.classes - 1}, "
-                    f"the {self.classes} classes, or {ignored}"
+                    f"{name}: expected labels from 0 to {self.classes - 1} ({self.classes} classes) or {ignored} in "
+                    f"the mask, got {', '.join(map(str, wrong[:5]))}"
                 )
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(mix(self.seed, "picture", epoch, index))

@@ -79,7 +79,7 @@ class PairsDataset(Dataset[Sample]):
         self.classes = tuple(classes)
         self.what = what
         if not self.classes or len(self.classes) > WIDE_IGNORE:
-            raise DataError(f"{what}: {len(self.classes)} classes; want 1 to {WIDE_IGNORE}")
+            raise DataError(f"{what}: expected 1 to {WIDE_IGNORE} classes, got {len(self.classes)}")
         if not self.pairs:
             raise DataError(f"{what}: there are no pictures in it")
         self.labels = Labels(
@@ -241,7 +241,7 @@ class PairsFile(PairsDataset):
                 continue
             parts = line.split("\t") if "\t" in line else line.split()
             if len(parts) != 2:
-                raise DataError(f"pairs file {path}, line {number}: want a picture and a mask, got {line!r}")
+                raise DataError(f"pairs file {path}, line {number}: expected a picture and a mask, got {line!r}")
             image, mask = (Path(part.strip()) for part in parts)
             # the name is part of the paths of results, which stay in their folder
             inside = not image.is_absolute() and ".." not in image.parts

@@ -91,8 +91,8 @@ class Labels:
                 outside = ", ".join(map(str, np.unique(values[labels < 0])[:5].tolist()))
                 allowed = np.flatnonzero((self.table >= 0) & (self.table != self.ignored))
                 raise DataError(
-                    f"{path} has the labels {outside}; "
-                    f"want {allowed[0]} to {allowed[-1]}, or {self.ignored} for ignored"
+                    f"{path}: expected labels from {allowed[0]} to {allowed[-1]}, or {self.ignored} for ignored, "
+                    f"got {outside}"
                 )
         return labels.astype(self.dtype)
 

@@ -75,12 +75,12 @@ class Protocol:
         wrong = [i for i in self.unseen if not 0 <= i < len(self.classes)]
         if wrong or len(set(self.unseen)) < len(self.unseen) or len(self.unseen) == len(self.classes):
             raise ValueError(
-                f"protocol {self.name}: unseen classes {list(self.unseen)}; want different indices from 0 to "
-                f"{len(self.classes) - 1}, and at least one class left to be seen"
+                f"protocol {self.name}: unseen: expected different indices from 0 to {len(self.classes) - 1} that "
+                f"leave at least one class to be seen, got {list(self.unseen)}"
             )
         if self.background not in ("ignored", "class", "none"):
             raise ValueError(
-                f"protocol {self.name}: background is {self.background!r}; want 'ignored', 'class' or 'none'"
+                f"protocol {self.name}: background: expected 'ignored', 'class' or 'none', got {self.background!r}"
             )
 
     @property

@@ -27,7 +27,7 @@ class ScaleJitter(v2.Transform):
     def __init__(self, short_side: int, scale: tuple[float, float] = (0.5, 2.0)):
         super().__init__()
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale={scale}: want two positive factors, the smaller first")
+            raise ValueError(f"scale: expected two positive factors, the smaller first, got {scale}")
         self.short_side, self.scale = short_side, scale
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class VariedCrop(v2.Transform):
     def __init__(self, size: int, most: float = 0.75, ignored: int = IGNORE):
         super().__init__()
         if not 0 < most <= 1:
-            raise ValueError(f"most={most}: want a share of the pixels, above 0 and at most 1")
+            raise ValueError(f"most: expected a share of the pixels, above 0 and at most 1, got {most}")
         self.size, self.most, self.ignored = size, most, ignored
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def training_transform(
     short_side = crop if short_side is None else short_side
     for name, side in (("crop", crop), ("short_side", short_side)):
         if side is None or side < 1:
-            raise ValueError(f"{name} is {side}; wanted 1 pixel at least")
+            raise ValueError(f"{name}: expected at least 1 pixel, got {side}")
     return v2.Compose(
         [
             ScaleJitter(short_side, scale),

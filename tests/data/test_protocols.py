@@ -96,7 +96,7 @@ def test_own_protocol(tmp_path):
         ("classes: [cat, dog]\nunsen: [dog]\n", "unknown key 'unsen'; nearest known: 'unseen'"),
         ("classes: [cat, dog]\nunseen: [dgo]\n", "'dgo' is none of the classes; nearest: 'dog'"),
         ("classes: [cat, dog]\nunseen: [2]\n", "indices from 0 to 1"),
-        ("classes: [cat, dog]\nunseen: [cat, dog]\n", "at least one class left"),
+        ("classes: [cat, dog]\nunseen: [cat, dog]\n", "at least one class to be seen"),
         ("classes: [cat, cat]\n", "given twice: cat"),
         ("classes: []\n", "0 classes"),
         ("- cat\n", "list of names under 'classes'"),
@@ -114,7 +114,7 @@ def test_own_protocol(tmp_path):
         ("", "is empty"),
         ("classes: [\xff]\n", "line 1: is not UTF-8 text"),
         ("classes: " + "[" * 3000, "nested too deeply|is not YAML"),
-        ("classes: [cat]\nbackground: maybe\n", "background is 'maybe'"),
+        ("classes: [cat]\nbackground: maybe\n", "got 'maybe'"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, text, message):
