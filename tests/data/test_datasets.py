@@ -234,7 +234,7 @@ def test_empty_data_sets_and_class_lists_are_refused(tmp_path):
         FolderDataset(tmp_path / "empty", tmp_path / "empty", ["x"])
     with pytest.raises(DataError, match="expected 1 to 65535 classes, got 0"):
         FolderDataset(images, masks, [])
-    with pytest.raises(DataError, match="65536 classes"):
+    with pytest.raises(DataError, match="got 65536"):
         FolderDataset(images, masks, [str(i) for i in range(65536)])
     with pytest.raises(DataError, match="no such folder"):
         FolderDataset(tmp_path / "none", masks, ["x"])
