@@ -1,7 +1,7 @@
-"""Checkpoints of a training: each is whole or not there, and what was there before outlives a failed one.
+"""Checkpoints of a training. Each is written as a whole or not at all, and a failed one leaves earlier ones intact.
 
     OUTPUT/checkpoints/step_0001000/   model.safetensors, config.json   the model, as save_pretrained writes it
-                                       training.pt                      what going on needs beside it
+                                       training.pt                      the rest of the state that resuming needs
                                        checkpoint.json                  the step, and a SHA-256 of each file
     OUTPUT/last, OUTPUT/best           links to two of them
 
@@ -30,7 +30,7 @@ _STEP = re.compile(r"step_\d{7,}")
 
 
 class CheckpointError(FastzsError, ValueError):
-    """A checkpoint that cannot be read; the message names the file and what to do."""
+    """A checkpoint cannot be read; the message names the file and the remedy."""
 
 
 def save(

@@ -22,7 +22,7 @@ PACKAGES = (
     "huggingface_hub", "jsonargparse", "rich", "pycocotools", "ray",
 )  # fmt: skip
 VARIABLES = ("FASTZS_IMPL", "FASTZS_BUILD", "FASTZS_NVTX", "FASTZS_CACHE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-# Of torch.cpu.get_capabilities, those that decide which code runs here.
+# The entries of torch.cpu.get_capabilities that decide which code runs.
 FEATURES = (
     "avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "bf16", "sve", "sve2",
 )  # fmt: skip
@@ -51,7 +51,7 @@ def report() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of fastzs, Python and the packages it works with; None where a package is not installed."""
+    """Versions of fastzs, Python and the packages it works with; None for a package that is not installed."""
     found: dict[str, str | None] = {"fastzs": __version__, "python": platform.python_version()}
     for package in PACKAGES:
         try:

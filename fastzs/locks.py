@@ -130,7 +130,7 @@ def _acquire(folder: Path, what: str) -> tuple[Path, bool]:
 
 
 def _live(folder: Path, mine: Path) -> dict[Path, dict[str, Any]]:
-    """Who else is at work in the folder; the files of those that died are removed."""
+    """The other runs that work in the folder. Files of runs that died are removed."""
     now = mine.stat().st_mtime
     found = {}
     for path in folder.glob(PATTERN):

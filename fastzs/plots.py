@@ -16,7 +16,7 @@ COLOURS = {False: "#3b75af", True: "#e0812d"}  # seen, unseen
 
 
 def check() -> None:
-    """See that plots can be drawn.
+    """Check that plots can be drawn.
 
     Raises:
         ValueError: matplotlib is not installed.

@@ -8,7 +8,7 @@ class ProgressBar:
     """A bar for ``with``; :meth:`start` says how many steps there are.
 
     Args:
-        title: what is going on, before the bar.
+        title: text before the bar.
         unit: what a step is, in the singular.
         shown: whether it is drawn at all.
     """

@@ -1,4 +1,4 @@
-"""Work shared out by Ray Data among actors: processes that each keep what they have loaded, on one or many machines.
+"""Ray Data shares work out among actors, processes that keep their model loaded, on one or many machines.
 
 Without the variable ``RAY_ADDRESS`` a Ray of this machine's own is started, heard on 127.0.0.1 only, and ended
 afterwards; with it (``ray job submit`` sets it) the work goes to that cluster, whose machines need this package and the
@@ -27,7 +27,7 @@ class Actors:
         device: "auto", "cuda", "cpu": as :func:`fastzs.load` takes it; each actor sees only its own GPU.
 
     Raises:
-        ValueError: Ray is not installed, or what is asked for does not go with it.
+        ValueError: Ray is not installed, or the settings cannot be used with it.
     """
 
     def __init__(self, count: int | None, device: str):

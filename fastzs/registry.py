@@ -57,7 +57,7 @@ def systems() -> dict[str, System]:
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that :func:`fastzs.load` takes, those that match a shell pattern ("*clip*")."""
+    """Names of the systems that :func:`fastzs.load` takes and that match a shell pattern ("*clip*")."""
     return fnmatch.filter(systems(), pattern)
 
 

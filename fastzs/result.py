@@ -247,7 +247,7 @@ class Segmentation:
 
 
 def read_labels(path: str | os.PathLike) -> tuple[tuple[str, ...] | None, np.ndarray]:
-    """The names that :meth:`Segmentation.save` put into a file, or None, and its pixels, ``[H, W]`` of a label map.
+    """Read a label map: the names that :meth:`Segmentation.save` stored, or None, and the labels ``[H, W]``.
 
     Raises:
         ValueError: it is damaged, or its names are no list of texts.

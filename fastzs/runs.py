@@ -1,4 +1,4 @@
-"""Many pictures into one folder: names that do not collide, a manifest to go on from, a record of the run."""
+"""Segment many images into one folder: unique names, a manifest to resume from, and a record of the run."""
 
 import contextlib
 import errno
@@ -33,7 +33,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class OutputError(FastzsError):
-    """Results that cannot be written; the message names the file and the reason."""
+    """A result cannot be written; the message names the file and the reason."""
 
 
 @dataclass
@@ -263,7 +263,7 @@ def segment_pictures(
     share: tuple[int, int] = (0, 1),
     through: Callable[[Callable[[tuple[Path, Path, list[Path]]], Attempt], list], Iterable[Attempt]] = map,
 ) -> Outcome:
-    """Segment what is not done yet, and write ``NAME.png`` and what is wanted ``also``.
+    """Segment the images that are not done yet, and write ``NAME.png`` and the files that ``also`` asks for.
 
     Args:
         pictures: files, the same for all processes.
@@ -272,7 +272,7 @@ def segment_pictures(
         settings: hash of everything that decides the results, see :func:`settings_hash`.
         also: what to write beside the label map, of :data:`EXTRAS`; ``"coco"`` also writes ``coco.json`` for all the
             pictures of these settings together.
-        start: called once, when it is known what is done already.
+        start: called once, as soon as the images that are already done are known.
         step: called after each picture, with what went wrong or None.
         outcome: kept up to date on the way, so that an interrupted caller has it.
         share: this process's number and how many there are; each takes every so many-th picture.
@@ -280,7 +280,7 @@ def segment_pictures(
             :meth:`fastzs.ray_engine.Actors.map`; ``segment`` is part of that function.
 
     Raises:
-        OutputError: a file cannot be written; what is done so far is in the manifest. Any problem of a picture is
+        OutputError: a file cannot be written; the manifest holds the images that are done. Any problem of a picture is
             counted, wherever in the order it stands, and the rest is done.
     """
     rank, world = share

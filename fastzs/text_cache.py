@@ -50,7 +50,7 @@ def encode(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Tens
     if missing := [phrase for phrase in dict.fromkeys(phrases) if phrase not in found]:
         found |= _read(path, missing, clip.embed_dim)
     if missing := [phrase for phrase in missing if phrase not in found]:
-        with torch.inference_mode(False), torch.no_grad():  # what is kept may take part in training
+        with torch.inference_mode(False), torch.no_grad():  # cached vectors may take part in training
             rows = _run_tower(clip, templates, missing).clone()
         _write(path, missing, rows)
         found |= dict(zip(missing, rows, strict=True))

@@ -47,7 +47,7 @@ from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vecto
 
 
 class TrainingError(FastzsError, ValueError):
-    """A training that cannot go on; the message names the step and the pictures."""
+    """A training cannot continue; the message names the step and the images."""
 
 
 @dataclass
@@ -82,7 +82,7 @@ def train(
     about: Mapping[str, Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> Outcome:
-    """Train ``model`` into the folder ``output``, or go on with the training that is there.
+    """Train ``model`` into the folder ``output``, or resume the training that the folder holds.
 
     Under ``torchrun`` every process calls this. A SIGTERM or Ctrl-C ends it after the step, with a checkpoint.
 
@@ -147,7 +147,7 @@ def _loss_options(model: Any) -> set[str]:
 
 
 def _settings(dataset: Any, recipe: Recipe, seen: Any, losses: Any, about: Any) -> dict[str, Any]:
-    """All that decides the result."""
+    """Every setting that decides the result."""
     data = {"classes": [str(name) for name in dataset.classes], "pictures": len(dataset), "seen": list(seen or ())}
     told = {"told of unseen pixels": TOLD} if recipe.self_training else {}
     return recipe.decisive() | data | told | {"losses": dict(losses or {}), "about": dict(about or {})}
@@ -192,7 +192,7 @@ class _Run:
         self.settings: dict[str, Any] = {}
 
     def _teacher(self, seen: Sequence[int] | None) -> Teacher:
-        """Who labels pixels in self-training; all labels are then used, so that the model is not told which are given.
+        """The teacher that labels pixels in self-training. All labels are then used, so no pixel is marked as given.
 
         Raises:
             ValueError: settings of self-training that do not fit the model.
@@ -209,7 +209,7 @@ class _Run:
         return Teacher(how, self.model, self.text, seen or (), self.average)
 
     def restore(self, settings: dict[str, Any]) -> None:
-        """Take up the last checkpoint, if there is one."""
+        """Restore the last checkpoint, if there is one."""
         self.settings = settings
         folder = self.output / "last"
         if not folder.is_symlink():
@@ -232,7 +232,7 @@ class _Run:
         self.outcome.step, self.outcome.best = state["step"], state["best"]
 
     def go(self, dataset: Any, transform: Any, evaluate: Any, best: str, signals: "_Signals") -> None:
-        """Take all steps that are left."""
+        """Run the remaining steps."""
         recipe, first = self.recipe, self.outcome.step
         queue = batches(
             dataset,
@@ -351,7 +351,7 @@ class _Run:
 
     @traced("train.evaluate")
     def _evaluate(self, evaluate: Callable[[Any], Mapping[str, float]], best: str) -> bool:
-        """Score the model; whether it is the best so far."""
+        """Score the model. Returns whether it is the best so far."""
         self.model.eval()
         with self.average.applied() if self.average else contextlib.nullcontext(), torch.no_grad():
             self.outcome.scores = dict(evaluate(self.model))
@@ -418,7 +418,7 @@ class _Average:
             average.lerp_(p, 1 - self.decay)
 
     def restore(self, raw: Sequence[Tensor]) -> None:
-        """Take up a checkpoint, whose model has the averages."""
+        """Restore a checkpoint, whose model holds the averages."""
         for own, value in zip(self.aside, raw, strict=True):
             own.copy_(value)
         self._swap()
@@ -500,7 +500,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def _set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
-    """Every group's learning rate at ``step``; the largest."""
+    """Set the learning rate of every group for ``step``. Returns the largest."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.learning_rate(step, group["factor"])
     return max(group["lr"] for group in optimizer.param_groups)

@@ -179,7 +179,7 @@ def protocols() -> Iterator[Case]:
         ("no classes", "name: x\n", (0, 1), "list of names under 'classes'"),
         ("empty", "", (0, 1), "is empty"),
         ("masks of 0 and 255", names, (0, 255), "hold only 0 and 255"),
-        ("labels out of range", names, (0, 7), "has the labels 7"),
+        ("labels out of range", names, (0, 7), "got 7"),
     ):
         make = lambda folder, text=text, masks=masks: evaluate(folder, text, masks)  # noqa: E731
         yield refused(f"protocols: {what}", make, says)
