@@ -98,7 +98,7 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
     """Ways to multiply two square matrices of a dtype on the CPU."""
     products: list[Callable[[], object]] = [
-        functools.partial(torch._int_mm if a.dtype == torch.int8 else torch.mm, a, b)
+        functools.partial(torch.ops.aten._int_mm if a.dtype == torch.int8 else torch.mm, a, b)
     ]
     if a.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
         weight = torch.ops.mkldnn._reorder_linear_weight(b)

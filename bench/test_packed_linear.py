@@ -70,7 +70,7 @@ class Mlp:
         generator = torch.Generator().manual_seed(0)
         first, last = (torch.randint(-127, 128, w.shape, dtype=INT8, generator=generator).t() for w in self.weights)
         tokens, hidden = (torch.ones(ROWS, w.shape[0], dtype=INT8) for w in (first, last))
-        return lambda x: (torch._int_mm(tokens, first), torch._int_mm(hidden, last))
+        return lambda x: (torch.ops.aten._int_mm(tokens, first), torch.ops.aten._int_mm(hidden, last))
 
 
 def contest(width):

@@ -15,6 +15,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
+from torchvision.models import ResNet
 
 from fastzs.decoders.generator import grouped_mmd, runs
 from fastzs.decoders.resnet import DilatedResNet
@@ -86,7 +87,7 @@ def test_mmd(benchmark, rival):
 class Stages(nn.Module):
     """torchvision's network without its pooling and classifier."""
 
-    def __init__(self, net: nn.Module):
+    def __init__(self, net: ResNet):
         super().__init__()
         parts = (net.conv1, net.bn1, net.relu, net.maxpool, net.layer1, net.layer2, net.layer3, net.layer4)
         self.parts = nn.Sequential(*parts)

@@ -138,20 +138,25 @@ class SumHead(nn.Module):
 
     def __init__(self, inner: int, outer: int, dilations: Sequence[int] = (6, 12, 18, 24), std: float = 0.01):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(inner, outer, 3, padding=d, dilation=d) for d in dilations)
+        convs = nn.ModuleList(nn.Conv2d(inner, outer, 3, padding=d, dilation=d) for d in dilations)
+        self.convs = cast(Sequence[nn.Conv2d], convs)  # what a ModuleList holds is not in its type
         self._kernels: Memo[tuple[list[Tensor], Tensor]] = Memo()
         for conv in self.convs:
             nn.init.normal_(conv.weight, std=std)
-            nn.init.zeros_(conv.bias)
+        for bias in self._biases():
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, inner, h, w] -> [B, outer, h, w]."""
         return self._sum(x, [conv.weight for conv in self.convs], self.bias)
 
+    def _biases(self) -> list[Tensor]:
+        return [cast(Tensor, conv.bias) for conv in self.convs]
+
     @property
     def bias(self) -> Tensor:
         """All branches' biases together, [outer]."""
-        return torch.stack([conv.bias for conv in self.convs]).sum(0)
+        return torch.stack(self._biases()).sum(0)
 
     def scores(self, x: Tensor, text: Tensor) -> Tensor:
         """Products of the result with ``text`` [C, outer]: [B, inner, h, w] -> [B, C, h, w].
@@ -162,7 +167,7 @@ class SumHead(nn.Module):
         if len(text) >= text.shape[1]:
             return torch.einsum("cd,bdhw->bchw", text, self(x))
         weights = [conv.weight for conv in self.convs]
-        kernels, bias = self._kernels((text, *weights, *(conv.bias for conv in self.convs)), lambda: self._folded(text))
+        kernels, bias = self._kernels((text, *weights, *self._biases()), lambda: self._folded(text))
         return self._sum(x, kernels, bias)
 
     def _folded(self, text: Tensor) -> tuple[list[Tensor], Tensor]:

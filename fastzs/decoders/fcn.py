@@ -36,6 +36,7 @@ class FCN(nn.Module):
         for module in self.modules():  # fifteen layers without norms fall silent as PyTorch makes them
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ two sets X and Y of n rows with a sum of Gaussian kernels (Li, Swersky, Zemel, 2
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class PixelMLP(nn.Module):
         super().__init__()
         if len(dropout) != len(widths) - 2:
             raise ValueError(f"generator: expected {len(widths) - 2} rates of dropout, got {len(dropout)}")
-        self.linears = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(widths))
+        linears = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(widths))
+        self.linears = cast(Sequence[nn.Linear], linears)  # what a ModuleList holds is not in its type
         self.dropout, self.sigmoid = tuple(dropout), sigmoid
         for linear in self.linears:
             nn.init.xavier_uniform_(linear.weight)
@@ -53,7 +55,8 @@ class GraphMLP(nn.Module):
 
     def __init__(self, inner: int, hidden: int, outer: int, dropout: float = 0.5):
         super().__init__()
-        self.linears = nn.ModuleList([nn.Linear(inner, hidden), nn.Linear(hidden, outer)])
+        linears = nn.ModuleList([nn.Linear(inner, hidden), nn.Linear(hidden, outer)])
+        self.linears = cast(Sequence[nn.Linear], linears)
         self.dropout = dropout
 
     def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:

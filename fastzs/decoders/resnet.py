@@ -14,7 +14,7 @@ with the channels last.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +35,7 @@ class NormedConv(nn.Module):
 
     def forward(self, x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: bool = True) -> Tensor:
         """[B, C, H, W] -> norm(conv(x)), with ReLU if ``relu``."""
-        parts = (conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        parts = (conv.weight, norm.weight, norm.bias, *statistics(norm))
         if norm.training or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parts))):
             y = norm(conv(x))
         else:
@@ -46,9 +46,15 @@ class NormedConv(nn.Module):
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Kernel and bias of the one convolution that a convolution without bias and its norm are with fixed statistics."""
-    gain = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    mean, variance = statistics(norm)
+    gain = norm.weight * (variance + norm.eps).rsqrt()
     weight = (conv.weight * gain[:, None, None, None]).contiguous(memory_format=torch.channels_last)
-    return weight, norm.bias - norm.running_mean * gain
+    return weight, norm.bias - mean * gain
+
+
+def statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Running mean and variance of a norm, [C] each; all norms here keep them."""
+    return cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
 
 
 class Bottleneck(nn.Module):
@@ -92,6 +98,11 @@ class DilatedResNet(nn.Module):
     Raises:
         ValueError: an unknown name, form or stride.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,

@@ -199,8 +199,8 @@ class CaGNet(FixedClasses):
         if self.training:
             self._iter_counter += 1
         if self.stage == "mixed" and step // TURN % 2:
-            size = [-(-side // 8) for side in images.shape[2:]]
-            return self.step2((len(images), *size), text, seen)
+            h, w = (-(-side // 8) for side in images.shape[2:])
+            return self.step2((len(images), h, w), text, seen)
         weights = (1.0, 0.0) if self.stage == "step1" else (0.75, 0.25)
         return self.step1(images, target, text, weights, ignore_index, pixel_weights)
 

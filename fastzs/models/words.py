@@ -58,12 +58,15 @@ class WordModel(TrainedModel):
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.0,
     ):
-        clip = None if text_dim is not None else clip_module.load(backbone, weights)
+        clip = None
+        if text_dim is None:
+            clip = clip_module.load(backbone, weights)
+            text_dim = clip.embed_dim
         super().__init__(
             backbone=backbone,
             weights=weights,
             clip=clip,
-            text_dim=text_dim if clip is None else clip.embed_dim,
+            text_dim=text_dim,
             seen=seen,
             calibration=calibration,
         )
