@@ -30,7 +30,7 @@ from PIL import Image
 from fastzs.data.shapes import draw
 from fastzs.devices import choose_precision
 from fastzs.loading import load
-from fastzs.runs import Manifest
+from fastzs.runs import Attempt, Manifest
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import window_grid
@@ -228,7 +228,8 @@ def manifest(lines: int) -> dict[str, Any]:
     """What a process holds and reads to go on in a folder where so many pictures are done."""
     with tempfile.TemporaryDirectory() as folder:
         writer, path = Manifest(Path(folder)), Path(folder, "manifest.jsonl")
-        writer.add(Path("/pictures/part-0001/000000000.jpg"), [10**6, 10**18], "0" * 16, "000000000", ["000000000.png"])
+        done = Attempt(Path("/pictures/part-0001/000000000.jpg"), [10**6, 10**18], digest="ab" * 32)
+        writer.add(done, "c" * 16, "000000000", ["000000000.png"])
         line = path.read_text()
         with path.open("w") as stream:
             stream.writelines(line.replace("000000000", f"{i:09d}") for i in range(lines))

@@ -11,7 +11,7 @@ from .weights import PackedNorm, PackedWeight
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
 MISSING = why_missing("packed_linear", "cpu")
-NUMBERS = {"none": 0, "relu": 1, "quick_gelu": 2, "gelu": 3}  # as in csrc/packed_linear.cpp
+NUMBERS = {"none": 0, "relu": 1, "quick_gelu": 2, "gelu": 3, "gelu_tanh": 4}  # as in csrc/packed_linear.cpp
 
 
 def why_not_cpu(x: Tensor) -> str | None:
