@@ -27,6 +27,7 @@ def batch(count: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     return images, torch.stack([labels.as_subclass(torch.Tensor) for _, labels in samples])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

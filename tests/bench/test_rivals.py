@@ -73,6 +73,7 @@ def found():
     return hold(contest, ())
 
 
+@pytest.mark.slow
 def test_a_rival_that_disagrees_with_the_judge_has_no_row(found):
     assert isinstance(found["wrong"], AssertionError)
     assert "wrong is refused in squares: error 1.00e-03, at most 1.00e-04 allowed" in str(found["wrong"])

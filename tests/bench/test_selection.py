@@ -35,6 +35,7 @@ def test_what_is_left_out_and_what_is_quick():
         assert any(f"test_mask_loss.py::test_cpu[{shape}" in line for line in everything), shape
 
 
+@pytest.mark.slow
 def test_naming_what_is_left_out_runs_it():
     named = "bench/test_label_map.py::test_cpu[847-(512, 683)-noise-fastzs]"
     command = [sys.executable, "-m", "pytest", named, "--collect-only", "-q", "-o", "addopts="]

@@ -275,6 +275,7 @@ def test_split_takes_any_attention_that_gives_its_log_sum_exp(monkeypatch):
     assert calls == ["forward", "backward"]
 
 
+@pytest.mark.slow
 def test_no_import_of_xformers_before_it_is_asked_for():
     code = "import sys, fastzs.ops; assert not any(name.split('.')[0] == 'xformers' for name in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

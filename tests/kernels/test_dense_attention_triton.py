@@ -14,6 +14,7 @@ f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 KINDS = ["qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter():
     run_interpreted(__file__)

@@ -22,6 +22,7 @@ def build(tmp_path, **environment):
     return done, json.loads(report.read_text()) if report.exists() else None
 
 
+@pytest.mark.slow
 def test_auto_survives_a_broken_compiler(tmp_path):
     done, report = build(tmp_path, FASTZS_BUILD="auto", CXX="/bin/false", CC="/bin/false", MAX_JOBS="1")
     assert done.returncode == 0, done.stderr
@@ -30,6 +31,7 @@ def test_auto_survives_a_broken_compiler(tmp_path):
     assert report["cpu"].startswith("failed to build")
 
 
+@pytest.mark.slow
 def test_an_explicit_build_fails_with_a_broken_compiler(tmp_path):
     done, _ = build(tmp_path, FASTZS_BUILD="cpu", CXX="/bin/false", CC="/bin/false", MAX_JOBS="1")
     assert done.returncode != 0

@@ -156,6 +156,7 @@ print(peak_megabytes(run, "cpu"))
 """
 
 
+@pytest.mark.slow
 def test_no_matrix_of_all_pairs():
     """All pairs of 8192 positions are 268 MB. Forward and backward, in a process of its own. Measured: 2."""
     root = Path(__file__).parents[2]

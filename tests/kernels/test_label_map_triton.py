@@ -14,6 +14,7 @@ from .test_label_map import adversarial_logits, assert_agrees, random_case
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter():
     run_interpreted(__file__)

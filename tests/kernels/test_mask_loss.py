@@ -125,6 +125,7 @@ def _rank(rank: int, store: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_normaliser_is_averaged_over_ranks(tmp_path):
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()

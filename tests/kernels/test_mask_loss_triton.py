@@ -17,6 +17,7 @@ from .tolerances import assert_close
 pytest.importorskip("triton")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts the interpreter")
 def test_in_the_interpreter():
     run_interpreted(__file__)

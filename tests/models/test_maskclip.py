@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 
 import fastzs.clip
+from fastzs.clip.vision import OPERATORS as KINDS
 from fastzs.clip.vision import QuickGELU
-from fastzs.kernels.dense_attention.api import KINDS
 from fastzs.models import MaskCLIP
 from fastzs.models.maskclip import IMAGENET_MEAN
 from fastzs.vocabulary import Vocabulary
