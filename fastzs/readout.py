@@ -58,6 +58,7 @@ class Read(NamedTuple):
 
     labels: Tensor  # int64 [H, W], indices of classes
     scores: Tensor | None  # fp32 [H, W]
+    probabilities: Tensor | None = None  # fp16 [C, H, W]
 
 
 def read_image(
@@ -79,9 +80,11 @@ def read_image(
     if working == own:
         return found
     labels = F.interpolate(found.labels[None, None].double(), own, mode="nearest-exact")[0, 0].long()
-    if found.scores is None:
-        return Read(labels, None)
-    return Read(labels, F.interpolate(found.scores[None, None], own, mode="bilinear")[0, 0])
+    scores, every = (
+        None if some is None else F.interpolate(some[None], own, mode="bilinear")[0]
+        for some in (None if found.scores is None else found.scores[None], found.probabilities)
+    )
+    return Read(labels, None if scores is None else scores[0], every)
 
 
 def read(
@@ -96,6 +99,7 @@ def read(
     threshold: float | None = None,
     below: int = 0,
     scores: bool = False,
+    probabilities: bool = False,
 ) -> Read:
     """Labels of the size of ``guide``.
 
@@ -111,10 +115,11 @@ def read(
         threshold: pixels whose score is lower get the label ``below``.
         below: that label.
         scores: also return the scores.
+        probabilities: also return every class's score, the largest of its names: the one thing that makes all maps.
     """
     if readout.direct and len(windows) == 1:
         windows, size = torch.tensor([[0, 0, *guide.shape[1:]]]), (guide.shape[1], guide.shape[2])
-    wanted = scores or threshold is not None or readout.area > 0
+    wanted = scores or probabilities or threshold is not None or readout.area > 0
     options: dict[str, Any] = {
         "windows": windows,
         "picture_size": size,
@@ -123,7 +128,7 @@ def read(
         "scale": readout.scale if wanted else None,
     }
     vectors = text if readout.refine == "laplacian" else None
-    found = refine(cosines, guide, text=vectors, **options)
+    found = refine(cosines, guide, text=vectors, return_maps=probabilities, **options)
     labels = _classes(found.labels.long(), classes)
     score = found.probabilities
     if readout.area > 0:
@@ -138,7 +143,15 @@ def read(
     if threshold is not None:
         assert score is not None
         labels = labels.masked_fill(score < threshold, below)
-    return Read(labels, score.float() if scores and score is not None else None)
+    every = None
+    if probabilities:
+        assert found.maps is not None
+        every = (readout.scale * found.maps).softmax(0)
+        if classes is not None:
+            index = classes.to(every.device)[:, None, None].expand_as(every)
+            joined = every.new_zeros(int(classes.max()) + 1, *every.shape[1:])
+            every = joined.scatter_reduce(0, index, every, "amax")
+    return Read(labels, score.float() if scores and score is not None else None, every)
 
 
 def _classes(names: Tensor, classes: Tensor | None) -> Tensor:

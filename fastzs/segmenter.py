@@ -370,11 +370,6 @@ class Segmenter:
                 )
         elif background != "none":
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
-        if probabilities and self.model.readout is not None:
-            raise ValueError(
-                f"probabilities: {type(self.model).__name__} compares cosines after refining them and keeps the best "
-                "name's score alone; ask for scores"
-            )
         if threshold is None:
             readout = self.model.readout
             threshold = 0.5 if readout is None else readout.threshold(len(vocabulary.phrases))
@@ -537,10 +532,12 @@ class Segmenter:
                 threshold=question.options["threshold"],
                 below=len(question.names) - 1 if question.below is None else question.below,
                 scores=question.options["return_scores"],
+                probabilities=question.probabilities,
             )
         labels = found.labels.to("cpu", torch.uint8 if len(question.names) <= 255 else torch.int16)
         scores = [] if found.scores is None else [found.scores.cpu()] * len(question.calibrations)
-        return Answer(image.cpu(), [labels] * len(question.calibrations), scores, None)
+        every = None if found.probabilities is None else found.probabilities.half().cpu()
+        return Answer(image.cpu(), [labels] * len(question.calibrations), scores, every)
 
     def _text(self, vocabulary: Vocabulary) -> Tensor:
         """The vocabulary's text vectors as the model takes them; the same tensor while a vocabulary is among the last.

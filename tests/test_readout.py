@@ -34,6 +34,12 @@ def test_the_best_name_decides(cosines):
     assert torch.allclose(found.scores.double(), p.amax(0), atol=1e-6)
 
 
+def test_every_class_has_the_score_of_its_best_name(cosines):
+    found = run(Readout(scale=7.0), cosines, probabilities=True)
+    assert torch.allclose(found.probabilities.double(), spelt_out(cosines, SIZE, 7.0), atol=1e-6)
+    assert torch.equal(found.probabilities.argmax(0), found.labels)
+
+
 def test_pixels_below_the_threshold_get_its_label(cosines):
     p = spelt_out(cosines, SIZE, 7.0)
     threshold = p.amax(0).median().item()

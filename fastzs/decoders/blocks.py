@@ -12,15 +12,6 @@ from torch import Tensor, nn
 from fastzs import ops
 from fastzs.clip.memo import Memo
 from fastzs.clip.packable import Packable
-from fastzs.kernels.extension import why_not_loaded
-
-# At import, not in a call: torch.compile cannot trace the loading of a library.
-COMPILED = why_not_loaded() is None
-
-
-def _compiled_dropout(x: Tensor) -> bool:
-    """Whether the ops for dropout on CPUs are taken: without the library their references cost more than PyTorch's."""
-    return COMPILED and x.device.type == "cpu"
 
 
 class CrossAttention(nn.Module):
@@ -40,10 +31,7 @@ class CrossAttention(nn.Module):
             for linear, y in ((self.q, x), (self.k, memory), (self.v, memory))
         )
         dropout = self.dropout if self.training else 0.0
-        if dropout and _compiled_dropout(x):
-            out = ops.dropout_attention(q, k, v, dropout)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        out = ops.dropout_attention(q, k, v, dropout) if dropout else F.scaled_dot_product_attention(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -67,9 +55,9 @@ class DecoderLayer(Packable):
 
     def _drop(self, x: Tensor, relu: bool = False) -> Tensor:
         rate = self.dropout if self.training else 0.0
-        if rate and _compiled_dropout(x):
+        if rate:
             return ops.dropout(x, rate, relu=relu)
-        return F.dropout(F.relu(x) if relu else x, rate)
+        return F.relu(x) if relu else x
 
 
 class Layers(nn.Module):

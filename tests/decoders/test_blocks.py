@@ -11,10 +11,12 @@ from fastzs.decoders import (
     HeadMeanScores,
     Layers,
     RelationDescriptor,
-    blocks,
     scores,
 )
 from fastzs.kernels.dispatch import watch
+from fastzs.kernels.dropout import api as dropout_api
+from fastzs.kernels.dropout_attention import api as dropout_attention_api
+from fastzs.kernels.extension import why_not_loaded
 
 f64 = torch.float64
 DIM, HEADS = 24, 4
@@ -94,11 +96,14 @@ def test_dropout_only_in_training():
 @pytest.mark.parametrize("compiled", [True, False])
 def test_without_the_library_dropout_is_pytorchs(compiled, monkeypatch):
     """In place of the references, whose integers take 8 bytes for each weight of a map."""
-    monkeypatch.setattr(blocks, "COMPILED", compiled)
+    if not compiled:
+        for api in (dropout_api, dropout_attention_api):
+            monkeypatch.setattr(api, "why_not_cpu", lambda x: "there is no library")
     with watch() as choices:
         DecoderLayer(DIM, HEADS, 40)(torch.randn(2, 7, DIM), torch.randn(2, 15, DIM))
-    ops = [choice.op for choice in choices]
-    assert ops == (["dropout_attention", "dropout", "dropout", "dropout"] if compiled else [])
+    assert [choice.op for choice in choices] == ["dropout_attention", "dropout", "dropout", "dropout"]
+    missing = why_not_loaded() is not None
+    assert {choice.backend for choice in choices} == {"torch" if missing or not compiled else "cpu"}
 
 
 def test_scores_are_fp32_under_autocast():

@@ -39,6 +39,13 @@ def test_labels_an_image_and_asks_it_again(kind, shapes, image):
     assert torch.equal(again.scores, result.scores)
 
 
+def test_probabilities_of_every_class(shapes, image):
+    segmenter = Segmenter(NACLIP(shapes), short_side=64, crop=48, stride=24)
+    result = segmenter(image, NAMES, probabilities=True)
+    assert result.probabilities.shape == (3, 70, 90)
+    assert torch.equal(result.probabilities.argmax(0).to(torch.uint8), result.labels)
+
+
 def test_background_by_threshold_and_by_words(shapes, image):
     segmenter = Segmenter(NACLIP(shapes), short_side=64, crop=48, stride=24)
     by_threshold = segmenter(image, NAMES, background="threshold", threshold=0.9)
