@@ -70,11 +70,14 @@ def operator(name: str, *, blocks: Sequence[int] = ()) -> Callable[[Function], F
         blocks: earlier blocks, counted from 0, whose attention maps it wants in ``LastBlock.maps``.
 
     Raises:
-        ValueError: the name is an operator already.
+        ValueError: the name is an operator already, of another file.
     """
 
     def register(function: Function) -> Function:
-        if name in KINDS or name in _known:
+        file = getattr(function, "__code__", None) and function.__code__.co_filename
+        known = _known.get(name)
+        again = known is not None and file is not None and known.__code__.co_filename == file  # the file is read anew
+        if name in KINDS or (known is not None and not again):
             raise ValueError(f"operator {name!r} exists already; choose another name")
         function.blocks = tuple(blocks)  # type: ignore[attr-defined]
         _known[name] = function

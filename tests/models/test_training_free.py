@@ -1,6 +1,7 @@
 """The training-free systems on the built-in weights; parity with the published code is in tests/parity."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from fastzs.models.proxyclip import ProxyCLIP
 from fastzs.models.resclip import ResCLIP, agreement
 from fastzs.models.training_free import NACLIP, SCLIP, ClearCLIP
 from fastzs.segmenter import Segmenter
+from tests.parity.golden import read
+from tests.parity.training_free import build
 
 NAMES = ["blue moon", {"pink cross": ["pink heart"]}, "orange ring"]
 
@@ -70,8 +73,9 @@ def test_an_operator_of_ones_own(shapes, image, tmp_path):
 
     try:
         mine, built_in = (NACLIP(shapes, dense=dense).encode(_normal(image)).patches for dense in ("test-kk", "kk"))
+        assert operators.operator("test-kk")(keys) is keys  # the same file is read again
         with pytest.raises(ValueError, match="'test-kk' exists already"):
-            operators.operator("test-kk")(keys)
+            operators.operator("test-kk")(eval("lambda block: block.v"))
     finally:
         del operators._known["test-kk"]
     assert (mine - built_in).abs().max() <= 1e-5 * built_in.abs().max()
@@ -150,3 +154,18 @@ def test_pearl_turns_keys_to_queries():
     exact = partial(polar, steps=40)
     turned, plain = (procrustes(q, k, v, 1, 0.0, exact) for k in (q @ turn, q))
     assert (turned - plain).abs().max() < 1e-9
+
+
+def test_the_example_of_an_own_operator_is_the_published_one():
+    root = Path(__file__).parents[2]
+    golden = read(root / "tests" / "goldens" / "T_clearclip.safetensors")
+    try:
+        operators.find(f"{root}/examples/own_operator.py:queries")
+        kind = operators.find(f"{root}/examples/own_operator.py:queries")  # each load reads the file
+        model = build(ClearCLIP, golden, torch.float64, dense=kind, multiple=0)
+        assert golden.check("out64.image1.features", model.encode(golden["in.image1"].double()).patches).ok
+        earlier = build(ClearCLIP, golden, torch.float64, dense="earlier", multiple=0)
+        assert earlier.encode(golden["in.image1"].double()).patches.isfinite().all()
+    finally:
+        for name in ("queries", "earlier"):
+            operators._known.pop(name, None)
