@@ -55,7 +55,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename, error.filename2 = str(target), None  # nobody has heard of the temporary name
+            error.filename = str(target)  # nobody has heard of the temporary name
+            del error.filename2  # None would be printed
         raise
 
 

@@ -112,7 +112,7 @@ class Segmentation:
             image = Image.fromarray(self.labels.numpy().astype(np.uint16))
         text = PngImagePlugin.PngInfo()
         text.add_text(NAMES_KEY, json.dumps(self.names))
-        write_atomically(path, _encoded(image, format="PNG", pnginfo=text))
+        write_atomically(os.path.expanduser(path), _encoded(image, format="PNG", pnginfo=text))
 
     def save_scores(self, path: str | os.PathLike) -> None:
         """Write :attr:`scores` as a grey PNG of 16 bits: 0 to 65535 for 0 to 1, rounded.
@@ -128,7 +128,7 @@ class Segmentation:
         levels = (self.scores.clamp(0, 1) * 65535).round().numpy().astype(np.uint16)
         text = PngImagePlugin.PngInfo()
         text.add_text(OVERLAY_MARK, "scores")
-        write_atomically(path, _encoded(Image.fromarray(levels), format="PNG", pnginfo=text))
+        write_atomically(os.path.expanduser(path), _encoded(Image.fromarray(levels), format="PNG", pnginfo=text))
 
     def save_probabilities(self, path: str | os.PathLike) -> None:
         """Write :attr:`probabilities` as a compressed NumPy file: float16 ``[C, H, W]``, with the ``names``.
@@ -144,7 +144,7 @@ class Segmentation:
         if Path(path).suffix.lower() != ".npz":
             raise ValueError(f"{os.fspath(path)}: probabilities are saved as .npz")
         names = np.array(self.names[: len(self.probabilities)])
-        with replacing(path) as stream:
+        with replacing(os.path.expanduser(path)) as stream:
             np.savez_compressed(stream, probabilities=self.probabilities.half().numpy(), names=names)
 
     @classmethod
@@ -155,7 +155,7 @@ class Segmentation:
             ValueError: the file was not written by :meth:`save`, or is damaged.
             OSError: it cannot be read.
         """
-        names, values = read_labels(path)
+        names, values = read_labels(os.path.expanduser(path))
         if names is None or values.ndim != 2:
             raise ValueError(f"{os.fspath(path)}: has no names in it, so Segmentation.save did not write it")
         try:
@@ -207,7 +207,9 @@ class Segmentation:
         if path is not None:
             text = PngImagePlugin.PngInfo()
             text.add_text(OVERLAY_MARK, "overlay")
-            write_atomically(path, _encoded(image, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text))
+            write_atomically(
+                os.path.expanduser(path), _encoded(image, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text)
+            )
         return image
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:

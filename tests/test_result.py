@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastzs.files import write_atomically
 from fastzs.overlay import draw_overlay, label_colours, voc_colours
 from fastzs.result import Segmentation
 
@@ -339,3 +340,24 @@ def test_a_really_full_disk(tmp_path):
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("a private mount is not allowed here")
     assert done.stdout.strip() == "28 []", done.stderr
+
+
+def test_a_missing_folder_is_told_by_the_name_that_was_given(tmp_path):
+    path = tmp_path / "missing" / "a.bin"
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(path, b"x")
+    assert str(caught.value) == f"[Errno 2] No such file or directory: '{path}'"
+
+
+def test_a_tilde_is_the_home_folder_in_saving_and_loading(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    labels = torch.zeros(2, 3, dtype=torch.uint8)
+    probabilities = torch.full((1, 2, 3), 0.5)
+    result = Segmentation(labels, ("road",), scores=torch.zeros(2, 3), probabilities=probabilities)
+    result.save("~/a.png")
+    result.save_scores("~/b.png")
+    result.save_probabilities("~/c.npz")
+    result.overlay("~/d.png", picture=torch.zeros(3, 2, 3, dtype=torch.uint8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.npz", "d.png"]
+    assert Segmentation.load("~/a.png").names == ("road",)

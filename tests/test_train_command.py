@@ -184,3 +184,11 @@ class TestRefuses:
         path.write_bytes(path.read_bytes()[:-9])
         capsys.readouterr()
         assert "training.pt is not as it was written" in refused(capsys, command(folder))
+
+
+def test_a_label_file_without_own_masks_is_refused(tmp_path, capsys):
+    arguments = ["--preset", "shapes/zegclip/inductive", "--iterations", "1", "--output", str(tmp_path / "run")]
+    labels = tmp_path / "labels.yaml"
+    labels.write_text("7: paper\n")
+    assert main(["train", *arguments, "--label-file", str(labels)]) == 2
+    assert "--label-file is for own masks, with --images and --masks" in capsys.readouterr().err

@@ -228,6 +228,8 @@ def _dataset(
     if (images is None) != (masks is None):
         raise ValueError("a folder of pictures and one of their masks go together; one of them is missing")
     if images is None or masks is None:
+        if config.label_file is not None and config.images is None:
+            raise ValueError("--label-file is for own masks, with --images and --masks")
         return open_dataset(protocol, config.data, split)
     if config.data is not None:
         raise ValueError("name the data once: with --data, or with --images and --masks")
