@@ -142,7 +142,7 @@ def _as_written(file: str, known: list[str]) -> dict[str, Any]:
         content = yaml.safe_load(read_text(path))
     except (OSError, yaml.YAMLError) as error:  # such as objects of Python, which are not made
         raise ValueError(f"configuration {file}: cannot be read: {' '.join(str(error).split())}") from error
-    for key in ("classes", "paths"):
+    for key in ("classes", "seen", "paths"):
         if key in items and not items[key].is_null:
             item = items[key]
             content[key] = [one.text() for one in item.items()] if item.is_list else item.text()

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 import fastzs
-from fastzs.cli import main
+from fastzs.cli import _as_written, main
 from fastzs.data.shapes import draw
 from fastzs.pictures import read_picture
 from fastzs.result import Segmentation
@@ -502,3 +502,13 @@ def test_torchrun_gives_what_one_process_gives(tmp_path):
         assert (tmp_path / "two" / f"{i}.png").read_bytes() == (tmp_path / "one" / f"{i}.png").read_bytes()
     records = [json.loads((tmp_path / "two" / name).read_text()) for name in ("run.json", "run-1.json")]
     assert [record["pictures"]["done"] for record in records] == [2, 1]
+
+
+@pytest.mark.parametrize("seen", ["no", "[no, 1, null]", "'no, 1'"])
+def test_seen_classes_of_a_configuration_are_names_as_written(tmp_path, capsys, seen):
+    config = tmp_path / "c.yaml"
+    config.write_text(f"classes: [cat]\nseen: {seen}\noutput: {tmp_path / 'o'}\nmodel: maskclip\n")
+    assert main(["segment", "--config", str(config), str(tmp_path / "no.jpg")]) == 2
+    assert "Expected a" not in capsys.readouterr().err
+    content = _as_written(str(config), ["classes", "seen", "output", "model"])
+    assert content["seen"] == {"no": "no", "[no, 1, null]": ["no", "1", "null"], "'no, 1'": "no, 1"}[seen]

@@ -56,7 +56,11 @@ def parser() -> ArgumentParser:
         type=str | None,
         help="trained model: .pth or safetensors file, folder, hub id (clip_rc, zegclip)",
     )
-    add("--seen", type=str | None, help="the checkpoint's training classes, by commas, to calibrate against the others")
+    add(
+        "--seen",
+        type=str | list[str] | None,
+        help="the checkpoint's training classes, by commas, to calibrate against the others",
+    )
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
     add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
     add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
@@ -169,7 +173,8 @@ def run(config: Namespace) -> int:
     options = model_options(config)
     config.model = config.model or default_model(config.weights, config.checkpoint)
     if config.seen is not None:
-        options["seen"] = [name.strip() for name in config.seen.split(",") if name.strip()] or None
+        seen = config.seen.split(",") if isinstance(config.seen, str) else config.seen
+        options["seen"] = [name.strip() for name in seen if name.strip()] or None
     names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
     job = Job(
