@@ -174,7 +174,7 @@ def openvino_int8(device, dtype):
 
 def quantised(model):
     """Weights and activations in int8 by NNCF, for transformers, after a few drawn pictures."""
-    import nncf
+    import nncf  # pyright: ignore[reportMissingImports] - not among the extras: it is large and one row wants it
 
     pictures = [torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(n)).numpy() for n in range(8)]
     return nncf.quantize(model, nncf.Dataset(pictures), model_type=nncf.ModelType.TRANSFORMER, subset_size=8)
