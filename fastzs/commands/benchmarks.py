@@ -66,9 +66,14 @@ def chosen(wanted: str) -> list["Benchmark"]:
 def evaluate_all(config: Namespace, folder: Path | None) -> int:
     """Score a system on benchmarks and print one row; what is in ``folder`` with the same settings is not run again."""
     from fastzs import ranks
+    from fastzs.data.benchmarks import SYSTEMS
     from fastzs.devices import choose_device
+    from fastzs.loading import default_model
 
     benchmarks = chosen(config.benchmarks)
+    config.model = config.model or default_model(config.weights, config.checkpoint)
+    if config.model not in SYSTEMS:
+        raise ValueError(f"--benchmarks runs {', '.join(SYSTEMS)}, whose settings there are known; got {config.model}")
     device = ranks.join(choose_device(config.device))
     try:
         scores = {}
@@ -96,19 +101,15 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
     from fastzs import ranks
     from fastzs.commands.evaluate import progress
     from fastzs.commands.training_free import model_options
-    from fastzs.data.benchmarks import LONG_SIDE, SYSTEMS
+    from fastzs.data.benchmarks import LONG_SIDE
     from fastzs.data.datasets import open_dataset
     from fastzs.evaluate import evaluate, report
     from fastzs.files import write_atomically
     from fastzs.identity import identity
-    from fastzs.loading import default_model
     from fastzs.vocabulary import Vocabulary
 
-    config.model = config.model or default_model(config.weights, config.checkpoint)
     setting, rules = benchmark.of(config.model), benchmark.rules
     dataset = open_dataset(rules, config.data, config.split)
-    if config.model not in SYSTEMS:
-        raise ValueError(f"--benchmarks runs {', '.join(SYSTEMS)}, whose settings there are known; got {config.model}")
     options: dict[str, Any] = {"batch_size": config.batch, "device": device, "precision": config.precision}
     published = {"guide": "enlarged", "working_side": 1 << 20} | setting.options | model_options(config)
     segmenter = fastzs.load(config.model, backbone=config.backbone, weights=config.weights, **options, **published)
@@ -128,8 +129,6 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
         ).values()
     found = report(matrix, rules)
     if path is not None and ranks.rank() == 0:
-        folder = path.parent
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"benchmark": benchmark.protocol, "model": config.model, "settings": key}
         write_atomically(path, json.dumps(about | found, indent=1).encode())
     return found["scores"]["mIoU"] * 100

@@ -41,7 +41,7 @@ class Benchmark:
     Attributes:
         protocol: its name.
         words: files of words in ``fastzs/data/words``, by system; "" for all others.
-        settings: by system; "" for all others.
+        settings: by system, for each of :data:`SYSTEMS`.
         folder: what the data folder has to hold, for messages.
     """
 
@@ -51,8 +51,8 @@ class Benchmark:
     folder: str
 
     def of(self, system: str) -> Setting:
-        """The published settings of a system here; NACLIP's for systems that were not published on it."""
-        return self.settings.get(system, self.settings["naclip"])
+        """The published settings of a system here, one of :data:`SYSTEMS`."""
+        return self.settings[system]
 
     def phrases(self, system: str) -> list[list[str]]:
         """What is asked for each class of the protocol, in the order of its labels."""
