@@ -75,8 +75,8 @@ def test_bands_change_nothing(picture, crop, stride, monkeypatch):
     seg = segmenter(short_side=0, crop=crop, stride=stride, batch_size=3)
     want = seg(picture, NAMES, scores=True)
     calls = []
-    monkeypatch.setattr("fastzs.segmenter.MAPS_BYTES", 1)
-    monkeypatch.setattr("fastzs.segmenter.label_map", lambda *a, **o: calls.append(a) or label_map(*a, **o))
+    monkeypatch.setattr("fastzs.bands.MAPS_BYTES", 1)
+    monkeypatch.setattr("fastzs.answer.label_map", lambda *a, **o: calls.append(a) or label_map(*a, **o))
     got = seg(picture, NAMES, scores=True)
     assert (len(calls) > 1) == (crop[0] < 50 if isinstance(crop, tuple) else True)
     assert torch.equal(got.labels, want.labels)

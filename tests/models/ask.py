@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastzs.models.base import SegmentationModel
-from fastzs.segmenter import Names, Segmenter
+from fastzs.question import Names
+from fastzs.segmenter import Segmenter
 
 
 def ask(model: SegmentationModel, images: Tensor, names: Names) -> Tensor:

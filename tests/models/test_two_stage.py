@@ -14,7 +14,8 @@ from fastzs.data import shapes
 from fastzs.decoders.maskformer import Proposals
 from fastzs.models import ZegFormer, ZSSeg
 from fastzs.models.two_stage import _boxes
-from fastzs.segmenter import Segmenter, seen_classes
+from fastzs.question import seen_classes
+from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 from tests.models.ask import ask
 from tests.models.official import SIZES

@@ -1,0 +1,65 @@
+"""Images as a model sees them: resized, covered with windows, and taken together into batches."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastzs.pictures import PictureError
+
+
+class View(NamedTuple):
+    """An image as the model sees it."""
+
+    image: Tensor  # uint8 [3, H, W], as it was read
+    resized: Tensor  # uint8 [3, h, w]
+    windows: Tensor  # int64 [W, 4] over the resized image, all of one size
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (self.resized.shape[1], self.resized.shape[2])
+
+    def crops(self, windows: Tensor) -> Iterator[Tensor]:
+        """The parts of the resized image under some windows, uint8 [3, height, width] each."""
+        for top, left, height, width in windows.tolist():
+            yield self.resized[:, top : top + height, left : left + width]
+
+
+def batches(views: Iterator[View], size: int) -> Iterator[list[View]]:
+    """Images that have about ``size`` windows together, at least one; before an error comes what was before it."""
+    batch: list[View] = []
+    problem, count = None, 0
+    while problem is None:
+        try:
+            view = next(views)
+        except StopIteration:
+            break
+        except Exception as error:
+            problem = error
+            break
+        if batch and count + len(view.windows) > size:
+            yield batch
+            batch, count = [], 0
+        batch.append(view)
+        count += len(view.windows)
+        if count >= size:
+            yield batch
+            batch, count = [], 0
+    if batch:
+        yield batch
+    if problem is not None:
+        raise problem
+
+
+def check_crop(crop: int | tuple[int, int], size: tuple[int, int]) -> None:
+    """See that a crop, a side or (height, width), fits into an image of (height, width).
+
+    Raises:
+        PictureError: it is larger.
+    """
+    height, width = (crop, crop) if isinstance(crop, int) else crop
+    if height > size[0] or width > size[1]:
+        raise PictureError(
+            f"the crop, {height} x {width} pixels, is larger than the picture, {size[0]} x {size[1]} as the model sees "
+            "it; give a smaller crop, a larger short side, or crop 0 for the whole picture at once"
+        )
