@@ -44,6 +44,7 @@ def identity(
         "calibration": model.calibration,
         "activation": model.activation,
         "preprocessing": plain([model.mean, model.std, segmenter.short_side, segmenter.crop, segmenter.stride]),
+        "windows": segmenter.windows,
         "resizing": [segmenter.long_side, segmenter.antialias],
         "readout": str(model.readout),
         "precision": segmenter.precision,

@@ -14,7 +14,7 @@ from fastzs.models.base import SegmentationModel
 from fastzs.models.trained import TrainedModel
 from fastzs.recipe import check_keys
 from fastzs.registry import System, system, systems
-from fastzs.segmenter import Segmenter
+from fastzs.segmenter import Segmenter, Windows
 
 # of constructors: what load gives by other names, or not at all
 _OWN = ("self", "clip", "backbone", "weights")
@@ -33,6 +33,7 @@ def load(
     stride: int | tuple[int, int] | None = None,
     batch_size: int = 8,
     batch: int | None = None,
+    windows: Windows = "separate",
     optimize: bool = True,
     **options: Any,
 ) -> Segmenter:
@@ -49,7 +50,7 @@ def load(
         device: "auto" takes a GPU if there is one.
         precision: "auto" takes bf16 where the device computes it natively, else fp32; "int8", on CPUs with VNNI only,
             multiplies bytes and computes the rest as "auto" does, see :meth:`fastzs.Segmenter.optimize`.
-        short_side, crop, stride, batch_size: see :class:`fastzs.Segmenter`.
+        short_side, crop, stride, batch_size, windows: see :class:`fastzs.Segmenter`.
         optimize: call :meth:`fastzs.Segmenter.optimize`.
         options: the system's own settings, see the constructor of its class in :mod:`fastzs.models`; of published
             checkpoints also what their tensors do not tell (``heads``).
@@ -82,7 +83,9 @@ def load(
         network = entry.kind.open(checkpoint, **given, **options)
     chosen = choose_device(device)
     network.to(chosen, choose_precision(precision, chosen))
-    segmenter = Segmenter(network, short_side=short_side, crop=crop, stride=stride, batch_size=batch_size, batch=batch)
+    segmenter = Segmenter(
+        network, short_side=short_side, crop=crop, stride=stride, batch_size=batch_size, batch=batch, windows=windows
+    )
     if optimize:
         segmenter.optimize(int8=precision == "int8")
     elif precision == "int8":

@@ -30,6 +30,7 @@ from fastzs.views import View, batches, check_crop
 from fastzs.windows import resize_size, window_grid
 
 OnError = Literal["raise", "skip"]
+Windows = Literal["separate", "stitched"]
 log = logging.getLogger(__name__)
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
 
@@ -46,13 +47,17 @@ class Segmenter:
             whole image at once; the model's own choice if omitted, which shrinks to images smaller than it, as
             published; ``stride`` two thirds of the crop.
         batch_size: windows per forward pass, also of several images; ``batch`` is its old name.
+        windows: "separate": the maps of windows are averaged; "stitched": their features are put together before the
+            last step, a transformer's last block or a decoder, which then sees the whole image. No system is published
+            with it.
 
     Attributes:
         long_side: bound on the longer side of resized images; four times ``short_side`` if None.
         antialias: resize with antialiasing; benchmarks of the training-free systems are published without.
 
     Raises:
-        ValueError: a number out of range, a stride larger than the crop or without one.
+        ValueError: a number out of range, a stride larger than the crop or without one, or a model whose windows cannot
+            be stitched.
     """
 
     def __init__(
@@ -64,12 +69,18 @@ class Segmenter:
         stride: int | tuple[int, int] | None = None,
         batch_size: int = 8,
         batch: int | None = None,
+        windows: Windows = "separate",
     ):
         batch_size = batch_size if batch is None else batch
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if short_side is not None and short_side < 0:
             raise ValueError(f"short_side must not be negative, got {short_side}")
+        if windows not in ("separate", "stitched"):
+            raise ValueError(f"windows: expected 'separate' or 'stitched', got {windows!r}")
+        if windows == "stitched" and (reason := model.why_not_stitched()):
+            raise ValueError(f"windows='stitched' cannot be had: {reason}; use windows='separate'")
+        self.windows = windows
         self.model = model.eval()
         self.short_side = model.short_side if short_side is None else short_side
         self.crop = model.crop if crop is None else crop
@@ -207,8 +218,11 @@ class Segmenter:
             PictureError, ValueError: as when the segmenter is called.
         """
         view = self._view(image)
-        parts = [self._encode(list(view.crops(some))) for some in view.windows.split(self.batch_size)]
-        windows = type(parts[0]).cat(parts)
+        if self.windows == "stitched":
+            windows = self._stitched(view, self.batch_size)
+        else:
+            parts = [self._encode(list(view.crops(some))) for some in view.windows.split(self.batch_size)]
+            windows = type(parts[0]).cat(parts)
         return ImageFeatures(windows, view.windows, view.size, view.image.cpu(), self._identity)
 
     @traced("predict.picture")
@@ -286,6 +300,10 @@ class Segmenter:
         self, views: Sequence[View], question: Question, batch_size: int
     ) -> Iterator[tuple[View, Iterable[Tensor]]]:
         """Each image with the class maps of its windows, [W', C, h, w] in their order."""
+        if self.windows == "stitched":
+            for view in views:
+                yield view, [self._decode(self._stitched(view, batch_size), question)]
+            return
         if len(views) == 1:  # perhaps of thousands of windows: no more than a batch is held
             windows = views[0].windows.split(batch_size)
             yield views[0], (self._decode(self._encode(list(views[0].crops(some))), question) for some in windows)
@@ -308,7 +326,8 @@ class Segmenter:
         if self.crop and self.stride:  # a crop always has a stride
             if self._crop_is_given:
                 check_crop(self.crop, size)
-            return View(original, resized, window_grid(size, self.crop, self.stride))
+            if self.windows == "separate":
+                return View(original, resized, window_grid(size, self.crop, self.stride))
         return View(original, resized, torch.tensor([[0, 0, *size]]))
 
     def _resize(self, picture: Tensor) -> Tensor:
@@ -321,9 +340,18 @@ class Segmenter:
 
     def _encode(self, crops: Sequence[Tensor]) -> Features:
         """Features of crops of one size, uint8 [3, h, w] each."""
-        images = (torch.stack(list(crops)).to(self.device, torch.float32) - self._mean) / self._scale
+        images = self._normalised(torch.stack(list(crops)))
         with span("predict.encode"):
-            return self.model.encode(images.to(self.dtype))
+            return self.model.encode(images)
+
+    def _stitched(self, view: View, batch_size: int) -> Features:
+        """Features of a whole image, put together from windows."""
+        with span("predict.encode"):
+            image = self._normalised(view.resized[None])
+            return self.model.encode_stitched(image, self.crop or 0, self.stride or 0, batch_size)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        return ((images.to(self.device, torch.float32) - self._mean) / self._scale).to(self.dtype)
 
     def _decode(self, features: Features, question: Question) -> Tensor:
         """Class maps of windows, fp32 [W, C, h, w]."""

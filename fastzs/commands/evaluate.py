@@ -86,6 +86,12 @@ def parser() -> ArgumentParser:
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
+    add(
+        "--windows",
+        type=Literal["separate", "stitched"],
+        default="separate",
+        help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
+    )
     add("--batch", type=int, default=8, help="windows at a time")
     add("--workers", type=int, default=0, help="processes that read pictures ahead")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -231,6 +237,7 @@ def _segmenter(config: Namespace, device: str) -> "Segmenter":
         crop=config.crop,
         stride=config.stride,
         batch=config.batch,
+        windows=config.windows,
         **model_options(config),
     )
 
@@ -329,6 +336,7 @@ def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
         "short_side": segmenter.short_side,
         "crop": segmenter.crop,
         "stride": segmenter.stride,
+        "windows": segmenter.windows,
         "device": {key: device[key] for key in ("device", "name", "details")},
         "versions": versions(),
     }

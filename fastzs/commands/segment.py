@@ -75,6 +75,12 @@ def parser() -> ArgumentParser:
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
+    add(
+        "--windows",
+        type=Literal["separate", "stitched"],
+        default="separate",
+        help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
+    )
     add("--batch", type=int, default=8, help="windows at a time")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add(
@@ -175,7 +181,18 @@ def run(config: Namespace) -> int:
     if config.seen is not None:
         seen = config.seen.split(",") if isinstance(config.seen, str) else config.seen
         options["seen"] = [name.strip() for name in seen if name.strip()] or None
-    names = ("model", "backbone", "weights", "checkpoint", "precision", "short_side", "crop", "stride", "batch")
+    names = (
+        "model",
+        "backbone",
+        "weights",
+        "checkpoint",
+        "precision",
+        "short_side",
+        "crop",
+        "stride",
+        "batch",
+        "windows",
+    )
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
     job = Job(
         load,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastzs.clip.state import WeightsError
 from fastzs.losses import honest_target, inductive_target, transductive_target
+from fastzs.windows import Size
 
 if TYPE_CHECKING:
     from fastzs.clip import Clip
@@ -165,6 +166,19 @@ class SegmentationModel(nn.Module):
 
     def encode(self, images: Tensor) -> Features:
         """Features of images [B, 3, H, W] of any size, normalised with ``mean`` and ``std``."""
+        raise NotImplementedError
+
+    def why_not_stitched(self) -> str | None:
+        """Why :meth:`encode_stitched` cannot be had; None if it can."""
+        return f"{type(self).__name__} reads each window by itself"
+
+    def encode_stitched(self, image: Tensor, crop: int | Size, stride: int | Size, batch_size: int) -> Features:
+        """Features of a whole image [1, 3, H, W], normalised, put together from windows before the last step.
+
+        Args:
+            crop, stride: of the windows in pixels; crop 0: the whole image is the window.
+            batch_size: windows at a time.
+        """
         raise NotImplementedError
 
     def score(self, features: Any, text: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastzs.clip import Clip
+from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, SegmentationModel
 from fastzs.ops import key_smoothing, pixel_text_logits, prompt_denoising
 from fastzs.registry import register
+from fastzs.stitching import stitched_tokens
 from fastzs.trace import traced
+from fastzs.windows import Size
 
 LOGIT_SCALE = 100.0
 ABSENT = -100.0 * LOGIT_SCALE  # what the published code sets the logits of absent classes to
@@ -138,7 +140,18 @@ class MaskCLIP(SegmentationModel):
     @traced("model.tower")
     def encode(self, images: Tensor) -> DenseFeatures:
         """Dense features in the text space, and key vectors if smoothing needs them."""
-        tokens, grid = self.visual.trunk(images)
+        return self._features(*self.visual.trunk(images))
+
+    def why_not_stitched(self) -> str | None:
+        return None if isinstance(self.visual, VisionTransformer) else f"{self.clip.backbone} is a ResNet"
+
+    @traced("model.tower")
+    def encode_stitched(self, image: Tensor, crop: int | Size, stride: int | Size, batch_size: int) -> DenseFeatures:
+        """Features of the whole image: windows through the blocks before the last, the last one over all patches."""
+        assert isinstance(self.visual, VisionTransformer)
+        return self._features(*stitched_tokens(self.visual, image, crop, stride, batch_size))
+
+    def _features(self, tokens: Tensor, grid: Size) -> DenseFeatures:
         patches = self.visual.dense(tokens, grid, self.kind, self.residual, self.ffn)
         return DenseFeatures(patches, self.visual.keys(tokens) if self.smoothing else None)
 

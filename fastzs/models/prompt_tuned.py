@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,7 +18,9 @@ from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
 from fastzs.models.trained import TrainedModel, count_layers
 from fastzs.ops import mask_loss
+from fastzs.stitching import crops_of, stitch
 from fastzs.trace import traced
+from fastzs.windows import Size, window_grid
 
 # CLIP ViTs by the sizes of their tensors (width, layers, patch, joint width): whose text tower fits a checkpoint
 _KNOWN = {
@@ -147,10 +150,40 @@ class PromptTuned(TrainedModel):
         Raises:
             ValueError: fewer patches along a side than the bridge has tokens.
         """
+        return PromptFeatures.of(self.backbone.encode(self._enlarged(images).to(self.backbone.proj.dtype)))
+
+    def _enlarged(self, images: Tensor) -> Tensor:
         size = [-(-side // self.patch_size) * self.patch_size for side in images.shape[2:]]
-        if size != list(images.shape[2:]):
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        return PromptFeatures.of(self.backbone.encode(images.to(self.backbone.proj.dtype)))
+        if size == list(images.shape[2:]):
+            return images
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+
+    def why_not_stitched(self) -> str | None:
+        return None
+
+    def encode_stitched(self, image: Tensor, crop: int | Size, stride: int | Size, batch_size: int) -> PromptFeatures:
+        """Features of the whole image, for one pass of the decoder over it; not published.
+
+        Patches are the means of the windows' over them, the image's embedding is the mean of the windows', and a region
+        token is the mean of the windows' tokens over its part of the image, weighted with the area that both share. All
+        are brought to unit length again.
+        """
+        image = self._enlarged(image)
+        size = (image.shape[2], image.shape[3])
+        windows = window_grid(size, crop, stride) if crop else torch.tensor([[0, 0, *size]])
+        features = PromptFeatures.cat([self.encode(crops_of(image, some)) for some in windows.split(batch_size)])
+
+        def whole(maps: Tensor, grid: Size) -> Tensor:
+            """[W, D, h, w] -> [1, H' * W', D]"""
+            return F.normalize(stitch(maps, windows, size, grid).flatten(1).T[None], dim=-1).to(maps.dtype)
+
+        grid = (size[0] // self.patch_size, size[1] // self.patch_size)
+        cls, bridge = F.normalize(features.cls.mean(0, keepdim=True), dim=-1), None
+        if features.bridge is not None:
+            layout = self.backbone.bridge
+            assert layout is not None
+            bridge = whole(features.bridge.transpose(1, 2).unflatten(2, layout), layout)
+        return PromptFeatures(whole(features.dense, grid).unflatten(1, grid), cls, bridge)
 
     @staticmethod
     @traced("train.loss")

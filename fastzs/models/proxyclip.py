@@ -17,9 +17,11 @@ from torch import Tensor
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.affinity import Affinity
 from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree
+from fastzs.operators import LastBlock
 from fastzs.ops import dense_attention
 from fastzs.readout import Readout
 from fastzs.registry import register
+from fastzs.windows import Size
 
 
 @register(
@@ -40,8 +42,11 @@ class ProxyCLIP(TrainingFree):
         floor: weights are the similarities of at least this instead of a softmax (CLIP-DINOiser: 0.2).
         options: see :class:`TrainingFree`; ``multiple`` is the least common multiple of both patch sizes if omitted.
 
+    An operator of one's own (``dense=``) finds the other network's features in ``LastBlock.affinity`` and gives rows
+    for its grid, or for CLIP's.
+
     Raises:
-        ValueError: a tower that is no vision transformer.
+        ValueError: a tower that is no vision transformer, or another operator that is built in.
         WeightsError: see :class:`fastzs.models.affinity.Affinity`.
     """
 
@@ -61,19 +66,24 @@ class ProxyCLIP(TrainingFree):
         super().__init__(clip, **options)
         if not isinstance(self.visual, VisionTransformer):
             raise ValueError(f"ProxyCLIP replaces a transformer's last attention, which {clip.backbone} lacks")
+        if isinstance(self.kind, str) and self.kind != "proxy":
+            raise ValueError(f"ProxyCLIP: expected the operator 'proxy' or a function, got {self.kind!r}")
         self.affinity = Affinity(affinity, self.mean, self.std)
         self.beta, self.gamma, self.floor = beta, gamma, floor
         self.multiple = math.lcm(self.visual.patch_size, self.affinity.patch) if multiple is None else multiple
 
-    def last_block(self, fitted: Tensor, images: Tensor) -> Tensor:
-        """Features [B, D, h', w'] on the other network's grid."""
+    def last_block(self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor) -> Tensor:
+        """Features [B, D, h', w'] on the other network's grid, or on CLIP's if an own operator chose that."""
         tower = self.visual
         assert isinstance(tower, VisionTransformer)
         features = self.affinity(fitted)
-        tokens, grid = tower.trunk(fitted)
         q, k, v = tower.projections(tokens, grid)
-        attended = dense_attention(
-            q, k, v, "proxy", grid, affinity=features, beta=self.beta, gamma=self.gamma, floor=self.floor
-        )
-        own = (features.shape[2], features.shape[3])
+        if isinstance(self.kind, str):
+            attended = dense_attention(
+                q, k, v, "proxy", grid, affinity=features, beta=self.beta, gamma=self.gamma, floor=self.floor
+            )
+        else:
+            attended = self.kind(LastBlock(tokens, q, k, v, grid, maps, features))
+        theirs = (features.shape[2], features.shape[3])
+        own = theirs if attended.shape[2] == theirs[0] * theirs[1] else grid
         return tower.read(tower.finish(tokens, attended, False, False), own)

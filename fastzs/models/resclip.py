@@ -91,6 +91,9 @@ class ResCLIP(TrainingFree):
         self.base, self.mix, self.feedback, self.strength = base, mix, feedback, strength
         self.certain, self.paths = certain, paths
 
+    def why_not_stitched(self) -> str | None:
+        return "ResCLIP wants attention of earlier blocks, which is of single windows"
+
     @traced("model.tower")
     def encode(self, images: Tensor) -> ResFeatures:
         """Tokens before the last block, and the earlier blocks' mean attention."""

@@ -34,7 +34,9 @@ from fastzs.operators import LastBlock
 from fastzs.ops import dense_attention, pixel_text_logits
 from fastzs.readout import Readout, Refinement
 from fastzs.registry import register
+from fastzs.stitching import stitched_tokens
 from fastzs.trace import traced
+from fastzs.windows import Size
 
 CHECKPOINTS = "CLIP weights: open_clip tags, hub ids, files"
 
@@ -157,17 +159,38 @@ class TrainingFree(SegmentationModel):
     @traced("model.tower")
     def encode(self, images: Tensor) -> DenseFeatures:
         """Features of every patch in the text space; the maps are those of :meth:`covered`."""
-        return DenseFeatures(self.last_block(self.fitted(images), images))
-
-    def last_block(self, fitted: Tensor, images: Tensor) -> Tensor:
-        """Features [B, D, h, w] of fitted images [B, 3, H, W]; ``images`` is what they were fitted from."""
-        tower = self.visual
+        tower, fitted = self.visual, self.fitted(images)
         if not isinstance(tower, VisionTransformer):
             assert isinstance(self.kind, str)  # __init__ has seen to it
             tokens, grid = tower.trunk(fitted)
-            return tower.dense(tokens, grid, self.kind, self.residual, self.ffn)
+            return DenseFeatures(tower.dense(tokens, grid, self.kind, self.residual, self.ffn))
         maps, watch = watched(operators.blocks_of(self.kind))
         tokens, grid = tower.trunk(fitted, watch)
+        return DenseFeatures(self.last_block(tokens, grid, maps, fitted))
+
+    def why_not_stitched(self) -> str | None:
+        if not isinstance(self.visual, VisionTransformer):
+            return f"{self.clip.backbone} has no transformer block at its end"
+        if operators.blocks_of(self.kind):
+            return "its operator wants attention of earlier blocks, which is of single windows"
+        return None
+
+    @traced("model.tower")
+    def encode_stitched(self, image: Tensor, crop: int | Size, stride: int | Size, batch_size: int) -> DenseFeatures:
+        """Features of the whole image: windows through the blocks before the last, the last one over all patches."""
+        assert isinstance(self.visual, VisionTransformer)
+        fitted = self.fitted(image)
+        tokens, grid = stitched_tokens(self.visual, fitted, crop, stride, batch_size)
+        return DenseFeatures(self.last_block(tokens, grid, {}, fitted))
+
+    def last_block(self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor) -> Tensor:
+        """Features [B, D, h, w] from the tokens that enter the last block, of fitted images [B, 3, H, W].
+
+        Args:
+            maps: attention of the earlier blocks that the operator asked for.
+        """
+        tower = self.visual
+        assert isinstance(tower, VisionTransformer)
         if self.kind == "identity":
             return tower.dense(tokens, grid, "identity", self.residual, self.ffn)
         q, k, v = tower.projections(tokens, grid)

@@ -140,6 +140,32 @@ def test_proxyclip_reads_any_network_and_survives_a_plain_image(shapes, image):
     assert plain.scores.isfinite().all()
 
 
+def test_an_own_operator_sees_the_other_networks_features(shapes, image):
+    """ProxyCLIP's equations by hand on its grid; or rows for CLIP's own grid."""
+
+    def proxy(block):
+        unit = torch.nn.functional.normalize(block.affinity.flatten(2), dim=1)
+        alike = unit.mT @ unit
+        scores = 3 * (alike - 1.2 * alike.mean())
+        weights = scores.masked_fill((scores < 0) & ~torch.eye(len(scores[0]), dtype=torch.bool), -torch.inf)
+        v = block.v[:, :, block.prefix :].mT.flatten(1, 2).unflatten(2, block.grid)
+        values = torch.nn.functional.interpolate(v, block.affinity.shape[2:], mode="bilinear").flatten(2).mT
+        return (weights.softmax(-1) @ values).unflatten(2, (block.v.shape[1], -1)).transpose(1, 2)
+
+    def network(images):
+        return images[:, :, ::4, ::4]
+
+    own, built_in, coarse = (
+        ProxyCLIP(shapes, affinity=network, multiple=16, **options).encode(_normal(image)).patches
+        for options in ({"dense": proxy}, {}, {"dense": lambda block: block.v[:, :, block.prefix :]})
+    )
+    assert own.shape[2:] == (20, 24)
+    assert (own - built_in).abs().max() <= 1e-4 * built_in.abs().max()
+    assert coarse.shape[2:] == (10, 12)
+    with pytest.raises(ValueError, match="expected the operator 'proxy' or a function, got 'kk'"):
+        ProxyCLIP(shapes, affinity=network, dense="kk")
+
+
 def test_an_affinity_that_cannot_be_had_is_named(shapes):
     with pytest.raises(WeightsError, match="affinity 'vit_nowhere'"):
         ProxyCLIP(shapes, affinity="vit_nowhere")
