@@ -43,7 +43,7 @@ class FakeSegmenter:
         )  # fmt: skip
         self.device, self.precision = torch.device("cpu"), "float32"
         self.short_side, self.crop, self.stride = settings["short_side"], settings["crop"], settings["stride"]
-        self.long_side, self.antialias = None, True
+        self.long_side, self.antialias, self.windows = None, True, settings["windows"]
 
     def question(self, vocabulary, **asked):
         pass
