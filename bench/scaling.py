@@ -109,7 +109,7 @@ def point(
     model: Any, side: int, count: int = CLASSES, crop: int = 0, stride: int | None = None, batch: int = 8
 ) -> Point:
     """One picture to labels, in its own size: whole or in windows."""
-    segmenter = Segmenter(model, short_side=0, crop=crop, stride=stride, batch=batch)
+    segmenter = Segmenter(model, short_side=0, crop=crop, stride=stride, batch_size=batch)
     windows = len(window_grid((side, side), crop, segmenter.stride)) if crop and segmenter.stride else 1
     facts = {"side": side, "classes": count, "windows": windows, "batch": batch}
     return facts, partial(segmenter, noise(side), vocabulary(count, model))

@@ -117,7 +117,7 @@ def score(model: Any, vocabulary: Vocabulary, pictures: int) -> dict[str, float 
 
 
 def run(
-    name: str, output: Path, seed: int, pictures: int, iterations: int | None = None, *, shuffled: bool = False
+    name: str, output: Path, seed: int, pictures: int, max_steps: int | None = None, *, shuffled: bool = False
 ) -> dict[str, Any]:
     """Train (or go on training) and score one system with one seed; what is done is read."""
     path = output / "scores.json"
@@ -130,9 +130,9 @@ def run(
         model = make(name, stage, folder(output, number - 1) / "last" if number > 1 else None)
         numbers: dict[str, Any] = {key: stage[key] for key in stage.keys() & {item.name for item in fields(Recipe)}}
         recipe = Recipe(**numbers | {"workers": 0, "precision": "fp32", "seed": seed})
-        if iterations:
-            recipe = replace(recipe, iterations=iterations)
-        dataset, losses = ShapesDataset("train", 2000, SIDE), stage.get("losses") or {}
+        if max_steps:
+            recipe = replace(recipe, max_steps=max_steps)
+        dataset = ShapesDataset("train", 2000, SIDE)
         done = train(
             model,
             dataset,
@@ -141,7 +141,7 @@ def run(
             recipe,
             folder(output, number),
             seen=SEEN,
-            losses=losses,
+            loss_weights=stage.get("loss_weights") or {},
             about={"shuffled": shuffled},
         )
         steps += done.step
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("systems", nargs="*", default=list_models(), help="all if omitted")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=200, help="held-out scenes scored")
-    parser.add_argument("--iterations", type=int, help="steps of every stage, for a quick look")
+    parser.add_argument("--max-steps", type=int, help="steps of every stage, for a quick look")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="trainings of a system")
     parser.add_argument("--no-control", action="store_true", help="leave out the trainings with shuffled vectors")
     parser.add_argument("--hours", type=float, default=4.0, help="no training begins after them")
@@ -190,7 +190,7 @@ def main() -> None:
                 print("time is up; the same command goes on")
                 return
             where = args.output / name / ("control" if control else f"seed-{seed}")
-            row = run(name, where, 0 if control else seed, args.pictures, args.iterations, shuffled=control)
+            row = run(name, where, 0 if control else seed, args.pictures, args.max_steps, shuffled=control)
             if control:
                 controls[name] = row
             else:

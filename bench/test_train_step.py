@@ -157,7 +157,7 @@ def loader_rate(side: int) -> float:
     transform = training_transform(side, (0.5,) * 3, (0.5,) * 3)
     kept = [dataset[i] for i in range(4)]  # drawing large scenes is not what is asked here
     dataset.__class__ = type("Kept", (ShapesDataset,), {"__getitem__": lambda self, index: kept[index % 4]})
-    queue = batches(dataset, transform, batch=2, steps=range(1000))
+    queue = batches(dataset, transform, batch_size=2, steps=range(1000))
     next(queue)
     seconds = []
     for _ in range(10):

@@ -17,6 +17,7 @@ from fastzs.commands import benchmarks, compare, doctor, evaluate, models, profi
 from fastzs.errors import FastzsError
 from fastzs.files import read_text
 from fastzs.recipe import check_keys
+from fastzs.renamed import SETTINGS, current, current_flags
 from fastzs.terminal import lenient_streams
 
 COMMANDS: dict[str, Any] = {
@@ -101,6 +102,7 @@ def _config_first(arguments: list[str]) -> tuple[list[str], list[str]]:
         rest.remove(item)
     command = COMMANDS[name]
     known = [action.dest for action in command.parser()._actions]
+    rest = current_flags(rest, known)
     contents = [_as_written(file, known) for file in files]
     paths = next((content["paths"] for content in reversed(contents) if "paths" in content), [])
     presets = command.preset_files(rest, contents) if hasattr(command, "preset_files") else []
@@ -130,14 +132,15 @@ def _as_written(file: str, known: list[str]) -> dict[str, Any]:
     """The content of a configuration file; names of classes and paths are the texts that stand there.
 
     Raises:
-        ValueError: it cannot be read, or has a key that is not known; the message names it.
+        ValueError: it cannot be read, or has a key that is not known or stands under two names; the message names it.
     """
     path = Path(os.path.expanduser(file))
     root = yaml_files.read(path, "configuration")
     if root is None:
         return {}
     items = root.mapping("a mapping of options")
-    check_keys([key.replace("-", "_") for key in items], known, file)
+    old = {key for key, new in SETTINGS.items() if new in known}
+    check_keys([key.replace("-", "_") for key in items if key not in old], known, file)
     try:
         content = yaml.safe_load(read_text(path))
     except (OSError, yaml.YAMLError) as error:  # such as objects of Python, which are not made
@@ -148,4 +151,4 @@ def _as_written(file: str, known: list[str]) -> dict[str, Any]:
             content[key] = [one.text() for one in item.items()] if item.is_list else item.text()
     if isinstance(paths := content.get("paths", []), str):
         content["paths"] = [paths]
-    return content
+    return current(content, known)

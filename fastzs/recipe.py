@@ -32,8 +32,8 @@ class Recipe:
         "classes are, which get the model's own labels; 'transductive-honest': the same for every pixel without a "
         "seen label, if the model is sure of it; 'supervised' all",
     )
-    iterations: int = _option(20_000, "optimizer steps")
-    batch: int = _option(16, "pictures of a step, over all devices and accumulated parts")
+    max_steps: int = _option(20_000, "optimizer steps")
+    batch_size: int = _option(16, "pictures of a step, over all devices and accumulated parts")
     accumulate: int = _option(1, "parts in which each device computes its share of a batch")
     optimizer: Literal["adamw", "sgd"] = _option("adamw", "AdamW, or SGD with momentum")
     lr: float = _option(2e-5, "learning rate, before the groups' factors")
@@ -48,7 +48,7 @@ class Recipe:
     train: list[str] = _option([], "parts of names of further parameters to train, as 'backbone' for the tower")
     warmup: int = _option(1500, "steps over which the learning rate rises linearly")
     warmup_ratio: float = _option(1e-6, "share of the learning rate at the first step")
-    power: float = _option(0.9, "the learning rate falls as (1 - step / iterations) ** power")
+    power: float = _option(0.9, "the learning rate falls as (1 - step / max_steps) ** power")
     min_lr: float = _option(1e-6, "the learning rate at the end")
     clip_norm: float = _option(0.0, "largest norm of all gradients together; 0 leaves them")
     precision: Literal["auto", "fp32", "bf16"] = _option(
@@ -69,7 +69,7 @@ class Recipe:
     keep: list[int] = _option([], "steps whose checkpoints are kept beside the best and the last", decisive=False)
 
     def __post_init__(self):
-        for name in ("iterations", "batch", "accumulate", "log_every", "save_every"):
+        for name in ("max_steps", "batch_size", "accumulate", "log_every", "save_every"):
             self._want(name, getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "weight_decay", "warmup", "min_lr", "clip_norm", "workers", "evaluate_every", "power"):
             self._want(name, getattr(self, name) >= 0, "at least 0")
@@ -101,7 +101,7 @@ class Recipe:
 
     def learning_rate(self, step: int, factor: float = 1.0) -> float:
         """The learning rate of step ``step``, counted from 0: poly decay, under linear warm-up."""
-        left = (1 - step / self.iterations) ** self.power
+        left = (1 - step / self.max_steps) ** self.power
         rate = (self.lr * factor - self.min_lr) * left + self.min_lr
         if step < self.warmup:
             rate *= 1 - (1 - step / self.warmup) * (1 - self.warmup_ratio)

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastzs.recipe import check_keys
 
-MERGED = ("options", "losses", "transform", "groups")  # a stage changes single entries of these
+MERGED = ("options", "loss_weights", "transform", "groups")  # a stage changes single entries of these
 
 
 def staged(settings: Mapping[str, Any], stages: Sequence[Mapping[str, Any]], known: Iterable[str]) -> list[dict]:

@@ -39,6 +39,7 @@ from fastzs.errors import FastzsError
 from fastzs.locks import hold
 from fastzs.models.words import FixedClasses
 from fastzs.recipe import Recipe
+from fastzs.renamed import current
 from fastzs.runs import OutputError
 from fastzs.self_training import TOLD, SelfTraining, Teacher
 from fastzs.trace import span, traced
@@ -76,7 +77,7 @@ def train(
     output: str | Path,
     *,
     seen: Sequence[int] | None = None,
-    losses: Mapping[str, float] | None = None,
+    loss_weights: Mapping[str, float] | None = None,
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     best: str = "hIoU",
     about: Mapping[str, Any] | None = None,
@@ -93,7 +94,7 @@ def train(
         recipe: all numbers.
         output: gets ``last`` and ``best`` (see :mod:`fastzs.checkpoints`), ``log.csv``, ``evaluation.csv``.
         seen: indices of the seen classes; needed unless the setting is "supervised".
-        losses: keyword arguments for ``model.losses``: the weights of its parts.
+        loss_weights: of the parts of the loss, keyword arguments for ``model.losses``.
         evaluate: scores of the model, called every ``recipe.evaluate_every`` steps and at the end, by all processes.
         best: the score by which the best checkpoint is chosen.
         about: other settings that decide the result, as plain values; a folder that holds a different run is refused.
@@ -111,10 +112,10 @@ def train(
     with hold(Path(output), "train"), _Signals() as signals:
         text = _one_vector_each(model, vocabulary)
         names = vocabulary.names if isinstance(vocabulary, Vocabulary) else dataset.classes
-        options = {**_class_options(model, names), **(losses or {})}
+        options = {**_class_options(model, names), **(loss_weights or {})}
         run = _Run(model, text, recipe, Path(output), seen, options, device)
-        run.restore(_settings(dataset, recipe, seen, losses, about))
-        if run.outcome.step < recipe.iterations:
+        run.restore(_settings(dataset, recipe, seen, loss_weights, about))
+        if run.outcome.step < recipe.max_steps:
             run.go(dataset, transform, evaluate, best, signals)
     return run.outcome
 
@@ -146,11 +147,11 @@ def _loss_options(model: Any) -> set[str]:
     return set(inspect.signature(getattr(model, "parts", model.loss_parts)).parameters)
 
 
-def _settings(dataset: Any, recipe: Recipe, seen: Any, losses: Any, about: Any) -> dict[str, Any]:
+def _settings(dataset: Any, recipe: Recipe, seen: Any, loss_weights: Any, about: Any) -> dict[str, Any]:
     """Every setting that decides the result."""
     data = {"classes": [str(name) for name in dataset.classes], "pictures": len(dataset), "seen": list(seen or ())}
     told = {"told of unseen pixels": TOLD} if recipe.self_training else {}
-    return recipe.decisive() | data | told | {"losses": dict(losses or {}), "about": dict(about or {})}
+    return recipe.decisive() | data | told | {"loss_weights": dict(loss_weights or {}), "about": dict(about or {})}
 
 
 class _Run:
@@ -163,10 +164,10 @@ class _Run:
         recipe: Recipe,
         output: Path,
         seen: Sequence[int] | None,
-        losses: Mapping[str, Any],
+        loss_options: Mapping[str, Any],
         device: torch.device,
     ):
-        self.arguments: dict[str, Any] = dict(losses)
+        self.arguments: dict[str, Any] = dict(loss_options)
         if (ignored := ignore_label(len(text))) != IGNORE:
             self.arguments["ignore_index"] = ignored
         if recipe.setting != "supervised":
@@ -215,9 +216,12 @@ class _Run:
         if not folder.is_symlink():
             return
         state = checkpoints.read(folder)
-        changed = sorted(key for key in settings if state["settings"].get(key) != settings[key])
+        kept = current(state["settings"])
+        if "about" in kept:
+            kept["about"] = current(kept["about"])
+        changed = sorted(key for key in settings if kept.get(key) != settings[key])
         if changed:
-            before, now = ({key: some[key] for key in changed if key in some} for some in (state["settings"], settings))
+            before, now = ({key: some[key] for key in changed if key in some} for some in (kept, settings))
             raise ValueError(
                 f"{self.output} has a training with other settings (there {_short(before)}, now {_short(now)}); "
                 "give the same ones to go on with it, or another output folder"
@@ -237,8 +241,8 @@ class _Run:
         queue = batches(
             dataset,
             transform,
-            batch=recipe.batch,
-            steps=range(first, recipe.iterations),
+            batch_size=recipe.batch_size,
+            steps=range(first, recipe.max_steps),
             parts=recipe.accumulate,
             seed=recipe.seed,
             rank=ranks.rank(),
@@ -254,9 +258,9 @@ class _Run:
             if ranks.rank() == 0:
                 with self._writing():
                     self.output.mkdir(parents=True, exist_ok=True)
-                    log = TrainingLog(self.output, first, recipe.iterations, recipe.batch, recipe.log_every)
+                    log = TrainingLog(self.output, first, recipe.max_steps, recipe.batch_size, recipe.log_every)
                 stack.callback(log.close)
-            for step in range(first, recipe.iterations):
+            for step in range(first, recipe.max_steps):
                 rate = _set_rates(self.optimizer, recipe, step)
                 values, waited, stop = self._step(step, run, queue, signals)
                 done = self.outcome.step = step + 1
@@ -264,7 +268,7 @@ class _Run:
                     with self._writing():
                         log.step(done, values, rate, waited)
                 begun = time.perf_counter()
-                ended = done == recipe.iterations
+                ended = done == recipe.max_steps
                 better = False
                 if evaluate and (ended or (recipe.evaluate_every and done % recipe.evaluate_every == 0)):
                     better = self._evaluate(evaluate, best)

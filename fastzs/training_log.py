@@ -20,13 +20,13 @@ class TrainingLog:
     Args:
         folder: of the training.
         first: the step it starts or goes on at; lines of later steps, which a crash has undone, are removed.
-        iterations: steps in all.
-        batch: pictures of a step.
+        max_steps: steps in all.
+        batch_size: pictures of a step.
         every: steps between lines.
     """
 
-    def __init__(self, folder: Path, first: int, iterations: int, batch: int, every: int):
-        self.folder, self.iterations, self.batch, self.every = folder, iterations, batch, every
+    def __init__(self, folder: Path, first: int, max_steps: int, batch_size: int, every: int):
+        self.folder, self.max_steps, self.batch_size, self.every = folder, max_steps, batch_size, every
         for name in (LOG, EVALUATION):
             _cut(folder / name, first)
         self.sums: dict[str, float] = {}
@@ -47,13 +47,13 @@ class TrainingLog:
         self.steps, self.waited = self.steps + 1, self.waited + waited
         if self.bar is not None:
             self.bar.advance(self.bar.task_ids[0])
-        if step % self.every and step != self.iterations:
+        if step % self.every and step != self.max_steps:
             return
         taken = time.perf_counter() - self.since
         means = {name: value / self.steps for name, value in self.sums.items()}
         speed = {
             "seconds_per_step": taken / self.steps,
-            "pictures_per_second": self.batch * self.steps / taken,
+            "pictures_per_second": self.batch_size * self.steps / taken,
             "waiting_for_data": self.waited / taken,
         }
         self._write(LOG, {"step": step, "lr": rate, **means, **speed}, "train")
@@ -103,7 +103,7 @@ class TrainingLog:
             TextColumn("left"),
             console=Console(stderr=True),
         )
-        self.bar.add_task("", total=self.iterations, completed=first, said="")
+        self.bar.add_task("", total=self.max_steps, completed=first, said="")
         self.bar.start()
 
     def _say(self, step: int, means: Mapping[str, float], seconds: float) -> None:
@@ -112,9 +112,9 @@ class TrainingLog:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], said=f"{losses}, {rate}")
             return
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.iterations - step) % 86400))
-        days = int(seconds * (self.iterations - step) // 86400)
-        self._print(f"step {step}/{self.iterations} {losses}, {rate}, {f'{days} d ' if days else ''}{left} left")
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.max_steps - step) % 86400))
+        days = int(seconds * (self.max_steps - step) // 86400)
+        self._print(f"step {step}/{self.max_steps} {losses}, {rate}, {f'{days} d ' if days else ''}{left} left")
 
     def _print(self, line: str) -> None:
         if self.bar is not None:

@@ -157,13 +157,13 @@ class TestSegment:
     def test_settings_arrive(self, pictures, tmp_path):
         options = (
             "--model m --backbone RN50 --weights w --device cpu --precision bf16 --short-side 32 --crop [16,24] "
-            "--stride 8 --batch 3 --background threshold --threshold 0.3 --options.dense qq --options.ffn false"
+            "--stride 8 --batch-size 3 --background threshold --threshold 0.3 --options.dense qq --options.ffn false"
         )
         out = tmp_path / "o"
         assert main(["segment", str(pictures), "--classes", "a,b", "--output", str(out), *options.split()]) == 0
         wanted = {
             "model": "m", "backbone": "RN50", "weights": "w", "device": "cpu", "precision": "bf16", "short_side": 32,
-            "crop": (16, 24), "stride": 8, "batch": 3, "threshold": 0.3, "dense": "qq", "ffn": False,
+            "crop": (16, 24), "stride": 8, "batch_size": 3, "threshold": 0.3, "dense": "qq", "ffn": False,
         }  # fmt: skip
         assert {key: FakeSegmenter.loaded[key] for key in wanted} == wanted
         assert record(out)["settings"]["crop"] == [16, 24]
@@ -350,7 +350,7 @@ class TestSegment:
         (["--device", "warp9", "--weights", "random", "--backbone", "ViT-B-32"], "'warp9'"),
         (["--options.densee", "qq", "--weights", "random", "--backbone", "ViT-B-32"], "densee"),
         (["--short-side", "-3", "--weights", "random", "--backbone", "ViT-B-32"], "short_side"),
-        (["--batch", "0", "--weights", "shapes"], "batch_size must be at least 1, got 0"),
+        (["--batch-size", "0", "--weights", "shapes"], "batch_size must be at least 1, got 0"),
         (["--stride", "0", "--weights", "shapes"], "stride: expected a positive integer or (height, width), got 0"),
         (["--stride", "[8,0]", "--weights", "shapes"], "or (height, width), got (8, 0)"),
         (["--crop", "-16", "--weights", "shapes"], "crop: expected a positive integer or (height, width), got -16"),

@@ -104,7 +104,7 @@ def test_train(tmp_path):
     chance = random.Random(2)
 
     def command(out: str) -> list[str]:
-        return [sys.executable, "-m", "tests.training", out, "iterations=60", "save_every=7", "evaluate_every=20"]
+        return [sys.executable, "-m", "tests.training", out, "max_steps=60", "save_every=7", "evaluate_every=20"]
 
     killed = 0
     for _ in range(6):

@@ -12,7 +12,7 @@ PUBLISHED = [name for name in presets() if name.split("/")[0] in ("voc", "coco")
 
 
 def test_learning_rate():
-    plan = Recipe(lr=1e-3, min_lr=1e-5, iterations=100, warmup=10, warmup_ratio=0.1, power=2.0)
+    plan = Recipe(lr=1e-3, min_lr=1e-5, max_steps=100, warmup=10, warmup_ratio=0.1, power=2.0)
     assert plan.learning_rate(0) == pytest.approx(1e-3 * 0.1)
     assert plan.learning_rate(5) == pytest.approx((0.99e-3 * 0.95**2 + 1e-5) * 0.55)
     assert plan.learning_rate(50) == pytest.approx(0.99e-3 * 0.25 + 1e-5)
@@ -39,7 +39,9 @@ def test_preset_is_a_recipe(name):
     kind = {"clip_rc": ClipRC, "zegclip": ZegCLIP}[config["model"]]
     recovery = {"recovery": False} if config["options"].get("recovery") is False else {}
     model = kind(sizes=SIZES, crop=32, prompts=2, **recovery)
-    assert (getattr(model.decode_head, "recovery_decoder", None) is None) == (config["losses"].get("recovery", 0) == 0)
+    assert (getattr(model.decode_head, "recovery_decoder", None) is None) == (
+        config["loss_weights"].get("recovery", 0) == 0
+    )
     text = (PRESETS / f"{name}.yaml").read_text()
     assert ("--start" in text) == (config["setting"] == "transductive")
 
@@ -58,7 +60,7 @@ def test_published_recipes_train_everything_alike(name):
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ({"iterations": 0}, "iterations: expected at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
         ({"ema": 1.0}, r"ema: expected in \[0, 1\), got 1\.0"),
         ({"lr": -1.0}, r"lr: expected at least 0, got -1\.0"),
         ({"groups": {"head": {"rate": 1}}}, "groups: head: expected the factors lr and decay, got 'rate'"),
@@ -70,7 +72,7 @@ def test_numbers_out_of_range(bad, said):
 
 
 def test_unknown_key_names_the_nearest():
-    with pytest.raises(ValueError, match=r"there: there is no setting 'iteratons'; did you mean iterations\?"):
-        check_keys(["lr", "iteratons"], ["lr", "iterations"], "there")
+    with pytest.raises(ValueError, match=r"there: there is no setting 'max_stps'; did you mean max_steps\?"):
+        check_keys(["lr", "max_stps"], ["lr", "max_steps"], "there")
     with pytest.raises(ValueError, match="known are a, b"):
         check_keys(["zzz"], ["a", "b"], "there")

@@ -102,7 +102,7 @@ def test_each_window_sees_its_own_part(picture):
 
 
 def test_windows_do_not_depend_on_the_batch(picture):
-    alone, together = (segmenter(crop=24, stride=16, batch=batch)(picture, NAMES, scores=True) for batch in (1, 8))
+    alone, together = (segmenter(crop=24, stride=16, batch_size=size)(picture, NAMES, scores=True) for size in (1, 8))
     torch.testing.assert_close(alone.scores, together.scores)
     assert (alone.labels != together.labels).float().mean() < 0.01
 

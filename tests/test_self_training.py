@@ -107,8 +107,8 @@ def trained(output, steps, stop=None, **recipe):
     for iterations in (stop, steps) if stop else (steps,):
         torch.manual_seed(3)
         net = SPNet(**SIZES | {"text_dim": 16}, multi_scale=False, crop=32)
-        numbers = {"batch": 2, "lr": 1e-3, "workers": 0, "precision": "fp32", "save_every": 1, "evaluate_every": 0}
-        done = Recipe(**numbers | recipe, iterations=steps)
+        numbers = {"batch_size": 2, "lr": 1e-3, "workers": 0, "precision": "fp32", "save_every": 1, "evaluate_every": 0}
+        done = Recipe(**numbers | recipe, max_steps=steps)
         if iterations != steps:
             monitor = _StopsAfter(iterations)
             with pytest.raises(KeyboardInterrupt):
@@ -156,7 +156,7 @@ def test_pseudo_labels_change_what_is_learnt_and_the_record_names_what_was_told(
 
 def test_models_that_weigh_no_pixels(tmp_path):
     net = Joint(**SIZES | {"text_dim": 16}, features=8, fine=4)
-    recipe = Recipe(iterations=1, batch=2, self_training={"rule": "annealed", "temperature": 1.0})
+    recipe = Recipe(max_steps=1, batch_size=2, self_training={"rule": "annealed", "temperature": 1.0})
     with pytest.raises(ValueError, match="needs a model that weighs pixels, and Joint does not"):
         train(net, Scenes(), flipped, TEXT, recipe, tmp_path, seen=TRAINED)
     with pytest.raises(ValueError, match="goes with setting 'inductive', got 'supervised'"):

@@ -16,18 +16,18 @@ TINY = """
     --model cagnet --protocol {folder}/tiny.yaml --images {folder}/images --masks {folder}/masks --weights shapes
     --options.resnet [1,1,1,1] --options.width 4 --options.frozen false --options.crop 32 --options.features 8
     --options.context 4 --options.generator [8] --options.generator_dropout [0.0] --options.hidden 8
-    --transform.scale [1,1] --precision fp32 --iterations 2 --batch 2 --warmup 0 --workers 0
+    --transform.scale [1,1] --precision fp32 --max-steps 2 --batch-size 2 --warmup 0 --workers 0
 """
-STAGES = ["--stages", "[{}, {iterations: 3, options: {stage: mixed}}]"]
+STAGES = ["--stages", "[{}, {max_steps: 3, options: {stage: mixed}}]"]
 
 
 def test_a_stage_changes_single_entries():
-    shared = {"lr": 1, "options": {"a": 1, "b": 2}, "losses": None}
+    shared = {"lr": 1, "options": {"a": 1, "b": 2}, "loss_weights": None}
     first, second = staged(
-        shared, [{}, {"lr": 2, "options": {"b": 3}, "losses": {"c": 1}}], ["lr", "options", "losses"]
+        shared, [{}, {"lr": 2, "options": {"b": 3}, "loss_weights": {"c": 1}}], ["lr", "options", "loss_weights"]
     )
     assert first == shared
-    assert second == {"lr": 2, "options": {"a": 1, "b": 3}, "losses": {"c": 1}}
+    assert second == {"lr": 2, "options": {"a": 1, "b": 3}, "loss_weights": {"c": 1}}
     with pytest.raises(ValueError, match="stage 1: there is no setting 'rl'; did you mean lr"):
         staged(shared, [{"rl": 2}], ["lr"])
     with pytest.raises(ValueError, match="expected a mapping for stage 2"):

@@ -99,7 +99,7 @@ def test_no_range_breaks_a_graph(seen):
 
 
 def test_a_step_of_training(seen, tmp_path):
-    train_small(tmp_path, iterations=1)
+    train_small(tmp_path, max_steps=1)
     step = [name for name in seen if name not in ("model.tower.block", "ops.bridged_attention")]
     train = ["train.data", "train.forward", "model.tower", "model.decoder", "model.decoder", "train.loss"]
     assert step[:9] == [*train, "ops.mask_loss", "train.backward", "train.optimizer"]

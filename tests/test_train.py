@@ -62,7 +62,7 @@ def training_state(output: Path, step: int | None = None) -> dict:
 def test_learns_what_is_to_be_learnt(kind, tmp_path):
     model = small(kind)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    outcome = train(model, Scenes(), flipped, TEXT, recipe(iterations=25), tmp_path, seen=SEEN)
+    outcome = train(model, Scenes(), flipped, TEXT, recipe(max_steps=25), tmp_path, seen=SEEN)
     assert outcome.step == 25
     totals = [float(row["total"]) for row in rows(tmp_path / "log.csv")]
     assert sum(totals[-5:]) < 0.8 * sum(totals[:5])
@@ -86,14 +86,14 @@ def test_no_gradient_of_the_tower_is_computed(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", note)
-        train(model, Scenes(), flipped, TEXT, recipe(iterations=1), tmp_path, seen=SEEN)
+        train(model, Scenes(), flipped, TEXT, recipe(max_steps=1), tmp_path, seen=SEEN)
     assert seen == [{name for name, p in model.named_parameters() if p.requires_grad}]
 
 
 def test_tower_can_be_trained(tmp_path):
     model = small()
     before = model.backbone.conv1.weight.clone()
-    train(model, Scenes(), flipped, TEXT, recipe(iterations=2, train=["backbone"]), tmp_path, seen=SEEN)
+    train(model, Scenes(), flipped, TEXT, recipe(max_steps=2, train=["backbone"]), tmp_path, seen=SEEN)
     assert not torch.equal(model.backbone.conv1.weight, before)
     with pytest.raises(ValueError, match=r"'bakbone'.*begin with backbone, decode_head"):
         train(small(), Scenes(), flipped, TEXT, recipe(train=["bakbone"]), tmp_path / "b", seen=SEEN)
@@ -108,7 +108,7 @@ def test_evaluation_sees_the_weights_as_they_are(tmp_path):
         seen.append(model(torch.ones(1, 3, 32, 32), TEXT))
         return {"hIoU": 0.0}
 
-    plan = recipe(iterations=2, evaluate_every=1, warmup=0)
+    plan = recipe(max_steps=2, evaluate_every=1, warmup=0)
     train(model, Scenes(), flipped, TEXT, plan, tmp_path, seen=SEEN, evaluate=evaluate)
     fresh = ClipRC.from_pretrained(tmp_path / "last").eval()
     with torch.no_grad():
@@ -119,11 +119,11 @@ def test_evaluation_sees_the_weights_as_they_are(tmp_path):
 def test_parts_of_a_batch_give_its_mean_gradient(tmp_path):
     """With one picture in each part the losses' normalisers differ, so the parts are scored on the recovery loss."""
     only = {"focal": 0.0, "dice": 0.0}
-    plain = {"iterations": 1, "batch": 4}
+    plain = {"max_steps": 1, "batch_size": 4}
     for name, changes in {"whole": {}, "parts": {"accumulate": 4}}.items():
         model = small(dropout=0.0)
         plan = recipe(**plain, **changes)
-        train(model, Scenes(), flipped, TEXT, plan, tmp_path / name, seen=SEEN, losses=only)
+        train(model, Scenes(), flipped, TEXT, plan, tmp_path / name, seen=SEEN, loss_weights=only)
     whole, parts = (training_state(tmp_path / name)["optimizer"]["state"] for name in ("whole", "parts"))
     largest = max(state["exp_avg"].abs().max().item() for state in whole.values())
     for i, state in whole.items():
@@ -131,7 +131,7 @@ def test_parts_of_a_batch_give_its_mean_gradient(tmp_path):
 
 
 def test_clipping(tmp_path):
-    train_small(tmp_path, iterations=1, clip_norm=1e-3)
+    train_small(tmp_path, max_steps=1, clip_norm=1e-3)
     moments = [state["exp_avg"] for state in training_state(tmp_path)["optimizer"]["state"].values()]
     norm = torch.stack([moment.norm() for moment in moments]).norm().item() / 0.1  # 1 - beta of the first step
     assert norm == pytest.approx(1e-3, rel=1e-3)
@@ -140,7 +140,7 @@ def test_clipping(tmp_path):
 
 def test_recomputed_activations_give_the_same(tmp_path):
     for name, on in (("kept", False), ("again", True)):
-        train_small(tmp_path / name, iterations=2, checkpointing=on)
+        train_small(tmp_path / name, max_steps=2, checkpointing=on)
     assert same(weights(tmp_path / "kept"), weights(tmp_path / "again"))
 
 
@@ -149,7 +149,13 @@ def test_recomputed_activations_are_not_kept(tmp_path):
     for on in (False, True):
         model, scenes = small(dropout=0.0), Scenes(2)
         train(
-            model, scenes, flipped, TEXT, recipe(iterations=1, batch=2, checkpointing=on), tmp_path / str(on), seen=SEEN
+            model,
+            scenes,
+            flipped,
+            TEXT,
+            recipe(max_steps=1, batch_size=2, checkpointing=on),
+            tmp_path / str(on),
+            seen=SEEN,
         )
         sizes: list[int] = []
 
@@ -165,8 +171,8 @@ def test_recomputed_activations_are_not_kept(tmp_path):
 
 
 def test_bf16_keeps_the_weights_in_fp32(tmp_path):
-    train_small(tmp_path / "low", iterations=2, precision="bf16")
-    train_small(tmp_path / "high", iterations=2)
+    train_small(tmp_path / "low", max_steps=2, precision="bf16")
+    train_small(tmp_path / "high", max_steps=2)
     low, high = weights(tmp_path / "low"), weights(tmp_path / "high")
     assert {t.dtype for t in low.values()} == {torch.float32}
     assert not same(low, high)
@@ -174,8 +180,8 @@ def test_bf16_keeps_the_weights_in_fp32(tmp_path):
 
 def test_moving_average(tmp_path):
     """The average is what is tested and kept; training goes on from the raw weights."""
-    train_small(tmp_path / "a", iterations=4, ema=0.5, save_every=1, keep=[1, 2, 3, 4])
-    train_small(tmp_path / "b", iterations=4, save_every=1, keep=[1, 2, 3, 4])
+    train_small(tmp_path / "a", max_steps=4, ema=0.5, save_every=1, keep=[1, 2, 3, 4])
+    train_small(tmp_path / "b", max_steps=4, save_every=1, keep=[1, 2, 3, 4])
     name = "decode_head.q_proj.weight"
     average = small().state_dict()[name]
     for step in (1, 2, 3, 4):
@@ -188,7 +194,7 @@ def test_moving_average(tmp_path):
 
 def test_keeps_best_last_and_what_is_asked_for(tmp_path):
     at = iter([0.2, 0.5, 0.4])
-    plan = recipe(iterations=6, evaluate_every=2, save_every=1, keep=[3])
+    plan = recipe(max_steps=6, evaluate_every=2, save_every=1, keep=[3])
     outcome = train(
         small(), Scenes(), flipped, TEXT, plan, tmp_path, seen=SEEN, evaluate=lambda model: {"hIoU": next(at)}
     )
@@ -201,7 +207,7 @@ def test_keeps_best_last_and_what_is_asked_for(tmp_path):
 
 
 def test_checkpoint_segments(tmp_path):
-    train_small(tmp_path, iterations=1)
+    train_small(tmp_path, max_steps=1)
     segmenter = fastzs.load("clip_rc", checkpoint=tmp_path / "last")
     vocabulary = fastzs.Vocabulary(list(CLASSES), embeddings=TEXT)
     assert segmenter(torch.zeros(3, 40, 50, dtype=torch.uint8), vocabulary).labels.shape == (40, 50)
@@ -211,7 +217,7 @@ class TestGoingOn:
     @pytest.mark.slow
     def test_killed_at_any_moment(self, tmp_path):
         """A process is killed without warning; what it left goes on to exactly the weights of one that was not."""
-        plan = {"iterations": 14, "save_every": 3, "evaluate_every": 5, "ema": 0.9}
+        plan = {"max_steps": 14, "save_every": 3, "evaluate_every": 5, "ema": 0.9}
         process = run("tests.training", str(tmp_path / "killed"), *(f"{key}={value}" for key, value in plan.items()))
         log = tmp_path / "killed" / "log.csv"
         deadline = time.monotonic() + 300
@@ -223,7 +229,7 @@ class TestGoingOn:
         before = training_state(tmp_path / "killed")["step"]
         reached = int(rows(log)[-1]["step"])
         assert 0 <= reached - before <= plan["save_every"] + 1  # the last line may come before its checkpoint
-        assert before < plan["iterations"]
+        assert before < plan["max_steps"]
         train_small(tmp_path / "killed", **plan)
         train_small(tmp_path / "whole", **plan)
         one, other = training_state(tmp_path / "killed"), training_state(tmp_path / "whole")
@@ -237,31 +243,31 @@ class TestGoingOn:
         assert losses[0] == losses[1]
 
     def test_workers_change_nothing(self, tmp_path):
-        train_small(tmp_path / "none", iterations=4)
-        train_small(tmp_path / "two", iterations=4, workers=2)
+        train_small(tmp_path / "none", max_steps=4)
+        train_small(tmp_path / "two", max_steps=4, workers=2)
         assert same(weights(tmp_path / "none"), weights(tmp_path / "two"))
 
     def test_finished_training_is_left_alone(self, tmp_path):
-        train_small(tmp_path, iterations=2)
+        train_small(tmp_path, max_steps=2)
         before = (tmp_path / "last").resolve().stat().st_mtime_ns
-        assert train_small(tmp_path, iterations=2).step == 2
+        assert train_small(tmp_path, max_steps=2).step == 2
         assert (tmp_path / "last").resolve().stat().st_mtime_ns == before
 
     def test_another_training_in_the_folder(self, tmp_path):
-        train_small(tmp_path, iterations=2)
+        train_small(tmp_path, max_steps=2)
         with pytest.raises(ValueError, match=r"other settings \(there lr=0\.001, now lr=0\.1\)"):
-            train_small(tmp_path, iterations=2, lr=0.1)
+            train_small(tmp_path, max_steps=2, lr=0.1)
 
     def test_half_a_line_and_half_a_checkpoint(self, tmp_path):
         """What a kill in the middle of writing leaves behind."""
-        train_small(tmp_path / "a", iterations=4, save_every=2, keep=[2])
-        train_small(tmp_path / "b", iterations=4, save_every=2, keep=[2])
+        train_small(tmp_path / "a", max_steps=4, save_every=2, keep=[2])
+        train_small(tmp_path / "b", max_steps=4, save_every=2, keep=[2])
         out = tmp_path / "a"
         (out / "last").unlink()
         (out / "last").symlink_to("checkpoints/step_0000002")
         temporary_beside(out / "checkpoints" / "step_0000003").mkdir()
         (out / "log.csv").write_text("\n".join((out / "log.csv").read_text().splitlines()[:3]) + "\n3,0.")
-        train_small(out, iterations=4, save_every=2, keep=[2])
+        train_small(out, max_steps=4, save_every=2, keep=[2])
         assert same(weights(out), weights(tmp_path / "b"))
         assert [row["step"] for row in rows(out / "log.csv")] == ["1", "2", "3", "4"]
         names = sorted(path.name for path in (out / "checkpoints").iterdir())
@@ -270,7 +276,7 @@ class TestGoingOn:
     @pytest.mark.parametrize("name", ["model.safetensors", "training.pt", "checkpoint.json"])
     @pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
     def test_corrupt_checkpoint(self, tmp_path, name, damage):
-        train_small(tmp_path, iterations=1)
+        train_small(tmp_path, max_steps=1)
         path = (tmp_path / "last" / name).resolve()
         data = bytearray(path.read_bytes())
         if damage == "gone":
@@ -283,11 +289,11 @@ class TestGoingOn:
         # A digit of checkpoint.json may be one of another file's digest.
         named = name if damage != "flip" or name != "checkpoint.json" else r"\w+\.\w+"
         with pytest.raises(CheckpointError, match=rf"last: {named} .*damaged; remove it, or go on from another"):
-            train_small(tmp_path, iterations=1)
+            train_small(tmp_path, max_steps=1)
 
 
 class TestProcesses:
-    PLAN: ClassVar = {"iterations": 3, "keep": [1], "evaluate_every": 1}
+    PLAN: ClassVar = {"max_steps": 3, "keep": [1], "evaluate_every": 1}
 
     @pytest.mark.slow
     def test_two_processes_are_one(self, tmp_path):
@@ -334,7 +340,7 @@ class TestFaults:
             train(small(), Scenes(), flipped, TEXT[:7], recipe(), tmp_path, seen=SEEN)
 
     def test_disk_full_while_saving(self, tmp_path, monkeypatch):
-        train_small(tmp_path, iterations=2)
+        train_small(tmp_path, max_steps=2)
         before = weights(tmp_path)
 
         def full(*_, **__):
@@ -378,7 +384,7 @@ class TestFaults:
             return scores(model)
 
         before = signal.getsignal(signal.SIGTERM)
-        plan = recipe(iterations=6, evaluate_every=2, workers=workers)
+        plan = recipe(max_steps=6, evaluate_every=2, workers=workers)
         outcome = train(model, Scenes(), flipped, TEXT, plan, tmp_path, seen=SEEN, evaluate=evaluate)
         assert (outcome.stopped_by, outcome.step) == (signal.SIGTERM, 3)
         assert signal.getsignal(signal.SIGTERM) is before
@@ -392,7 +398,7 @@ class TestFaults:
             out = losses(model, *args, **kwargs)
             return out | {"total": out["total"] * float("nan")}
 
-        train_small(tmp_path / "good", iterations=4, save_every=2, keep=[2])
+        train_small(tmp_path / "good", max_steps=4, save_every=2, keep=[2])
         calls = []
 
         def third(model, *args, **kwargs):
@@ -403,11 +409,11 @@ class TestFaults:
         with pytest.raises(
             TrainingError, match=r"step 3: the loss is nan; its pictures: scene \d, .*; .*last"
         ) as error:
-            train_small(tmp_path / "bad", iterations=4, save_every=2)
+            train_small(tmp_path / "bad", max_steps=4, save_every=2)
         assert str(error.value).count("scene") == 4
         monkeypatch.undo()
         assert training_state(tmp_path / "bad")["step"] == 2
-        train_small(tmp_path / "bad", iterations=4, save_every=2)
+        train_small(tmp_path / "bad", max_steps=4, save_every=2)
         assert same(weights(tmp_path / "bad"), weights(tmp_path / "good"))
 
     def test_gradient_that_is_not_a_number(self, tmp_path, monkeypatch):
@@ -427,10 +433,10 @@ class TestFaults:
 
     def test_parameters_that_no_loss_needs(self, tmp_path):
         with pytest.raises(ValueError, match=r"parameters are to be trained, but no loss depends on them: .*recovery"):
-            train(small(), Scenes(), flipped, TEXT, recipe(), tmp_path, seen=SEEN, losses={"recovery": 0.0})
+            train(small(), Scenes(), flipped, TEXT, recipe(), tmp_path, seen=SEEN, loss_weights={"recovery": 0.0})
 
     def test_batch_that_cannot_be_shared_out(self, tmp_path):
-        with pytest.raises(ValueError, match="batch of 4 cannot be shared out evenly among 1 processes, 3 parts"):
+        with pytest.raises(ValueError, match="batch_size 4 cannot be divided evenly among 1 processes, 3 parts"):
             train_small(tmp_path, accumulate=3)
 
     def test_seen_classes_not_told(self, tmp_path):

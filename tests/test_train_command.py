@@ -23,7 +23,7 @@ TINY = """
     --protocol {folder}/tiny.yaml --images {folder}/images --masks {folder}/masks --test-images {folder}/images
     --test-masks {folder}/masks --weights shapes --options.crop 32 --options.prompts 2 --options.bridge [2,2]
     --options.imagenet_normalization false --transform.scale [1,1] --precision fp32
-    --iterations 2 --batch 2 --warmup 0 --workers 0
+    --max-steps 2 --batch-size 2 --warmup 0 --workers 0
 """
 NAMES = ["red disc", "blue ring", "green star", *shapes.GROUNDS]
 
@@ -86,7 +86,7 @@ def test_settings(folder, setting):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the workers where Linux lists them")
 def test_a_killed_worker_is_started_again_and_ends_with_the_same_weights(folder):
-    more = ("--iterations", "24", "--save-every", "4", "--log-every", "1")
+    more = ("--max-steps", "24", "--save-every", "4", "--log-every", "1")
 
     def start(output: str) -> subprocess.Popen:
         elastic = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
@@ -127,15 +127,17 @@ def test_command_line_wins_over_file_and_file_over_preset(folder):
 
 class TestRefuses:
     def test_unknown_key(self, folder, capsys):
-        (folder / "own.yaml").write_text("iteratons: 5\n")
+        (folder / "own.yaml").write_text("max_stps: 5\n")
         said = refused(capsys, command(folder, "--config", str(folder / "own.yaml")))
-        assert "own.yaml: there is no setting 'iteratons'; did you mean iterations" in said
+        assert "own.yaml: there is no setting 'max_stps'; did you mean max_steps" in said
 
-    @pytest.mark.parametrize("what", ["options", "losses", "transform"])
+    @pytest.mark.parametrize("what", ["options", "loss-weights", "transform"])
     def test_unknown_part_of_a_setting(self, folder, capsys, what):
-        wrong, right = {"options": ("promts", "prompts"), "losses": ("focl", "focal"), "transform": ("flp", "flip")}[
-            what
-        ]
+        wrong, right = {
+            "options": ("promts", "prompts"),
+            "loss-weights": ("focl", "focal"),
+            "transform": ("flp", "flip"),
+        }[what]
         said = refused(capsys, command(folder, f"--{what}.{wrong}", "1"))
         where = "clip_rc" if what == "options" else f"--{what}"
         assert f"{where}: there is no setting '{wrong}'; did you mean {right}" in said
@@ -187,7 +189,7 @@ class TestRefuses:
 
 
 def test_a_label_file_without_own_masks_is_refused(tmp_path, capsys):
-    arguments = ["--preset", "shapes/zegclip/inductive", "--iterations", "1", "--output", str(tmp_path / "run")]
+    arguments = ["--preset", "shapes/zegclip/inductive", "--max-steps", "1", "--output", str(tmp_path / "run")]
     labels = tmp_path / "labels.yaml"
     labels.write_text("7: paper\n")
     assert main(["train", *arguments, "--label-file", str(labels)]) == 2

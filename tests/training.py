@@ -1,6 +1,6 @@
 """A small training: a data set of drawn scenes, and models that train on it in milliseconds.
 
-python -m tests.training OUTPUT [iterations=9 ...]     train there, with changes to the recipe
+python -m tests.training OUTPUT [max_steps=9 ...]     train there, with changes to the recipe
 """
 
 import ast
@@ -62,7 +62,8 @@ def settings(*arguments: str) -> dict[str, Any]:
 
 
 def recipe(**changes) -> Recipe:
-    plain = {"iterations": 6, "batch": 4, "lr": 1e-3, "warmup": 2, "workers": 0, "log_every": 1, "precision": "fp32"}
+    plain = {"max_steps": 6, "batch_size": 4, "lr": 1e-3, "warmup": 2, "workers": 0, "log_every": 1}
+    plain |= {"precision": "fp32"}
     return Recipe(**(plain | changes))
 
 

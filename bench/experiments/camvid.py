@@ -86,7 +86,7 @@ def run(model: str, data: Path, text: Path, work: Path, overrides: Sequence[str]
     return {
         "counts": found,
         "loss": [statistics.mean(totals[:tenth]), statistics.mean(totals[-tenth:])],
-        "steps": settings["iterations"],
+        "steps": settings["max_steps"],
     }
 
 
@@ -125,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="CamVid's folder")
     parser.add_argument("text", type=Path, help="coco_multi.npy")
-    parser.add_argument("--iterations", type=int, help="instead of the presets'")
+    parser.add_argument("--max-steps", type=int, help="instead of the presets'")
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--work", type=Path, default=Path("runs/camvid"))
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "results" / "camvid.md")
@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     text = args.work / "text.npy"
     np.save(text, text_vectors(args.text))
-    overrides = [] if args.iterations is None else ["--iterations", str(args.iterations)]
+    overrides = [] if args.max_steps is None else ["--max-steps", str(args.max_steps)]
     results: dict[str, dict[str, Any]] = {}
     found: dict[str, ConfusionMatrix] = {}
     for name in args.models.split(","):

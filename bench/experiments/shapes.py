@@ -63,7 +63,7 @@ class Row:
         setting: of the training; None for rows without one.
         start: the row whose half-way weights it goes on from, as the published transductive trainings do.
         tune: train the tower, too, at a tenth of the learning rate.
-        losses: weights of the loss's parts where they are not the published ones.
+        loss_weights: of the loss's parts where they are not the published ones.
     """
 
     title: str
@@ -71,7 +71,7 @@ class Row:
     setting: Any = None
     start: str | None = None
     tune: bool = False
-    losses: dict[str, float] = field(default_factory=dict)
+    loss_weights: dict[str, float] = field(default_factory=dict)
 
 
 def _maskclip(**options: Any) -> Callable[[], MaskCLIP]:
@@ -101,7 +101,7 @@ ROWS: dict[str, Row] = {
         "CLIP-RC without recovery",
         lambda: ClipRC(**MODEL, **BRIDGE, recovery=False),
         "inductive",
-        losses={"recovery": 0.0},
+        loss_weights={"recovery": 0.0},
     ),
     "zegclip_transductive": Row("ZegCLIP, transductive", ZegCLIP.from_pretrained, "transductive", start="zegclip"),
     "clip_rc_transductive": Row("CLIP-RC, transductive", ClipRC.from_pretrained, "transductive", start="clip_rc"),
@@ -110,7 +110,7 @@ ROWS: dict[str, Row] = {
         "CLIP-RC, all labels",
         lambda: ClipRC(**MODEL, **BRIDGE, recovery=False),
         "supervised",
-        losses={"recovery": 0.0},
+        loss_weights={"recovery": 0.0},
     ),
 }
 
@@ -119,19 +119,19 @@ ROWS: dict[str, Row] = {
 class Length:
     """How long everything takes."""
 
-    iterations: int = 400
-    batch: int = 8
+    max_steps: int = 400
+    batch_size: int = 8
     scenes: int = 256  # tested
     seeds: int = 3
 
     def command(self) -> str:
         """The command line that asks for it."""
         changed = [item for item in dataclasses.fields(self) if getattr(self, item.name) != item.default]
-        flags = "".join(f" --{item.name} {getattr(self, item.name)}" for item in changed)
+        flags = "".join(f" --{item.name.replace('_', '-')} {getattr(self, item.name)}" for item in changed)
         return f"python -m bench.experiments.shapes{flags}"
 
 
-SMOKE = Length(iterations=4, batch=2, scenes=12, seeds=1)
+SMOKE = Length(max_steps=4, batch_size=2, scenes=12, seeds=1)
 
 
 def run(name: str, seed: int, length: Length, work: Path) -> dict[str, Any]:
@@ -149,10 +149,10 @@ def run(name: str, seed: int, length: Length, work: Path) -> dict[str, Any]:
         start = None
         if row.start is not None:
             run(row.start, seed, length, work)
-            start = work / row.start / f"seed{seed}" / "checkpoints" / checkpoints.name_of(length.iterations // 2)
+            start = work / row.start / f"seed{seed}" / "checkpoints" / checkpoints.name_of(length.max_steps // 2)
         model = row.make(start, seen=None) if start is not None else row.make()
-        iterations = length.iterations // (2 if start is not None else 1)
-        result |= _train(model, row, seed, iterations, length, folder)
+        max_steps = length.max_steps // (2 if start is not None else 1)
+        result |= _train(model, row, seed, max_steps, length, folder)
     dataset = ShapesDataset("val", length.scenes, SIZE, **SCENES)
     constants = [0.0, CALIBRATION] if row.setting == "inductive" else [0.0]
     with torch.inference_mode():
@@ -176,14 +176,14 @@ def _kept(name: str, seed: int, length: Length, work: Path) -> dict[str, Any] | 
     return found if found and found["settings"] == _settings(name, seed, length) else None
 
 
-def _train(model: Any, row: Row, seed: int, iterations: int, length: Length, folder: Path) -> dict[str, float]:
+def _train(model: Any, row: Row, seed: int, max_steps: int, length: Length, folder: Path) -> dict[str, float]:
     recipe = Recipe(
         setting=row.setting,
-        iterations=iterations,
-        batch=length.batch,
+        max_steps=max_steps,
+        batch_size=length.batch_size,
         lr=2e-3,
         min_lr=2e-5,
-        warmup=min(20, iterations // 2),
+        warmup=min(20, max_steps // 2),
         clip_norm=10.0,
         groups={"backbone": {"lr": 0.1}} if row.tune else {},
         train=["backbone"] if row.tune else [],
@@ -191,20 +191,20 @@ def _train(model: Any, row: Row, seed: int, iterations: int, length: Length, fol
         seed=seed,
         workers=0,
         log_every=10,
-        save_every=max(1, length.iterations // 4),
-        keep=[length.iterations // 2],
+        save_every=max(1, length.max_steps // 4),
+        keep=[length.max_steps // 2],
         evaluate_every=0,
     )
     transform = training_transform(SIZE, model.mean, model.std, scale=(1.0, 1.0), distortion=False)
     dataset = ShapesDataset("train", 100_000, SIZE, **SCENES)  # no scene comes twice
     last = folder / "last"  # of a run that was stopped
-    steps = iterations - (checkpoints.read(last)["step"] if last.is_symlink() else 0)
+    steps = max_steps - (checkpoints.read(last)["step"] if last.is_symlink() else 0)
     begun, used = time.perf_counter(), time.process_time()
     seen = None if row.setting == "supervised" else PROTOCOL.seen
     vocabulary = Vocabulary(PROTOCOL.classes, synonyms="mean")
 
     def go() -> None:
-        outcome = train(model, dataset, transform, vocabulary, recipe, folder, seen=seen, losses=row.losses)
+        outcome = train(model, dataset, transform, vocabulary, recipe, folder, seen=seen, loss_weights=row.loss_weights)
         if outcome.stopped_by is not None:  # with a checkpoint; a half-trained model is not scored
             sys.exit(128 + outcome.stopped_by)
 
@@ -225,12 +225,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, written nowhere else")
     parser.add_argument("--processes", type=int, default=1, help="rows that are run at a time, of one thread each")
     for item in dataclasses.fields(Length):
-        parser.add_argument(f"--{item.name}", type=int, default=item.default)
+        parser.add_argument(f"--{item.name.replace('_', '-')}", type=int, default=item.default)
     args = parser.parse_args(arguments)
     rows = args.rows.split(",")
     if unknown := [name for name in rows if name not in ROWS]:
         parser.error(f"no row is called {', '.join(unknown)}; there are {', '.join(ROWS)}")
-    length = SMOKE if args.smoke else Length(args.iterations, args.batch, args.scenes, args.seeds)
+    length = SMOKE if args.smoke else Length(args.max_steps, args.batch_size, args.scenes, args.seeds)
     work = args.work / "smoke" if args.smoke else args.work
     jobs = [(name, seed) for seed in range(length.seeds) for name in rows]
     if not _run_all(jobs, length, work, args.processes):
@@ -296,8 +296,9 @@ def table(found: dict[str, list[dict[str, Any]]], length: Length) -> str:
         "# The papers' claims on drawn shapes",
         "",
         f"`{length.command()}`: protocol {PROTOCOL}; {SIZE} x {SIZE} pixels, 1 or 2 objects; "
-        f"{length.iterations} steps of {length.batch} scenes, tested on {length.scenes} others; {_over(length.seeds)}. "
-        f"Transductive rows go on from the inductive ones' half-way weights for half the steps. mIoU in %, inductive "
+        f"{length.max_steps} steps of {length.batch_size} scenes, tested on {length.scenes} others; "
+        f"{_over(length.seeds)}. Transductive rows go on from the inductive ones' half-way weights for half the steps. "
+        "mIoU in %, inductive "
         f"rows with {CALIBRATION} taken from the seen classes' scores as published; the last column without it. "
         "Seconds are one thread's processor time, drawing included; memory is what training held beyond the start.",
         "",

@@ -110,7 +110,7 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
 
     setting, rules = benchmark.of(config.model), benchmark.rules
     dataset = open_dataset(rules, config.data, config.split)
-    options: dict[str, Any] = {"batch_size": config.batch, "device": device, "precision": config.precision}
+    options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "precision": config.precision}
     options["windows"] = config.windows
     published = {"guide": "enlarged", "working_side": 1 << 20} | setting.options | model_options(config)
     segmenter = fastzs.load(config.model, backbone=config.backbone, weights=config.weights, **options, **published)

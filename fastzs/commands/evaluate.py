@@ -92,7 +92,7 @@ def parser() -> ArgumentParser:
         default="separate",
         help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
     )
-    add("--batch", type=int, default=8, help="windows at a time")
+    add("--batch-size", type=int, default=8, help="windows at a time")
     add("--workers", type=int, default=0, help="processes that read pictures ahead")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
@@ -236,7 +236,7 @@ def _segmenter(config: Namespace, device: str) -> "Segmenter":
         short_side=config.short_side,
         crop=config.crop,
         stride=config.stride,
-        batch=config.batch,
+        batch_size=config.batch_size,
         windows=config.windows,
         **model_options(config),
     )

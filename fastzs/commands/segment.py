@@ -81,7 +81,7 @@ def parser() -> ArgumentParser:
         default="separate",
         help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
     )
-    add("--batch", type=int, default=8, help="windows at a time")
+    add("--batch-size", type=int, default=8, help="windows at a time")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add(
         "--precision", type=Literal["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="numbers of the model"
@@ -190,7 +190,7 @@ def run(config: Namespace) -> int:
         "short_side",
         "crop",
         "stride",
-        "batch",
+        "batch_size",
         "windows",
     )
     load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 HELP = "train a model on a data set"
 PRESETS = Path(__file__).parents[1] / "presets"
 CONFIG = "config.yaml"
-MODEL_SETTINGS = ("options", "losses", "transform")  # that stages may change, beside the recipe's
+MODEL_SETTINGS = ("options", "loss_weights", "transform")  # that stages may change, beside the recipe's
 
 
 def parser() -> ArgumentParser:
@@ -53,14 +53,19 @@ def parser() -> ArgumentParser:
     add("--weights", type=str | None, help="as for fastzs segment")
     add("--start", type=str | None, help="checkpoint whose weights to start from: file, folder, hub id")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.prompts=10")
-    add("--losses", type=dict[str, Any], default={}, help="weights of the loss's parts, as --losses.focal=100")
+    add(
+        "--loss-weights",
+        type=dict[str, Any],
+        default={},
+        help="weights of the loss's parts, as --loss-weights.focal=100",
+    )
     add("--transform", type=dict[str, Any], default={}, help="augmentation, as --transform.flip=0")
     add(
         "--stages",
         type=list[dict[str, Any]],
         default=[],
         help="trainings one after the other, each from the weights of the one before, with what it changes: "
-        "[{}, {iterations: 400, options: {stage: mixed}}]; each has a folder of its own in OUTPUT",
+        "[{}, {max_steps: 400, options: {stage: mixed}}]; each has a folder of its own in OUTPUT",
     )
     add("--device", type=str, default="auto", help="auto, cpu, cuda, mps")
     types = get_type_hints(Recipe)
@@ -106,7 +111,7 @@ def run(config: Namespace) -> int:
         stage.stages, stage.output = [], str(stages.folder(output, number))
         if number > 1:
             stage.start = str(stages.folder(output, number - 1) / "last")
-        finished = stages.steps_done(Path(stage.output)) >= stage.iterations
+        finished = stages.steps_done(Path(stage.output)) >= stage.max_steps
         stages.check_order(output, number, finished)
         if not finished and (stopped := _run(stage)):
             return stopped
@@ -147,7 +152,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
         evaluate, tested = _evaluation(config, protocol, vocabulary)
         torch.manual_seed(recipe.seed)
         model = _model(config, protocol, recipe)
-        _check_arguments(model.loss_parts, config.losses, "losses", model.class_options)
+        _check_arguments(model.loss_parts, config.loss_weights, "loss-weights", model.class_options)
         _check_arguments(training_transform, config.transform, "transform")
         transform = training_transform(
             model.crop or model.short_side,
@@ -167,7 +172,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
             recipe,
             output,
             seen=protocol.seen if recipe.setting != "supervised" else None,
-            losses=config.losses,
+            loss_weights=config.loss_weights,
             evaluate=evaluate,
             best="hIoU" if protocol.unseen else "mIoU",
             about={
@@ -313,4 +318,4 @@ def _told(outcome: Any, recipe: Recipe, output: Path, protocol: "Protocol") -> s
     scores = ", ".join(f"{name} {100 * value:.2f}" for name, value in outcome.scores.items())
     if outcome.stopped_by is not None:
         return f"stopped by {outcome.stopped_by.name} after step {outcome.step}; the same command goes on from {output}"
-    return f"{outcome.step} of {recipe.iterations} steps done" + (f"; {protocol.name}: {scores}" if scores else "")
+    return f"{outcome.step} of {recipe.max_steps} steps done" + (f"; {protocol.name}: {scores}" if scores else "")

@@ -1,8 +1,8 @@
 """Batches of a training: which pictures each step sees, prepared in parallel, the same however often it is resumed.
 
-The order is one endless stream of shuffled epochs. A step takes the next ``batch`` pictures of it, and the processes of
-a training share them out, so that neither the number of processes nor a restart changes what a step sees. What is
-random about a picture follows from seed, epoch and picture alone.
+The order is one endless stream of shuffled epochs. Each step takes the next ``batch_size`` images of it, which the
+processes of a training divide among themselves, so neither the number of processes nor a restart changes what a step
+sees. Whatever is random about an image depends on the seed, the epoch and the image only.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ def batches(
     dataset: Any,
     transform: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     *,
-    batch: int,
+    batch_size: int,
     steps: range,
     parts: int = 1,
     seed: int = 0,
@@ -118,21 +118,21 @@ def batches(
         dataset: ``dataset[i]`` -> (image uint8 [3, H, W], mask [H, W] of class indices or 255), with ``len``,
             ``.classes`` (their names) and ``.names`` (of the pictures).
         transform: (image, mask) -> (normalised image fp32 [3, h, w], mask [h, w]); may draw from torch's generator.
-        batch: pictures of a step, over all processes and parts.
+        batch_size: images of a step, over all processes and parts.
         steps: which steps of the training, counted from 0.
         pin: put batches where a GPU copies from fastest.
 
     Raises:
-        ValueError: no pictures; a batch that cannot be shared out evenly; a picture or mask that cannot be used
+        ValueError: no pictures; a batch that cannot be divided evenly; a picture or mask that cannot be used
             (named), when it is its turn.
     """
     if len(dataset) == 0:
         raise ValueError("the data set is empty: there are 0 pictures to train on")
-    if batch % (world * parts):
+    if batch_size % (world * parts):
         raise ValueError(
-            f"a batch of {batch} cannot be shared out evenly among {world} processes, {parts} parts in each"
+            f"batch_size {batch_size} cannot be divided evenly among {world} processes, {parts} parts in each"
         )
-    places = _Places(len(dataset), batch, parts, steps, seed, rank, world)
+    places = _Places(len(dataset), batch_size, parts, steps, seed, rank, world)
     loader = DataLoader(
         _Prepared(dataset, transform, len(dataset.classes), seed),
         batch_sampler=places,

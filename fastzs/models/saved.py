@@ -15,6 +15,7 @@ from fastzs.checkpoints import check_digests
 from fastzs.clip.hub import online as _online
 from fastzs.clip.state import WeightsError, file_fingerprint
 from fastzs.files import read_text
+from fastzs.renamed import current_options
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL = "model"  # the key of the class's name
@@ -67,6 +68,7 @@ def read_config(folder: Path, kind: type) -> dict[str, Any]:
     if written != kind.__name__:
         raise WeightsError(f"checkpoint {folder}: it is a {written}, not a {kind.__name__}; load it as that model")
     known = [name for name in inspect.signature(kind).parameters]
+    config = current_options(config)
     for key in config:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)

@@ -69,7 +69,7 @@ class TwoStage(TrainedModel):
         proposals: Mapping[str, Any] | None,
         seen: Sequence[str] | Sequence[int] | None,
         calibration: float,
-        share: float,
+        ensemble_weight: float,
         projection: Callable[[int, int], nn.Module],
     ):
         clip = tower = None
@@ -91,13 +91,19 @@ class TwoStage(TrainedModel):
         self.tower = (tower or VisionTransformer(**sizes)).requires_grad_(False)
         self.project = projection(self.maskformer.width, self.text_dim)
         self.no_object = nn.Parameter(torch.randn(1, self.text_dim) * self.text_dim**-0.5)
-        self.short_side, self.share = size, share
+        self.short_side, self.ensemble_weight = size, ensemble_weight
         self._blank: Memo[Tensor] = Memo()
         if self.weights in ("openai", "random"):
             self.clip_mean, self.clip_std = OPENAI_MEAN, OPENAI_STD
         else:
             self.clip_mean, self.clip_std = self.clip.mean, self.clip.std
-        self.settings.update(sizes=dict(sizes), size=size, resnet=resnet, proposals=dict(proposals or {}), share=share)
+        self.settings.update(
+            sizes=dict(sizes),
+            size=size,
+            resnet=resnet,
+            proposals=dict(proposals or {}),
+            ensemble_weight=ensemble_weight,
+        )
         self.settings.update(pretrained=None)  # a saved model has weights of its own
 
     def compare(self, embeddings: Tensor, text: Tensor) -> Tensor:

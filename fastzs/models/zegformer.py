@@ -46,7 +46,7 @@ class ZegFormer(TwoStage):
         proposals: the MaskFormer's other sizes, by name; the published ones if omitted.
         seen: the training classes, by name or index. All classes count as unseen if omitted.
         calibration: what seen classes lose where labels are decided; published: 0.1.
-        share: l, the weight of the opinion that knows more of a class; published: 2/3.
+        ensemble_weight: l, the weight of the opinion that knows more of a class; published: 2/3.
 
     Trained: everything but CLIP. Published recipe: AdamW 1e-4 (a tenth for the ResNet), weight decay 1e-4, 60,000
     steps of 32 pictures of COCO-Stuff or 10,000 of VOC.
@@ -64,7 +64,7 @@ class ZegFormer(TwoStage):
         proposals: Mapping[str, Any] | None = None,
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.1,
-        share: float = 2 / 3,
+        ensemble_weight: float = 2 / 3,
     ):
         super().__init__(
             backbone=backbone,
@@ -76,7 +76,7 @@ class ZegFormer(TwoStage):
             proposals=proposals,
             seen=seen,
             calibration=calibration,
-            share=share,
+            ensemble_weight=ensemble_weight,
             projection=nn.Linear,
         )
 
@@ -89,7 +89,7 @@ class ZegFormer(TwoStage):
         return roi_align(image[None], boxes, side, aligned=True)
 
     def join(self, own: Tensor, of_clip: Tensor, seen: Tensor, full: Tensor) -> Tensor:
-        known, other = self.share, 1 - self.share
+        known, other = self.ensemble_weight, 1 - self.ensemble_weight
         if not seen.any():
             return own**other * of_clip**known
         mean = of_clip[..., seen].mean(-1, keepdim=True)

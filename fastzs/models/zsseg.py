@@ -47,7 +47,7 @@ class ZSSeg(TwoStage):
         proposals: the MaskFormer's other sizes, by name; the published ones if omitted.
         seen: the training classes, by name or index. All classes count as unseen if omitted.
         calibration: what seen classes lose where labels are decided; published: nothing.
-        share: w, the weight of the opinion that knows more of a class; published: 0.8.
+        ensemble_weight: w, the weight of the opinion that knows more of a class; published: 0.8.
 
     Trained: everything but CLIP.
     """
@@ -64,7 +64,7 @@ class ZSSeg(TwoStage):
         proposals: Mapping[str, Any] | None = None,
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.0,
-        share: float = 0.8,
+        ensemble_weight: float = 0.8,
     ):
         super().__init__(
             backbone=backbone,
@@ -76,7 +76,7 @@ class ZSSeg(TwoStage):
             proposals=proposals,
             seen=seen,
             calibration=calibration,
-            share=share,
+            ensemble_weight=ensemble_weight,
             projection=_projection,
         )
 
@@ -96,7 +96,9 @@ class ZSSeg(TwoStage):
     def join(self, own: Tensor, of_clip: Tensor, seen: Tensor, full: Tensor) -> Tensor:
         of_clip = torch.where(full, of_clip, 1.0)
         return torch.where(
-            seen, own**self.share * of_clip ** (1 - self.share), own ** (1 - self.share) * of_clip**self.share
+            seen,
+            own**self.ensemble_weight * of_clip ** (1 - self.ensemble_weight),
+            own ** (1 - self.ensemble_weight) * of_clip**self.ensemble_weight,
         )
 
 

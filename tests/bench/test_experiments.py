@@ -105,7 +105,7 @@ def test_a_row_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
 def test_photographs_run_and_go_on_where_they_stopped(tmp_path, capsys):
     np.save(tmp_path / "coco_multi.npy", np.random.default_rng(0).standard_normal((171, 512)))
     data, output = folders.camvid(tmp_path / "data"), tmp_path / "page.md"
-    arguments = [str(data), str(tmp_path / "coco_multi.npy"), "--iterations", "1"]
+    arguments = [str(data), str(tmp_path / "coco_multi.npy"), "--max-steps", "1"]
     arguments += ["--work", str(tmp_path / "runs"), "--output", str(output)]
     assert camvid.main(arguments) == 0
     first = output.read_text()

@@ -40,7 +40,7 @@ def test_the_control_gives_every_class_a_vector_of_the_list():
 
 @pytest.mark.slow
 def test_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
-    command = ["", "strict", "--output", str(tmp_path), "--iterations", "1", "--pictures", "1", "--seeds", "1"]
+    command = ["", "strict", "--output", str(tmp_path), "--max-steps", "1", "--pictures", "1", "--seeds", "1"]
     monkeypatch.setattr(sys, "argv", command)
     real, calls = systems_shapes.train, []
 

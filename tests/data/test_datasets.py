@@ -371,7 +371,9 @@ def test_more_than_255_classes(tmp_path):
     matrix.add(dataset[0][1].as_subclass(torch.Tensor), torch.full((6, 8), 299))
     assert matrix.counts.sum() == 36
     assert matrix.counts[255, 299] == 12
-    batch = next(batches(dataset, training_transform(16, (0,) * 3, (1,) * 3, ignored=65535), batch=2, steps=range(1)))
+    batch = next(
+        batches(dataset, training_transform(16, (0,) * 3, (1,) * 3, ignored=65535), batch_size=2, steps=range(1))
+    )
     assert set(batch.target.unique().tolist()) <= {0, 255, 299, 65535}
     assert (batch.target == 65535).any()
 

@@ -101,7 +101,7 @@ def lines() -> Iterator[Case]:
         ("a negative short side", ["in", "--output", "out", "--short-side", "-5"], "short_side"),
         ("a crop beyond all pictures", ["in", "--output", "out", "--crop", "100000", "--stride", "1"], "crop"),
         ("a stride of nothing", ["in", "--output", "out", "--crop", "16", "--stride", "0"], "stride"),
-        ("a batch of nothing", ["in", "--output", "out", "--batch", "0"], "batch"),
+        ("a batch of nothing", ["in", "--output", "out", "--batch-size", "0"], "batch"),
         ("a device that is none", ["in", "--output", "out", "--device", "toaster"], "toaster"),
         ("a model that is none", ["in", "--output", "out", "--model", "maskclop"], "maskclip"),
         (

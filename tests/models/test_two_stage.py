@@ -242,14 +242,14 @@ def test_unseen_labels_are_not_read(kind, text):
 
 @torch.no_grad()
 def test_save_and_load(kind, tmp_path, text):
-    net, images = model(kind, seen=["cat", "dog"], calibration=0.2, share=0.7), smooth(1, 64, 64)
+    net, images = model(kind, seen=["cat", "dog"], calibration=0.2, ensemble_weight=0.7), smooth(1, 64, 64)
     vocabulary = Vocabulary(NAMES, embeddings=text)
     net.save_pretrained(tmp_path)
     assert set(load_file(tmp_path / "model.safetensors")) == set(net.state_dict())
     assert json.loads((tmp_path / "config.json").read_text())["pretrained"] is None
     loaded = kind.from_pretrained(tmp_path).eval()
     assert torch.equal(ask(loaded, images, vocabulary), ask(net, images, vocabulary))
-    assert (loaded.seen, loaded.calibration, loaded.share) == (["cat", "dog"], 0.2, 0.7)
+    assert (loaded.seen, loaded.calibration, loaded.ensemble_weight) == (["cat", "dog"], 0.2, 0.7)
     assert [p.requires_grad for p in loaded.parameters()] == [p.requires_grad for p in net.parameters()]
     name = {ZegFormer: "zegformer", ZSSeg: "zsseg"}[kind]
     segmenter = fastzs.load(name, checkpoint=tmp_path, device="cpu", precision="fp32")
@@ -264,7 +264,7 @@ def test_segmenter_calibrates_the_seen_classes(kind, text):
     vocabulary = Vocabulary(NAMES, embeddings=text)
     picture = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     labels = [
-        Segmenter(model(kind, seen=["cat", "sky"], calibration=c), batch=1)(picture, vocabulary).labels
+        Segmenter(model(kind, seen=["cat", "sky"], calibration=c), batch_size=1)(picture, vocabulary).labels
         for c in (-100.0, 0.0, 100.0)
     ]
     assert set(labels[0].unique().tolist()) <= {0, 3}
