@@ -28,7 +28,7 @@ STEPS, NEIGHBOURS = 10, 16
 
 
 def contest(classes: int, device: str) -> Contest:
-    options: dict[str, Any] = {"windows": WINDOWS, "picture_size": PICTURE, "scale": SCALE}
+    options: dict[str, Any] = {"windows": WINDOWS, "image_size": PICTURE, "scale": SCALE}
 
     def inputs(seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seed)

@@ -73,7 +73,7 @@ def evaluate(
 
     Raises:
         ValueError: the data set's classes or the vocabulary are not the protocol's, ``workers`` is negative.
-        DataError, PictureError: a file cannot be used.
+        DataError, ImageError: a file cannot be used.
     """
     protocol.check_classes(dataset.classes, "the data set")
     vocabulary = Vocabulary(protocol.classes) if vocabulary is None else vocabulary
@@ -206,7 +206,7 @@ def save_overlay(folder: Path, name: str, picture: Tensor, labels: Tensor, proto
     path = folder / f"{name}.jpg"
     path.parent.mkdir(parents=True, exist_ok=True)
     wide = torch.uint8 if len(names) <= 255 else torch.int16
-    Segmentation(labels.to(wide), names, picture=picture).overlay(path)
+    Segmentation(labels.to(wide), names, image=picture).overlay(path)
 
 
 def _samples(dataset: AnyDataset, workers: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:

@@ -14,12 +14,14 @@ from fastzs.models.base import SegmentationModel
 from fastzs.models.trained import TrainedModel
 from fastzs.recipe import check_keys
 from fastzs.registry import System, system, systems
+from fastzs.renamed import old_arguments
 from fastzs.segmenter import Segmenter, Windows
 
 # of constructors: what load gives by other names, or not at all
 _OWN = ("self", "clip", "backbone", "weights")
 
 
+@old_arguments(batch="batch_size")
 def load(
     model: str | Path | None = None,
     *,
@@ -32,7 +34,6 @@ def load(
     crop: int | tuple[int, int] | None = None,
     stride: int | tuple[int, int] | None = None,
     batch_size: int = 8,
-    batch: int | None = None,
     windows: Windows = "separate",
     optimize: bool = True,
     **options: Any,
@@ -84,7 +85,7 @@ def load(
     chosen = choose_device(device)
     network.to(chosen, choose_precision(precision, chosen))
     segmenter = Segmenter(
-        network, short_side=short_side, crop=crop, stride=stride, batch_size=batch_size, batch=batch, windows=windows
+        network, short_side=short_side, crop=crop, stride=stride, batch_size=batch_size, windows=windows
     )
     if optimize:
         segmenter.optimize(int8=precision == "int8")

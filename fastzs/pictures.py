@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from fastzs.errors import FastzsError
 from fastzs.files import check_file, open_file
 
-Picture: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | BinaryIO | bytes
+ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | BinaryIO | bytes
 
 SUFFIXES = frozenset(
     f".{kind}"
@@ -35,11 +35,14 @@ OVERLAY_MARK = "fastzs.overlay"
 log = logging.getLogger(__name__)
 
 
-class PictureError(FastzsError, ValueError):
-    """A picture that cannot be read or segmented; the message names it."""
+class ImageError(FastzsError, ValueError):
+    """An image that cannot be read or segmented; the message names it."""
 
 
-def read_picture(picture: Picture) -> torch.Tensor:
+PictureError = ImageError  # its old name
+
+
+def read_picture(picture: ImageLike) -> torch.Tensor:
     """Bring a picture into the one form the package works on.
 
     Args:
@@ -54,7 +57,7 @@ def read_picture(picture: Picture) -> torch.Tensor:
         than 8 bits.
 
     Raises:
-        PictureError: the file is missing, unreadable, truncated or empty, no file (a FIFO, a device), or larger than
+        ImageError: the file is missing, unreadable, truncated or empty, no file (a FIFO, a device), or larger than
             Pillow's guard against decompression bombs allows (an error above twice ``PIL.Image.MAX_IMAGE_PIXELS``, a
             warning above it); the array or tensor has another shape, dtype or range.
     """
@@ -69,30 +72,30 @@ def read_picture(picture: Picture) -> torch.Tensor:
         if picture.ndim == 2:
             picture = picture[..., None]
         if picture.ndim != 3 or picture.shape[2] not in (1, 3) or picture.size == 0:
-            raise PictureError(f"picture array: expected {wanted}, got shape {list(picture.shape)}")
+            raise ImageError(f"picture array: expected {wanted}, got shape {list(picture.shape)}")
         # a copy, also of what torch cannot share: negative strides, foreign byte order
         native = np.array(picture, picture.dtype.newbyteorder("="), order="C")
         if native.dtype.kind not in "bf" and native.dtype != np.uint8:
-            raise PictureError(f"picture array: expected {wanted}, got dtype {picture.dtype}")
+            raise ImageError(f"picture array: expected {wanted}, got dtype {picture.dtype}")
         return _levels(torch.from_numpy(native).permute(2, 0, 1), "picture array")
     if isinstance(picture, torch.Tensor):
         wanted = "[3, H, W] or [H, W], uint8 or floating point from 0 to 1"
         if picture.ndim == 2:
             picture = picture[None]
         if picture.ndim != 3 or picture.shape[0] not in (1, 3) or picture.numel() == 0:
-            raise PictureError(f"picture tensor: expected {wanted}, got shape {list(picture.shape)}")
+            raise ImageError(f"picture tensor: expected {wanted}, got shape {list(picture.shape)}")
         if picture.dtype not in (torch.uint8, torch.bool) and not picture.is_floating_point():
-            raise PictureError(f"picture tensor: expected {wanted}, got dtype {picture.dtype}")
+            raise ImageError(f"picture tensor: expected {wanted}, got dtype {picture.dtype}")
         return _levels(picture.detach(), "picture tensor")
     if hasattr(picture, "read"):
         return _read_stream(picture, "the open picture file")
-    raise PictureError(
+    raise ImageError(
         f"a picture cannot be a {type(picture).__name__}; expected a path, bytes, an open file, a PIL image, an array "
         "[H, W, 3] or a tensor [3, H, W]"
     )
 
 
-def split_batch(pictures: object) -> Sequence[Picture] | None:
+def split_batch(pictures: object) -> Sequence[ImageLike] | None:
     """The pictures of a batch, ``[B, H, W, 3]`` as an array or ``[B, 3, H, W]`` as a tensor; None if it is no batch."""
     if isinstance(pictures, np.ndarray | torch.Tensor) and pictures.ndim == 4:
         return [pictures[i] for i in range(len(pictures))]
@@ -124,7 +127,7 @@ def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | 
         skip: a folder whose files are never taken, for results that lie inside a folder of pictures.
 
     Raises:
-        PictureError: one of ``paths`` matches nothing (named), or no path is given.
+        ImageError: one of ``paths`` matches nothing (named), or no path is given.
     """
     found: dict[str, Path] = {}
     for given in paths:
@@ -136,13 +139,13 @@ def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | 
         pictures = [path for path in kept if not is_result(path)]
         if not pictures:
             where = f" outside of {skip}" if here and not kept else " but results of fastzs" if kept else ""
-            raise PictureError(f"{os.fspath(given)!r}: no such picture, or no picture in it{where}")
+            raise ImageError(f"{os.fspath(given)!r}: no such picture, or no picture in it{where}")
         if len(pictures) < len(kept):
             log.warning("%s: %d label maps and overlays of fastzs are left out", given, len(kept) - len(pictures))
         for path in pictures:
             found.setdefault(os.path.abspath(path), path)
     if not found:
-        raise PictureError("no pictures given")
+        raise ImageError("no pictures given")
     return sorted(found.values())
 
 
@@ -197,15 +200,15 @@ def _read_file(path: Path) -> torch.Tensor:
     try:
         if path.is_dir():
             with os.scandir(path):
-                raise PictureError(f"{path}: is a folder, not a picture")
+                raise ImageError(f"{path}: is a folder, not a picture")
         check_file(path)
         return _read_stream(path, str(path))  # by its name: of open files Pillow cannot read every TIFF
     except FileNotFoundError:
-        raise PictureError(f"{path}: no such file") from None
-    except PictureError:
+        raise ImageError(f"{path}: no such file") from None
+    except ImageError:
         raise
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise PictureError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise ImageError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
@@ -215,28 +218,28 @@ def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
         with Image.open(stream) as image:
             return _from_pil(image, name)
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{name}: not a picture that Pillow can read") from None
-    except PictureError:
+        raise ImageError(f"{name}: not a picture that Pillow can read") from None
+    except ImageError:
         raise
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
-        raise PictureError(
+        raise ImageError(
             f"{name}: cannot be read: {error}; if you trust it, allow larger ones with --max-pixels "
             "(in Python PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
     except Exception as error:  # of broken headers; see _from_pil
-        raise PictureError(f"{name}: cannot be read: {error}") from error
+        raise ImageError(f"{name}: cannot be read: {error}") from error
 
 
 def know_heif(name: str) -> None:
     """Teach Pillow to read HEIC.
 
     Raises:
-        PictureError: pillow-heif is not installed; the message names the picture.
+        ImageError: pillow-heif is not installed; the message names the picture.
     """
     if importlib.util.find_spec("pillow_heif") is None:
-        raise PictureError(f"{name}: HEIC needs pillow-heif, which is not installed: pip install 'fastzs[heif]'")
+        raise ImageError(f"{name}: HEIC needs pillow-heif, which is not installed: pip install 'fastzs[heif]'")
     importlib.import_module("pillow_heif").register_heif_opener()
 
 
@@ -246,7 +249,7 @@ def _levels(pixels: torch.Tensor, what: str) -> torch.Tensor:
         pixels = pixels.float()
         lowest, highest = pixels.min().item(), pixels.max().item()
         if not (lowest >= 0 and highest <= 1):  # NaN is neither
-            raise PictureError(f"{what}: floating point pixels are expected from 0 to 1, got {lowest:g} to {highest:g}")
+            raise ImageError(f"{what}: floating point pixels are expected from 0 to 1, got {lowest:g} to {highest:g}")
         pixels = (pixels * 255).round()
     elif pixels.dtype == torch.bool:
         pixels = pixels.to(torch.uint8) * 255
@@ -255,7 +258,7 @@ def _levels(pixels: torch.Tensor, what: str) -> torch.Tensor:
 
 def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
     if 0 in image.size:
-        raise PictureError(f"{name}: has no pixels (size {image.width} x {image.height})")
+        raise ImageError(f"{name}: has no pixels (size {image.width} x {image.height})")
     try:
         image.load()
         return _to_tensor(ImageOps.exif_transpose(image), name)
@@ -263,7 +266,7 @@ def _from_pil(image: Image.Image, name: str) -> torch.Tensor:
         raise
     except Exception as error:
         # On broken files decoders raise whatever comes to them: OSError, SyntaxError, struct.error ...
-        raise PictureError(f"{name}: cannot be read: {error}") from error
+        raise ImageError(f"{name}: cannot be read: {error}") from error
 
 
 def _to_tensor(image: Image.Image, name: str) -> torch.Tensor:

@@ -122,7 +122,7 @@ def read(
     wanted = scores or probabilities or threshold is not None or readout.area > 0
     options: dict[str, Any] = {
         "windows": windows,
-        "picture_size": size,
+        "image_size": size,
         "method": readout.refine,
         "cells": readout.cells,
         "scale": readout.scale if wanted else None,

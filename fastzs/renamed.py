@@ -1,10 +1,34 @@
-"""Settings that had other names in version 0.1: command lines, configuration files, runs and saved models keep them."""
+"""Names of version 0.1 that still work: in command lines, configuration files, runs, saved models and calls."""
 
-from collections.abc import Collection, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+R = TypeVar("R")
 SETTINGS = {"batch": "batch_size", "iterations": "max_steps", "losses": "loss_weights"}
 OPTIONS = {"share": "ensemble_weight"}  # of models
+
+
+def old_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorator of a function that takes arguments by their old names, too: ``picture="image"``.
+
+    The function raises a TypeError if it is given an argument by both names.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old, new in names.items():
+                if old in kwargs:
+                    if new in kwargs:
+                        raise TypeError(f"{old!r} is the old name of {new!r}, and both are given; leave out {old!r}")
+                    kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def current(settings: Mapping[str, Any], known: Collection[str] = ()) -> dict[str, Any]:

@@ -13,18 +13,19 @@ from PIL import Image, PngImagePlugin
 
 from fastzs.files import open_file, replacing, write_atomically
 from fastzs.overlay import draw_overlay, label_colours, labels_present
-from fastzs.pictures import NAMES_KEY, OVERLAY_MARK, Picture, read_picture
+from fastzs.pictures import NAMES_KEY, OVERLAY_MARK, ImageLike, read_picture
+from fastzs.renamed import old_arguments
 
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """A label for every pixel of a picture.
+    """A label for every pixel of an image.
 
     Attributes:
         labels: ``[H, W]`` on the CPU, indices into ``names``; uint8 up to 255 names, int16 above.
         names: the classes in their order, then ``"background"`` where there is one.
         scores: fp32 ``[H, W]``, the score of the label each pixel got, or None when not asked for.
-        picture: uint8 RGB ``[3, H, W]``, the picture the labels are of, for :meth:`overlay`.
+        image: uint8 RGB ``[3, H, W]``, the image the labels are of, for :meth:`overlay`; ``picture`` is its old name.
         probabilities: fp16 or fp32 ``[C, H, W]``, the score of every class (of the background, where it has one of its
             own), or None when not asked for.
 
@@ -37,12 +38,12 @@ class Segmentation:
     labels: torch.Tensor = field(repr=False)
     names: tuple[str, ...]
     scores: torch.Tensor | None = field(default=None, repr=False)
-    picture: torch.Tensor | None = field(default=None, repr=False)
+    image: torch.Tensor | None = field(default=None, repr=False)
     probabilities: torch.Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self):
         object.__setattr__(self, "names", tuple(self.names))
-        for name in ("labels", "scores", "picture", "probabilities"):
+        for name in ("labels", "scores", "image", "probabilities"):
             if (tensor := getattr(self, name)) is not None and tensor.is_inference():
                 with torch.inference_mode(False):
                     object.__setattr__(self, name, tensor.clone())
@@ -63,8 +64,8 @@ class Segmentation:
                 f"scores: expected torch.float32 {list(size)} like the labels, "
                 f"got {self.scores.dtype} {list(self.scores.shape)}"
             )
-        if self.picture is not None and self.picture.shape != (3, *size):
-            raise ValueError(f"picture: expected shape {[3, *size]} like the labels, got {list(self.picture.shape)}")
+        if self.image is not None and self.image.shape != (3, *size):
+            raise ValueError(f"image: expected shape {[3, *size]} like the labels, got {list(self.image.shape)}")
         if (every := self.probabilities) is not None and not (
             every.is_floating_point() and every.ndim == 3 and every.shape[1:] == size and len(every) <= len(self.names)
         ):
@@ -72,6 +73,11 @@ class Segmentation:
                 f"probabilities have shape {list(every.shape)} and dtype {every.dtype}; "
                 f"expected floating point [{len(self.names)}, {size[0]}, {size[1]}]"
             )
+
+    @property
+    def picture(self) -> torch.Tensor | None:
+        """The old name of ``image``."""
+        return self.image
 
     @property
     def background(self) -> int | None:
@@ -163,41 +169,42 @@ class Segmentation:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
+    @old_arguments(picture="image")
     def overlay(
         self,
         path: str | os.PathLike | None = None,
         *,
-        picture: Picture | None = None,
+        image: ImageLike | None = None,
         opacity: float = 0.55,
     ) -> Image.Image:
-        """Draw the labels over the picture, with a legend of the names that occur below it.
+        """Draw the labels over the image, with a legend below it of the names that occur.
 
         Args:
             path: where to write it, in the format its suffix names; None writes nothing.
-            picture: what to draw on instead of the picture the segmentation was made from, of the same size.
+            image: an image of the same size to draw on instead of the one the segmentation was made from.
             opacity: of the colours, 0 to 1. The background is not coloured.
 
         Returns:
-            RGB image, higher than the picture by the legend.
+            RGB image, as much higher than the original as the legend is.
 
         Raises:
-            ValueError: no picture is known, it has another size, the suffix is unknown, or ``opacity`` is off.
+            ValueError: there is no image or it has another size, the suffix is unknown, or ``opacity`` is out of range.
             OSError: it cannot be written; nothing half-written is left.
         """
         if not 0 <= opacity <= 1:
             raise ValueError(f"opacity: expected a number from 0 to 1, got {opacity}")
         kind = None if path is None else Image.registered_extensions().get(Path(path).suffix.lower())
         if path is not None and kind is None:
-            raise ValueError(f"{os.fspath(path)}: its suffix names no picture format; use .jpg or .png")
-        pixels = self.picture if picture is None else read_picture(picture)
+            raise ValueError(f"{os.fspath(path)}: expected the suffix of an image format, such as .jpg or .png")
+        pixels = self.image if image is None else read_picture(image)
         if pixels is None:
-            raise ValueError("this segmentation does not know its picture; pass overlay(picture=...)")
+            raise ValueError("this segmentation has no image; pass overlay(image=...)")
         if pixels.shape[1:] != self.labels.shape:
             raise ValueError(
-                f"the picture is {pixels.shape[2]} x {pixels.shape[1]} pixels, "
-                f"the labels are {self.labels.shape[1]} x {self.labels.shape[0]}"
+                f"image: expected {self.labels.shape[1]} x {self.labels.shape[0]} pixels like the labels, "
+                f"got {pixels.shape[2]} x {pixels.shape[1]}"
             )
-        image = draw_overlay(
+        drawn = draw_overlay(
             pixels.cpu().numpy(),
             self.labels.numpy(),
             self.names,
@@ -208,9 +215,9 @@ class Segmentation:
             text = PngImagePlugin.PngInfo()
             text.add_text(OVERLAY_MARK, "overlay")
             write_atomically(
-                os.path.expanduser(path), _encoded(image, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text)
+                os.path.expanduser(path), _encoded(drawn, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text)
             )
-        return image
+        return drawn
 
     def to_coco(self, image_id: int = 1) -> list[dict[str, Any]]:
         """COCO annotations with run-length masks, one for each label that occurs.
@@ -246,6 +253,9 @@ class Segmentation:
                 }
             )
         return annotations
+
+
+Segmentation.__init__ = old_arguments(picture="image")(Segmentation.__init__)
 
 
 def read_labels(path: str | os.PathLike) -> tuple[tuple[str, ...] | None, np.ndarray]:

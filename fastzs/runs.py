@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from fastzs.errors import FastzsError
 from fastzs.files import open_file, replacing, write_atomically
-from fastzs.pictures import PictureError, is_result
+from fastzs.pictures import ImageError, is_result
 from fastzs.result import Segmentation
 from fastzs.trace import traced
 
@@ -336,7 +336,7 @@ def _attempt(
         _write_result(result, picture, target, also)
     except OutputError as error:
         return Attempt(picture, state, problem=str(error), ends=OutputError(str(error)))
-    except PictureError as error:
+    except ImageError as error:
         named = str(picture) in str(error)
         return Attempt(picture, state, problem=str(error) if named else f"{picture}: {error}")
     except Exception as error:  # its traceback would hold on to the model's tensors
@@ -369,7 +369,7 @@ def _write_result(result: Segmentation, picture: Path, target: Path, also: Colle
             raise
         if error.errno in FULL or not _writable(target.parent):
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
-        raise PictureError(f"{picture}: cannot write {path}: {error.strerror}") from error
+        raise ImageError(f"{picture}: cannot write {path}: {error.strerror}") from error
 
 
 def _writable(folder: Path) -> bool:

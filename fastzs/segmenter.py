@@ -22,8 +22,9 @@ from fastzs.clip.packed import computes_int8, pack, unpack
 from fastzs.errors import FastzsError
 from fastzs.features import FeaturesError, ImageFeatures
 from fastzs.models.base import Features, SegmentationModel
-from fastzs.pictures import Picture, PictureError, find_pictures, read_picture, split_batch
+from fastzs.pictures import ImageError, ImageLike, find_pictures, read_picture, split_batch
 from fastzs.question import Background, Names, Question, Questions
+from fastzs.renamed import old_arguments
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
 from fastzs.views import View, batches, check_crop
@@ -46,7 +47,7 @@ class Segmenter:
         crop, stride: sliding windows over the resized image, a side or (height, width) in pixels; 0 takes the
             whole image at once; the model's own choice if omitted, which shrinks to images smaller than it, as
             published; ``stride`` two thirds of the crop.
-        batch_size: windows per forward pass, also of several images; ``batch`` is its old name.
+        batch_size: windows per forward pass, also of several images.
         windows: "separate": the maps of windows are averaged; "stitched": their features are put together before the
             last step, a transformer's last block or a decoder, which then sees the whole image. No system is published
             with it.
@@ -60,6 +61,7 @@ class Segmenter:
             be stitched.
     """
 
+    @old_arguments(batch="batch_size")
     def __init__(
         self,
         model: SegmentationModel,
@@ -68,10 +70,8 @@ class Segmenter:
         crop: int | tuple[int, int] | None = None,
         stride: int | tuple[int, int] | None = None,
         batch_size: int = 8,
-        batch: int | None = None,
         windows: Windows = "separate",
     ):
-        batch_size = batch_size if batch is None else batch
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if short_side is not None and short_side < 0:
@@ -141,15 +141,16 @@ class Segmenter:
             self.optimize()
 
     @overload
-    def __call__(self, images: Picture, names: Names, **options: Any) -> Segmentation: ...
+    def __call__(self, images: ImageLike, names: Names, **options: Any) -> Segmentation: ...
 
     @overload
-    def __call__(self, images: Iterable[Picture], names: Names, **options: Any) -> Iterator[Segmentation]: ...
+    def __call__(self, images: Iterable[ImageLike], names: Names, **options: Any) -> Iterator[Segmentation]: ...
 
+    @old_arguments(picture="images")
     def __call__(  # pyright: ignore[reportInconsistentOverload]
         self,
-        images: Picture | Iterable[Picture] | None = None,
-        names: Names = (),
+        images: ImageLike | Iterable[ImageLike],
+        names: Names,
         *,
         background: Background = "none",
         threshold: float | None = None,
@@ -158,7 +159,6 @@ class Segmenter:
         probabilities: bool = False,
         batch_size: int | None = None,
         on_error: OnError = "raise",
-        picture: Picture | None = None,
     ) -> Segmentation | Iterator[Segmentation]:
         """Label every pixel of an image, or of many: :meth:`encode` and :meth:`label` without keeping the features.
 
@@ -177,14 +177,13 @@ class Segmenter:
             batch_size: windows per forward pass; the segmenter's own if omitted.
             on_error: of many images, one that cannot be used: "raise" after the results before it have come, or
                 "skip" it with a warning that names it.
-            picture: the old name of ``images``.
 
         Raises:
-            PictureError: an image cannot be read.
+            ImageError: an image cannot be read.
             ValueError: names or settings that do not fit, no images, or a crop asked for that is larger than the
                 resized image; the message says which.
         """
-        given = picture if images is None else images
+        given = images
         if given is None:
             raise ValueError("images: expected an image, a folder, or several images, got None")
         if on_error not in ("raise", "skip"):
@@ -211,11 +210,11 @@ class Segmenter:
         return (found.result(question) for found in several)
 
     @torch.no_grad()  # not inference_mode: kept features can take part in somebody's training
-    def encode(self, image: Picture) -> ImageFeatures:
+    def encode(self, image: ImageLike) -> ImageFeatures:
         """What the model computes of an image without any names.
 
         Raises:
-            PictureError, ValueError: as when the segmenter is called.
+            ImageError, ValueError: as when the segmenter is called.
         """
         view = self._view(image)
         if self.windows == "stitched":
@@ -272,7 +271,7 @@ class Segmenter:
     @torch.inference_mode()
     def answers(
         self,
-        images: Iterable[Picture],
+        images: Iterable[ImageLike],
         question: Question,
         *,
         batch_size: int | None = None,
@@ -286,12 +285,12 @@ class Segmenter:
                     found = answer(self.model, view.image, view.size, view.windows, parts, question)
                 yield found.ordinary()
 
-    def _views(self, images: Iterable[Picture], on_error: OnError) -> Iterator[View]:
+    def _views(self, images: Iterable[ImageLike], on_error: OnError) -> Iterator[View]:
         for i, image in enumerate(images):
             try:
                 yield self._view(image)
             except (FastzsError, ValueError) as error:
-                problem = error if isinstance(image, str | PathLike) else PictureError(f"image {i}: {error}")
+                problem = error if isinstance(image, str | PathLike) else ImageError(f"image {i}: {error}")
                 if on_error == "raise":
                     raise problem from error
                 log.warning("left out: %s", problem)
@@ -318,7 +317,7 @@ class Segmenter:
                     maps[i].append(logits[None])
         yield from zip(views, maps, strict=True)
 
-    def _view(self, image: Picture) -> View:
+    def _view(self, image: ImageLike) -> View:
         with span("predict.preprocess"):
             original = read_picture(image)
             resized = self._resize(original)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastzs.pictures import PictureError
+from fastzs.pictures import ImageError
 
 
 class View(NamedTuple):
@@ -55,11 +55,11 @@ def check_crop(crop: int | tuple[int, int], size: tuple[int, int]) -> None:
     """See that a crop, a side or (height, width), fits into an image of (height, width).
 
     Raises:
-        PictureError: it is larger.
+        ImageError: it is larger.
     """
     height, width = (crop, crop) if isinstance(crop, int) else crop
     if height > size[0] or width > size[1]:
-        raise PictureError(
+        raise ImageError(
             f"the crop, {height} x {width} pixels, is larger than the picture, {size[0]} x {size[1]} as the model sees "
             "it; give a smaller crop, a larger short side, or crop 0 for the whole picture at once"
         )

@@ -28,7 +28,7 @@ def resize_size(size: Size, short_side: int, long_side: int | None = None) -> Si
     return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
 
 
-def window_grid(picture_size: Size, crop: int | Size, stride: int | Size) -> torch.Tensor:
+def window_grid(image_size: Size, crop: int | Size, stride: int | Size) -> torch.Tensor:
     """Windows of one size that cover a picture, row by row from the top left.
 
     Along each side they start at 0, ``stride``, ``2 * stride``, ... until one reaches the end; that last one
@@ -36,7 +36,7 @@ def window_grid(picture_size: Size, crop: int | Size, stride: int | Size) -> tor
     CLIP-RC: crop 512, stride 426). A crop larger than the picture shrinks to it.
 
     Args:
-        picture_size: (height, width) of the picture in pixels.
+        image_size: (height, width) of the picture in pixels.
         crop: side of a window, or (height, width).
         stride: distance of neighbouring windows, or (down, right); at most the crop, so that no pixel is
             missed.
@@ -47,7 +47,7 @@ def window_grid(picture_size: Size, crop: int | Size, stride: int | Size) -> tor
     Raises:
         ValueError: a length is not a positive integer, or ``stride`` exceeds ``crop``.
     """
-    size = _pair("picture_size", picture_size)
+    size = _pair("image_size", image_size)
     crop = _pair("crop", crop)
     stride = _pair("stride", stride)
     if stride[0] > crop[0] or stride[1] > crop[1]:

@@ -53,7 +53,7 @@ class FakeSegmenter:
         pixels = read_picture(picture)
         names = vocabulary.names if background == "none" else (*vocabulary.names, "background")
         labels = (pixels.float().mean(0) * len(names) / 256).to(torch.uint8 if len(names) <= 255 else torch.int16)
-        return Segmentation(labels, names, picture=pixels)
+        return Segmentation(labels, names, image=pixels)
 
 
 @pytest.fixture

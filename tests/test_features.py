@@ -70,7 +70,7 @@ def test_features_can_be_moved_copied_pickled_and_saved(make, image, tmp_path):
         got = seg.label(other, names, scores=True)
         assert torch.equal(got.labels, wanted.labels)
         assert torch.equal(got.scores, wanted.scores)
-        assert torch.equal(got.picture, image)
+        assert torch.equal(got.image, image)
 
 
 def test_slices_and_joins():

@@ -47,7 +47,7 @@ def test_what_no_font_has_is_told_once(monkeypatch, caplog):
     monkeypatch.setattr(fonts, "PACKAGES", ())
     monkeypatch.setattr(fonts, "FOLDERS", ())
     labels = torch.zeros(40, 60, dtype=torch.uint8)
-    result = Segmentation(labels, ("ねこ",), picture=torch.zeros(3, 40, 60, dtype=torch.uint8))
+    result = Segmentation(labels, ("ねこ",), image=torch.zeros(3, 40, 60, dtype=torch.uint8))
     for _ in range(3):
         result.overlay()
     told = [record.message for record in caplog.records]

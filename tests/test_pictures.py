@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastzs.pictures import PictureError, find_pictures, read_picture, split_batch
+from fastzs.pictures import ImageError, find_pictures, read_picture, split_batch
 from fastzs.result import Segmentation
 
 OLD = pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow below 13 cannot read the YCbCr TIFF that it writes")
@@ -94,13 +94,13 @@ def test_16_bit_grey(tmp_path):
 @pytest.mark.parametrize("pixels", [np.full((4, 4), 70000, np.int32), np.full((4, 4), -1, np.int32)])
 def test_more_than_16_bits(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "deep.tif")
-    with pytest.raises(PictureError, match=r"deep\.tif: cannot be read: its pixels .* do not fit 16 bits"):
+    with pytest.raises(ImageError, match=r"deep\.tif: cannot be read: its pixels .* do not fit 16 bits"):
         read_picture(tmp_path / "deep.tif")
 
 
 def test_floating_point(tmp_path):
     Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "float.tif")
-    with pytest.raises(PictureError, match=r"float\.tif: cannot be read: its pixels are floating point"):
+    with pytest.raises(ImageError, match=r"float\.tif: cannot be read: its pixels are floating point"):
         read_picture(tmp_path / "float.tif")
 
 
@@ -179,7 +179,7 @@ def test_does_not_share_memory_with_an_array():
     ],
 )
 def test_refuses(picture, message):
-    with pytest.raises(PictureError, match=message):
+    with pytest.raises(ImageError, match=message):
         read_picture(picture)
 
 
@@ -187,11 +187,11 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / "words.jpg").write_text("this is not a picture")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("words.jpg", "empty.png"):
-        with pytest.raises(PictureError, match=f"{name}: not a picture"):
+        with pytest.raises(ImageError, match=f"{name}: not a picture"):
             read_picture(tmp_path / name)
-    with pytest.raises(PictureError, match=r"gone\.png: no such file"):
+    with pytest.raises(ImageError, match=r"gone\.png: no such file"):
         read_picture(tmp_path / "gone.png")
-    with pytest.raises(PictureError, match="is a folder"):
+    with pytest.raises(ImageError, match="is a folder"):
         read_picture(tmp_path)
 
 
@@ -202,7 +202,7 @@ def test_truncated_files_are_named(tmp_path, name, part):
     Image.fromarray(noise).save(tmp_path / name)
     data = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(data[: int(len(data) * part)])
-    with pytest.raises(PictureError, match=name.replace(".", r"\.")):
+    with pytest.raises(ImageError, match=name.replace(".", r"\.")):
         read_picture(tmp_path / name)
 
 
@@ -221,7 +221,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path, name):
         places = rng.integers(0, min(len(data), 400), 3)
         damaged[places] = rng.integers(0, 256, 3)
         (tmp_path / name).write_bytes(damaged.tobytes())
-        with warnings.catch_warnings(), contextlib.suppress(PictureError):
+        with warnings.catch_warnings(), contextlib.suppress(ImageError):
             warnings.simplefilter("ignore")
             assert read_picture(tmp_path / name).shape[0] == 3
 
@@ -229,7 +229,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path, name):
 def test_decompression_bomb_guard(tmp_path, monkeypatch):
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
-    with pytest.raises(PictureError, match=r"bomb\.png: cannot be read: Image size \(90000 pixels\) exceeds limit"):
+    with pytest.raises(ImageError, match=r"bomb\.png: cannot be read: Image size \(90000 pixels\) exceeds limit"):
         read_picture(tmp_path / "bomb.png")
 
 
@@ -266,17 +266,17 @@ def test_find_in_folders_files_and_globs(tree):
 
 def test_find_skips_a_folder(tree):
     assert names(tree, find_pictures([tree], skip=tree / "sub")) == ["a.jpg", "b.png", "odd[1].png"]
-    with pytest.raises(PictureError, match=r"c\.webp.*outside of"):
+    with pytest.raises(ImageError, match=r"c\.webp.*outside of"):
         find_pictures([tree / "sub" / "deep" / "c.webp"], skip=tree / "sub")
 
 
 def test_find_names_what_matches_nothing(tree):
     (tree / "bare").mkdir()
     for given in ("gone.png", "*.bmp", "bare", "gone/"):
-        with pytest.raises(PictureError, match="no such picture") as caught:
+        with pytest.raises(ImageError, match="no such picture") as caught:
             find_pictures([tree / "a.jpg", tree / given])
         assert given.rstrip("/") in str(caught.value)
-    with pytest.raises(PictureError, match="no pictures given"):
+    with pytest.raises(ImageError, match="no pictures given"):
         find_pictures([])
 
 
@@ -319,7 +319,7 @@ def test_home_folder(tmp_path, monkeypatch):
     quarters().save(tmp_path / "a.png")
     check("~/a.png", FOUR)
     assert find_pictures(["~/a.png", "~/*.png", "~"]) == [tmp_path / "a.png"]
-    with pytest.raises(PictureError, match="outside of ~"):
+    with pytest.raises(ImageError, match="outside of ~"):
         find_pictures(["~"], skip="~")
 
 
@@ -330,7 +330,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s.jpg"))
         for path, kind in ((tmp_path / "p.jpg", "a FIFO"), (tmp_path / "s.jpg", "a socket"), ("/dev/zero", "a device")):
-            with pytest.raises(PictureError, match=f"{path}: cannot be read: is {kind}, not a file"):
+            with pytest.raises(ImageError, match=f"{path}: cannot be read: is {kind}, not a file"):
                 read_picture(path)
         assert len(find_pictures([tmp_path])) == 2  # each is named when it fails
 
@@ -352,7 +352,7 @@ def test_heic(tmp_path, monkeypatch):
     assert find_pictures([tmp_path]) == [tmp_path / "a.heic"]
     assert read_picture(tmp_path / "a.heic").shape == (3, 48, 80)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(PictureError, match=r"a\.heic: HEIC needs pillow-heif.*fastzs\[heif\]"):
+    with pytest.raises(ImageError, match=r"a\.heic: HEIC needs pillow-heif.*fastzs\[heif\]"):
         read_picture(tmp_path / "a.heic")
 
 
@@ -375,7 +375,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path):
     quarters().save(tmp_path / "in" / "a.png")
     closed.chmod(0)
     assert find_pictures([tmp_path / "in"]) == [tmp_path / "in" / "a.png", closed]
-    with pytest.raises(PictureError, match=r"closed.*Permission denied"):
+    with pytest.raises(ImageError, match=r"closed.*Permission denied"):
         read_picture(closed)
 
 
@@ -390,7 +390,7 @@ def test_kinds_that_cannot_be_read_are_told(tmp_path, caplog):
 def test_results_are_no_pictures(tmp_path, caplog):
     quarters().save(tmp_path / "a.png")
     quarters().save(tmp_path / "b_overlay.jpg")
-    result = Segmentation(torch.zeros(24, 40, dtype=torch.uint8), ("x",), picture=read_picture(quarters()))
+    result = Segmentation(torch.zeros(24, 40, dtype=torch.uint8), ("x",), image=read_picture(quarters()))
     result.save(tmp_path / "masks.png")
     for ending in ("png", "jpg"):
         result.overlay(tmp_path / f"a_overlay.{ending}")
@@ -399,5 +399,5 @@ def test_results_are_no_pictures(tmp_path, caplog):
     assert find_pictures([tmp_path]) == wanted
     assert "3 label maps and overlays of fastzs are left out" in caplog.text
     assert find_pictures([tmp_path / "*.png", tmp_path / "*.jpg"]) == wanted
-    with pytest.raises(PictureError, match=r"masks\.png'.*no picture in it but results of fastzs"):
+    with pytest.raises(ImageError, match=r"masks\.png'.*no picture in it but results of fastzs"):
         find_pictures([tmp_path / "masks.png"])

@@ -1,13 +1,18 @@
 """Old names of settings, wherever somebody may still have them."""
 
 import json
+from dataclasses import replace
 
+import pytest
 import torch
 import yaml
 
 from fastzs.cli import main
 from fastzs.models import ZegFormer
+from fastzs.ops import label_map, refine
+from fastzs.pictures import ImageError, PictureError
 from fastzs.renamed import current, current_flags
+from fastzs.result import Segmentation
 from tests.models.test_two_stage import model
 from tests.test_train import SEEN, TEXT, Scenes, flipped, small
 from tests.training import recipe, settings
@@ -68,3 +73,19 @@ def test_a_saved_model(tmp_path):
     config["share"] = config.pop("ensemble_weight")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert ZegFormer.from_pretrained(tmp_path).ensemble_weight == 0.7
+
+
+def test_calls():
+    image = torch.zeros(3, 4, 6, dtype=torch.uint8)
+    result = Segmentation(torch.zeros(4, 6, dtype=torch.uint8), ("a",), picture=image)
+    assert result.image is result.picture is image
+    assert replace(result, image=image + 1).picture.sum() == image.numel()
+    assert list(result.overlay(picture=image).getdata()) == list(result.overlay(image=image).getdata())
+    logits, windows = torch.rand(1, 2, 2, 3), [(0, 0, 4, 6)]
+    assert torch.equal(
+        label_map(logits, windows, picture_size=(4, 6)).labels, label_map(logits, windows, (4, 6)).labels
+    )
+    assert refine(logits, image / 255, picture_size=(4, 6)).labels.shape == (4, 6)
+    with pytest.raises(TypeError, match="'picture_size' is the old name of 'image_size', and both are given"):
+        label_map(logits, windows, (4, 6), image_size=(4, 6), picture_size=(4, 6))
+    assert PictureError is ImageError

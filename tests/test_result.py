@@ -119,7 +119,7 @@ def test_background_is_black_in_the_file_and_classes_follow(tmp_path):
         ({"labels": torch.full((2, 3), 2, dtype=torch.uint8)}, "labels: expected 0 to 1 for 2 names, got 2 to 2"),
         ({"scores": torch.zeros(3, 2)}, r"scores: expected torch.float32 \[2, 3\].*got torch.float32 \[3, 2\]"),
         ({"scores": torch.zeros(2, 3, dtype=torch.float64)}, "got torch.float64"),
-        ({"picture": grey((3, 2))}, r"picture: expected shape \[3, 2, 3\] like the labels, got \[3, 3, 2\]"),
+        ({"image": grey((3, 2))}, r"image: expected shape \[3, 2, 3\] like the labels, got \[3, 3, 2\]"),
         ({"names": ()}, "for 0 names"),
         (
             {"names": tuple(map(str, range(300))), "labels": torch.full((2, 3), -1, dtype=torch.int16)},
@@ -188,7 +188,7 @@ def test_coco_without_pycocotools(monkeypatch):
 
 def test_overlay_blends_and_leaves_the_background(tmp_path):
     labels = torch.tensor([[0, 0, 1, 1], [2, 2, 2, 2]], dtype=torch.uint8).repeat_interleave(8, 0)
-    result = Segmentation(labels, ("a", "b", "background"), picture=grey((16, 4)))
+    result = Segmentation(labels, ("a", "b", "background"), image=grey((16, 4)))
     image = result.overlay(tmp_path / "overlay.png", opacity=0.5)
     pixels = np.asarray(image)[:16, :4]
     assert pixels[0, 0].tolist() == [114, 50, 50]  # half of grey 100, half of (128, 0, 0)
@@ -201,7 +201,7 @@ def test_overlay_blends_and_leaves_the_background(tmp_path):
 
 @pytest.mark.parametrize("name", ["overlay.jpg", "overlay.PNG", "overlay.webp", "overlay.bmp"])
 def test_overlay_formats(tmp_path, name):
-    result = example(picture=grey())
+    result = example(image=grey())
     image = result.overlay(tmp_path / name)
     with Image.open(tmp_path / name) as written:
         assert written.size == image.size
@@ -211,10 +211,10 @@ def test_overlay_legend_names_only_what_occurs():
     labels = torch.zeros(40, 200, dtype=torch.uint8)
     names = tuple(f"class {i}" for i in range(200))
     picture = grey((40, 200), 255)
-    one = Segmentation(labels, names, picture=picture).overlay(opacity=0)
+    one = Segmentation(labels, names, image=picture).overlay(opacity=0)
     assert one.height < 80
     labels[0] = torch.arange(200, dtype=torch.uint8)
-    assert Segmentation(labels, names, picture=picture).overlay(opacity=0).height > 500
+    assert Segmentation(labels, names, image=picture).overlay(opacity=0).height > 500
     # Each entry's square has the colour of its label.
     colours = {tuple(c) for c in np.asarray(one)[40:].reshape(-1, 3).tolist()}
     assert tuple(label_colours(200, None)[0].tolist()) in colours
@@ -225,29 +225,29 @@ def test_overlay_legend_names_only_what_occurs():
 def test_overlay_of_any_size_and_any_names(size):
     names = ("a", "two\nlines", "x" * 500, "狗 🐕", "")
     labels = torch.arange(size[0] * size[1]).remainder(5).to(torch.uint8).view(size)
-    image = Segmentation(labels, names, picture=grey(size)).overlay()
+    image = Segmentation(labels, names, image=grey(size)).overlay()
     assert image.width >= size[1]
     assert image.width < max(size[1], 1000)
     assert image.height > size[0]
 
 
 def test_overlay_over_255_names():
-    assert example(300, picture=grey()).overlay().mode == "RGB"
+    assert example(300, image=grey()).overlay().mode == "RGB"
 
 
 def test_overlay_on_another_picture():
     result = example(2)
-    with pytest.raises(ValueError, match="does not know its picture"):
+    with pytest.raises(ValueError, match="has no image; pass"):
         result.overlay()
-    assert result.overlay(picture=np.zeros((6, 9, 3), np.uint8)).width >= 9
-    with pytest.raises(ValueError, match="the picture is 6 x 9 pixels, the labels are 9 x 6"):
-        result.overlay(picture=np.zeros((9, 6, 3), np.uint8))
+    assert result.overlay(image=np.zeros((6, 9, 3), np.uint8)).width >= 9
+    with pytest.raises(ValueError, match="image: expected 9 x 6 pixels like the labels, got 6 x 9"):
+        result.overlay(image=np.zeros((9, 6, 3), np.uint8))
 
 
 def test_overlay_refuses(tmp_path):
-    result = example(picture=grey())
+    result = example(image=grey())
     for name in ("overlay.xyz", "overlay"):
-        with pytest.raises(ValueError, match="names no picture format"):
+        with pytest.raises(ValueError, match="expected the suffix of an image format"):
             result.overlay(tmp_path / name)
     for opacity in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="opacity"):
@@ -262,7 +262,7 @@ def test_draw_overlay_does_not_change_its_inputs():
 
 
 def test_large_pictures_in_pieces(monkeypatch):
-    result = example(5, (50, 41), background=True, picture=torch.randint(256, (3, 50, 41), dtype=torch.uint8))
+    result = example(5, (50, 41), background=True, image=torch.randint(256, (3, 50, 41), dtype=torch.uint8))
     whole = np.asarray(result.overlay())
     names = [segment["label"] for segment in result.segments]
     for piece in (1, 100, 2049, 2050):
@@ -296,7 +296,7 @@ class FullDisk:
 @pytest.mark.parametrize("room", [0, 60])
 @pytest.mark.parametrize("old", [None, b"what was there before"])
 def test_full_disk_leaves_what_was_there(tmp_path, monkeypatch, room, old):
-    result = example(3, (60, 60), picture=grey((60, 60)))
+    result = example(3, (60, 60), image=grey((60, 60)))
     targets = {"labels.png": result.save, "overlay.jpg": result.overlay}
     for name in targets if old else ():
         (tmp_path / name).write_bytes(old)
@@ -358,6 +358,6 @@ def test_a_tilde_is_the_home_folder_in_saving_and_loading(tmp_path, monkeypatch)
     result.save("~/a.png")
     result.save_scores("~/b.png")
     result.save_probabilities("~/c.npz")
-    result.overlay("~/d.png", picture=torch.zeros(3, 2, 3, dtype=torch.uint8))
+    result.overlay("~/d.png", image=torch.zeros(3, 2, 3, dtype=torch.uint8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.npz", "d.png"]
     assert Segmentation.load("~/a.png").names == ("road",)

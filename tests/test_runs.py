@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastzs.pictures import PictureError, find_pictures, read_picture
+from fastzs.pictures import ImageError, find_pictures, read_picture
 from fastzs.result import Segmentation
 from fastzs.runs import (
     Attempt,
@@ -24,7 +24,7 @@ from fastzs.runs import (
 def fake(path):
     """Labels by brightness; what a real segmenter does, without a model."""
     picture = read_picture(path)
-    return Segmentation((picture.float().mean(0) > 127).to(torch.uint8), ("dark", "bright"), picture=picture)
+    return Segmentation((picture.float().mean(0) > 127).to(torch.uint8), ("dark", "bright"), image=picture)
 
 
 @pytest.fixture
@@ -275,7 +275,7 @@ def test_outcome_is_live(pictures):
 
 
 def test_picture_error_is_a_value_error():
-    assert issubclass(PictureError, ValueError)
+    assert issubclass(ImageError, ValueError)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])

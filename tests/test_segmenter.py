@@ -43,7 +43,7 @@ def test_whole_picture_is_labelled_as_by_hand(picture):
     assert result.labels.dtype == torch.uint8
     assert torch.equal(result.labels.long(), scores.argmax(0))
     torch.testing.assert_close(result.scores, scores.amax(0))
-    assert torch.equal(result.picture, picture)
+    assert torch.equal(result.image, picture)
 
 
 @pytest.mark.parametrize("kind", ["array", "pil", "path"])
@@ -196,7 +196,7 @@ def test_an_image_is_encoded_once_and_labelled_with_many_names(picture, monkeypa
                 assert got.names == want.names
                 assert torch.equal(got.labels, want.labels)
                 assert torch.equal(got.scores, want.scores)
-                assert torch.equal(got.picture, picture)
+                assert torch.equal(got.image, picture)
 
 
 def test_features_are_ordinary_tensors(picture):
@@ -229,7 +229,7 @@ def test_many_images_are_what_each_is_alone(windows, batch_size):
         results = list(seg(together, NAMES, scores=True, batch_size=batch_size))
         assert len(results) == len(given)
         for one, other, image in zip(results, alone, given, strict=True):
-            assert torch.equal(one.picture, image)
+            assert torch.equal(one.image, image)
             torch.testing.assert_close(one.scores, other.scores, rtol=1e-4, atol=1e-5)
             assert (one.labels != other.labels).float().mean() < 0.01  # where scores tie within rounding
 
@@ -324,7 +324,7 @@ class TestOrdinaryTensors:
         labelled = shapes_segmenter.label(features, self.NAMES, scores=True)
         logits = shapes_segmenter.logits(features, self.NAMES)
         answer = next(shapes_segmenter.answers([image], shapes_segmenter.question(self.NAMES, scores=True)))
-        given = [result.labels, result.scores, result.picture, labelled.labels, labelled.scores, logits]
+        given = [result.labels, result.scores, result.image, labelled.labels, labelled.scores, logits]
         given += [answer.image, *answer.labels, *answer.scores, *features.windows.tensors().values()]
         for tensor in given:
             assert not tensor.is_inference()
@@ -348,7 +348,7 @@ class TestOrdinaryTensors:
         before = buffer.clone()
         result, features = shapes_segmenter(buffer, self.NAMES), shapes_segmenter.encode(buffer)
         buffer.zero_()
-        assert torch.equal(result.picture, before)
+        assert torch.equal(result.image, before)
         assert torch.equal(features.image, before)
 
     def test_batches_are_many_images(self, shapes_segmenter):

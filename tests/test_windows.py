@@ -78,7 +78,7 @@ def test_large_picture():
     [
         (((10, 10), 4, 5), "stride .5, 5. is larger than crop"),
         (((10, 10), (4, 8), (4, 9)), "larger than crop"),
-        (((10, 0), 4, 4), "picture_size: expected"),
+        (((10, 0), 4, 4), "image_size: expected"),
         (((10, 10), 0, 4), "crop: expected .*, got 0"),
         (((10, 10), 4, -1), "stride: expected .*, got -1"),
         (((10, 10), (4, 4.0), 4), "crop: expected"),

@@ -36,7 +36,7 @@ from fastzs.data.masks import SUFFIXES as MASKS
 from fastzs.data.masks import DataError, Labels, Meaning, read_mask
 from fastzs.data.protocols import WIDE_IGNORE, Protocol
 from fastzs.files import check_file, read_text, write_atomically
-from fastzs.pictures import HEIF, SUFFIXES, PictureError, know_heif, read_picture, visible_files
+from fastzs.pictures import HEIF, SUFFIXES, ImageError, know_heif, read_picture, visible_files
 
 Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
 TOLD = 5  # problems that a message names; the rest are counted
@@ -99,7 +99,7 @@ class PairsDataset(Dataset[Sample]):
         """One picture and its labels.
 
         Raises:
-            DataError, PictureError: a file changed since the data set was checked and is no longer good.
+            DataError, ImageError: a file changed since the data set was checked and is no longer good.
         """
         pair = self.pairs[index]
         picture = read_picture(pair.image)
@@ -172,8 +172,8 @@ class PairsDataset(Dataset[Sample]):
             labels = self.labels.of(values, pair.mask)
             if values.ndim == 2:
                 used.update(np.flatnonzero(np.bincount(values.reshape(-1))).tolist())
-            size = _picture_size(pair.image)
-        except (DataError, PictureError) as error:
+            size = _size_of(pair.image)
+        except (DataError, ImageError) as error:
             return str(error)
         return _sizes(pair, size, labels.shape) if size != labels.shape else None
 
@@ -452,7 +452,7 @@ def seed_of(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big")
 
 
-def _picture_size(path: Path) -> tuple[int, int]:
+def _size_of(path: Path) -> tuple[int, int]:
     """(height, width) as :func:`fastzs.pictures.read_picture` gives it, from the header."""
     try:
         check_file(path)
@@ -461,7 +461,7 @@ def _picture_size(path: Path) -> tuple[int, int]:
         with Image.open(path) as image:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5  # EXIF orientation
-    except PictureError:
+    except ImageError:
         raise
     except Exception as error:
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastzs.renamed import old_arguments
 from fastzs.trace import traced
 
 from ..dispatch import choose
@@ -28,11 +29,12 @@ class LabelMap(NamedTuple):
     scores: Tensor | None  # of the same shape, fp32 (fp64 for fp64 logits)
 
 
+@old_arguments(picture_size="image_size")
 @traced("ops.label_map")
 def label_map(
     logits: Tensor,
     windows: Tensor | Sequence[Sequence[int]],
-    picture_size: Sequence[int],
+    image_size: Sequence[int],
     *,
     output_size: Sequence[int] | None = None,
     activation: str = "sigmoid",
@@ -60,8 +62,8 @@ def label_map(
             says so (on a GPU it is not looked for, that would wait for the device). Not differentiable.
         windows: ``[W, 4]`` int64 tensor or nested sequence of (top, left, height, width) in pixels of the
             resized picture, all of one height and width, inside the picture, and together covering it.
-        picture_size: (H, W) of the resized picture.
-        output_size: (H', W') of the labels, by default ``picture_size``.
+        image_size: (H, W) of the resized picture.
+        output_size: (H', W') of the labels, by default ``image_size``.
         activation: ``"sigmoid"``, ``"softmax"`` over the classes, or ``"none"``.
         seen: indices or ``[C]`` bool mask of the classes to calibrate.
         calibration: what is taken from the seen classes' scores, after the activation.
@@ -71,7 +73,7 @@ def label_map(
         top_k: how many labels per pixel, 1 to C. Above 1 the results are ``[k, H', W']``, best first.
         resize: ``"two-stage"`` as published; ``"single"`` takes every output pixel straight from the
             low-resolution maps at its centre, one bilinear step: cheaper, and not the same numbers when
-            ``output_size`` differs from ``picture_size``.
+            ``output_size`` differs from ``image_size``.
         return_scores: also give the winning scores.
         impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. Devices without a backend of their own copy
             the logits to the host, where the compiled library (``"cpu"``) labels the picture.
@@ -90,7 +92,7 @@ def label_map(
     if logits.dtype not in DTYPES:
         raise TypeError(f"label_map: logits is {logits.dtype}; wanted float32, bfloat16, float16 or float64")
     classes = logits.shape[1]
-    height, width = _size("picture_size", picture_size)
+    height, width = _size("image_size", image_size)
     out_height, out_width = (height, width) if output_size is None else _size("output_size", output_size)
     if activation not in ACTIVATIONS:
         raise ValueError(f"label_map: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")

@@ -44,7 +44,7 @@ def label_map_cpu(
     torch.ops.fastzs.label_map_cpu(
         logits.contiguous(),
         torch.tensor(windows, dtype=torch.int64),
-        *options.picture_size,
+        *options.image_size,
         options.resize == "single",
         ACTIVATION_CODES[options.activation],
         None if options.penalty is None else options.penalty.cpu(),

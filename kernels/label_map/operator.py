@@ -19,7 +19,7 @@ from .reference import label_map_reference
 def label_map(
     logits: Tensor,  # [W, C, h, w]
     windows: Tensor,  # [W, 4] int64
-    picture_size: list[int],
+    image_size: list[int],
     output_size: list[int],
     activation: str,
     penalty: Tensor | None,  # [C]
@@ -33,7 +33,7 @@ def label_map(
 ) -> tuple[Tensor, Tensor]:
     """Labels ``[k, H', W']`` and scores alike (empty unless asked for); see :func:`fastzs.ops.label_map`."""
     places = windows.tolist()
-    check_windows(places, *picture_size)
+    check_windows(places, *image_size)
     if logits.device.type == "cpu" and not all(math.isfinite(extreme) for extreme in torch.aminmax(logits)):
         message = "label_map: logits has NaN or infinite values; classes lose where they have one"
         warnings.warn(message, stacklevel=3)
@@ -42,7 +42,7 @@ def label_map(
     else:
         run = {"cpu": label_map_cpu, "cuda": label_map_cuda, "reference": label_map_reference}[backend]
     options = Options(
-        (picture_size[0], picture_size[1]),
+        (image_size[0], image_size[1]),
         (output_size[0], output_size[1]),
         activation,
         penalty,
@@ -60,7 +60,7 @@ def label_map(
 def _fake(
     logits,
     windows,
-    picture_size,
+    image_size,
     output_size,
     activation,
     penalty,
@@ -124,7 +124,7 @@ def check_windows(places: list[list[int]], height: int, width: int) -> None:
 
 library.define(
     "label_map",
-    "(Tensor logits, Tensor windows, int[] picture_size, int[] output_size, str activation, Tensor? penalty, "
+    "(Tensor logits, Tensor windows, int[] image_size, int[] output_size, str activation, Tensor? penalty, "
     "float? threshold, int background, int top_k, str resize, bool wide, bool return_scores, str backend) "
     "-> (Tensor labels, Tensor scores)",
     label_map,

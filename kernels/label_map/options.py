@@ -10,7 +10,7 @@ from torch import Tensor
 class Options:
     """Checked already; see :func:`fastzs.ops.label_map`."""
 
-    picture_size: tuple[int, int]
+    image_size: tuple[int, int]
     output_size: tuple[int, int]
     activation: str  # "sigmoid", "softmax" or "none"
     penalty: Tensor | None  # [C], taken from the scores
@@ -24,7 +24,7 @@ class Options:
     @property
     def grid(self) -> tuple[int, int]:
         """Where the windows' scores are averaged: rows and columns."""
-        return self.picture_size if self.resize == "two-stage" else self.output_size
+        return self.image_size if self.resize == "two-stage" else self.output_size
 
     @property
     def resized(self) -> bool:

@@ -37,18 +37,18 @@ def activate(logits: Tensor, activation: str, penalty: Tensor | None) -> Tensor:
 class Picture:
     """Averaged scores of any rectangle of a grid over the picture, from the windows' low-resolution maps.
 
-    The grid is the picture's own pixels (``grid == picture_size``), or for the single-step resize the
+    The grid is the picture's own pixels (``grid == image_size``), or for the single-step resize the
     output's.
     """
 
-    def __init__(self, logits: Tensor, windows, picture_size, grid, activation: str, penalty: Tensor | None):
+    def __init__(self, logits: Tensor, windows, image_size, grid, activation: str, penalty: Tensor | None):
         self.logits, self.activation, self.penalty = logits, activation, penalty
         h, w = logits.shape[2:]
         # Of each window: first and last + 1 row of the grid, the same of columns, taps along both.
         self.places = []
         for top, left, height, width in windows:
-            top, bottom, y = window_spans(top, height, picture_size[0], grid[0])
-            left, right, x = window_spans(left, width, picture_size[1], grid[1])
+            top, bottom, y = window_spans(top, height, image_size[0], grid[0])
+            left, right, x = window_spans(left, width, image_size[1], grid[1])
             rows, cols = taps_at(y * h / height - 0.5, h), taps_at(x * w / width - 0.5, w)
             self.places.append((top, bottom, left, right, rows, cols))
 
@@ -108,7 +108,7 @@ def label_map_reference(
     logits = torch.where(logits.isfinite(), logits, torch.nan)
     penalty = None if options.penalty is None else options.penalty.cpu().to(logits.dtype)
     grid, output_size, resized = options.grid, options.output_size, options.resized
-    picture = Picture(logits, windows, options.picture_size, grid, options.activation, penalty)
+    picture = Picture(logits, windows, options.image_size, grid, options.activation, penalty)
     row_taps, col_taps = resize_taps(grid[0], output_size[0]), resize_taps(grid[1], output_size[1])
     labels, values = options.empty(logits.device, logits.dtype)
     tile_rows, tile_cols = tile_shape(logits.shape[1], output_size, grid, logits.element_size())

@@ -49,7 +49,7 @@ class Tables(NamedTuple):
 def tables_of(logits: Tensor, windows, options: Options) -> Tables:
     """For logits ``[W, C, h, w]`` of ``windows``."""
     places = tuple(tuple(window) for window in windows)
-    sizes = (options.picture_size, options.grid, options.output_size)
+    sizes = (options.image_size, options.grid, options.output_size)
     return build_tables((logits.shape[2], logits.shape[3]), places, *sizes, logits.device)
 
 

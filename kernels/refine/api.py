@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastzs.renamed import old_arguments
 from fastzs.trace import traced
 
 from ..dispatch import choose
@@ -29,13 +30,14 @@ class Refined(NamedTuple):
     maps: Tensor | None  # [C, H', W']: every class's refined logits
 
 
+@old_arguments(picture_size="image_size")
 @traced("ops.refine")
 def refine(
     logits: Tensor,
     image: Tensor,
     *,
     windows: Tensor | Sequence[Sequence[int]] | None = None,
-    picture_size: Sequence[int] | None = None,
+    image_size: Sequence[int] | None = None,
     method: str = "pamr",
     dilations: Sequence[int] = (8, 16),
     iterations: int | None = None,
@@ -82,7 +84,7 @@ def refine(
         windows: ``[W, 4]`` integers (top, left, height, width) in pixels of the resized picture: rows and columns of
             windows of one size that together cover it, as :func:`fastzs.windows.window_grid` lays them. They may reach
             beyond it. By default one window over everything.
-        picture_size: (H, W) of the resized picture, by default the image's.
+        image_size: (H, W) of the resized picture, by default the image's.
         dilations: distances of the neighbours in pixels, for "pamr"; (8, 16) was tuned at about 500 x 375.
         iterations: steps, by default 10 ("pamr") or 25 ("laplacian").
         text: ``[C, D]`` vectors of the names, for "laplacian"; of any length.
@@ -131,9 +133,9 @@ def refine(
             raise ValueError("refine: method='laplacian' needs the names' vectors; pass text=")
         if text.ndim != 2 or len(text) != logits.shape[1]:
             raise ValueError(f"refine: expected text [{logits.shape[1]}, D], got shape {list(text.shape)}")
-    size = (image.shape[1], image.shape[2]) if picture_size is None else tuple(int(n) for n in picture_size)
+    size = (image.shape[1], image.shape[2]) if image_size is None else tuple(int(n) for n in image_size)
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"refine: expected picture_size (height, width), both at least 1, got {size}")
+        raise ValueError(f"refine: expected image_size (height, width), both at least 1, got {size}")
     places = torch.tensor([[0, 0, *size]]) if windows is None else torch.as_tensor(windows)
     if places.is_floating_point() or places.shape != (logits.shape[0], 4):
         raise ValueError(

@@ -11,7 +11,7 @@ MARGIN = 1e-5  # of the largest logit: by how much a class must lie below anothe
 class Options(NamedTuple):
     """Everything about a call but its tensors."""
 
-    picture_size: tuple[int, int]
+    image_size: tuple[int, int]
     dilations: tuple[int, ...]
     iterations: int  # 0: the maps as they are
     scale: float | None  # None: no probabilities
@@ -44,7 +44,7 @@ class Axis(NamedTuple):
     weight: Tensor  # [n, taps] fp64; rows sum to 1
 
 
-def grid_of(windows: list[list[int]], picture_size: tuple[int, int]) -> tuple[list[int], list[int]]:
+def grid_of(windows: list[list[int]], image_size: tuple[int, int]) -> tuple[list[int], list[int]]:
     """Top and left edges of the windows, ascending.
 
     Raises:
@@ -56,9 +56,7 @@ def grid_of(windows: list[list[int]], picture_size: tuple[int, int]) -> tuple[li
             raise ValueError(f"refine: expected windows of one size, got {windows[0][2:]} and {window[2:]}")
     if sorted(window[:2] for window in windows) != [[top, left] for top in tops for left in lefts]:
         raise ValueError("refine: expected windows in rows and columns, each once, as fastzs.windows lays them")
-    for name, starts, length, size in zip(
-        ("rows", "columns"), (tops, lefts), windows[0][2:], picture_size, strict=True
-    ):
+    for name, starts, length, size in zip(("rows", "columns"), (tops, lefts), windows[0][2:], image_size, strict=True):
         ends = [0, *(start + length for start in starts)]
         gaps = [end for end, start in zip(ends, [*starts, size], strict=True) if start > end]
         if gaps or starts[0] >= size or ends[1] < 1:

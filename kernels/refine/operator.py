@@ -20,7 +20,7 @@ def refine(
     logits: Tensor,  # [W, C, h, w]
     windows: Tensor,  # [W, 4] int64
     image: Tensor,  # [3, H', W']
-    picture_size: list[int],
+    image_size: list[int],
     method: str,
     dilations: list[int],
     iterations: int,
@@ -32,7 +32,7 @@ def refine(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Labels and scores ``[H', W']``; probabilities alike and maps ``[C, H', W']``, empty unless asked for."""
     size, places, classes = (image.shape[1], image.shape[2]), windows.tolist(), logits.shape[1]
-    tops, lefts = grid_of(places, (picture_size[0], picture_size[1]))
+    tops, lefts = grid_of(places, (image_size[0], image_size[1]))
     logits, image = logits.to(score_dtype(logits)), image.to(score_dtype(logits))
     if not image.isfinite().all():
         raise ValueError("refine: image has NaN or infinite values; expected finite ones")
@@ -45,15 +45,15 @@ def refine(
     if method != "laplacian" and scale is None and not return_maps:
         winners = possible_winners(nodes)
         kept, nodes = kept[winners], nodes if len(winners) == len(nodes) else nodes[winners]
-    rows = window_axis(tops, places[0][2], logits.shape[2], picture_size[0], size[0])
-    cols = window_axis(lefts, places[0][3], logits.shape[3], picture_size[1], size[1])
-    options = Options((picture_size[0], picture_size[1]), tuple(dilations), iterations, scale, return_maps)
+    rows = window_axis(tops, places[0][2], logits.shape[2], image_size[0], size[0])
+    cols = window_axis(lefts, places[0][3], logits.shape[3], image_size[1], size[1])
+    options = Options((image_size[0], image_size[1]), tuple(dilations), iterations, scale, return_maps)
     if method == "laplacian":
         assert text is not None
         nodes = laplacian(nodes, rows, cols, image, self_similarity(text)[kept], cells, iterations).to(nodes.dtype)
         rows, cols = (window_axis([0], out, n, out, out) for out, n in zip(size, nodes.shape[1:], strict=True))
         logits, places = nodes[None], [[0, 0, *size]]
-        options = options._replace(picture_size=size, iterations=0)
+        options = options._replace(image_size=size, iterations=0)
     elif backend == "reference":
         logits = logits[:, kept]
     if backend == "triton":
@@ -74,9 +74,7 @@ def refine(
     return labels.to(label_dtype(classes)), result.scores, probabilities, none if maps is None else maps
 
 
-def _fake(
-    logits, windows, image, picture_size, method, dilations, iterations, text, cells, scale, return_maps, backend
-):
+def _fake(logits, windows, image, image_size, method, dilations, iterations, text, cells, scale, return_maps, backend):
     size, classes, dtype = image.shape[1:], logits.shape[1], score_dtype(logits)
     return (
         logits.new_empty(size, dtype=label_dtype(classes)),
@@ -109,7 +107,7 @@ def label_dtype(classes: int) -> torch.dtype:
 
 library.define(
     "refine",
-    "(Tensor logits, Tensor windows, Tensor image, int[] picture_size, str method, int[] dilations, int iterations, "
+    "(Tensor logits, Tensor windows, Tensor image, int[] image_size, str method, int[] dilations, int iterations, "
     "Tensor? text, int cells, float? scale, bool return_maps, str backend) "
     "-> (Tensor labels, Tensor scores, Tensor probabilities, Tensor maps)",
     refine,

@@ -38,9 +38,9 @@ def pamr(maps: Tensor, weights: Tensor, dilations: tuple[int, ...], iterations: 
     return maps
 
 
-def averaged(logits: Tensor, windows: list[list[int]], picture_size, output_size) -> Tensor:
+def averaged(logits: Tensor, windows: list[list[int]], image_size, output_size) -> Tensor:
     """Windows' maps ``[W, C, h, w]`` at their pixels, averaged, at the output's size ``[C, H', W']``."""
-    height, width = picture_size
+    height, width = image_size
     total = logits.new_zeros(logits.shape[1], height, width)
     visits = logits.new_zeros(height, width)
     for window, (top, left, rows, cols) in zip(logits, windows, strict=True):
@@ -62,7 +62,7 @@ def refine_reference(logits: Tensor, windows: list[list[int]], image: Tensor, op
     result.scores.fill_(-torch.inf)
     total = torch.zeros_like(result.scores)
     for first in range(0, logits.shape[1], CHUNK):
-        maps = averaged(logits[:, first : first + CHUNK], windows, options.picture_size, size)
+        maps = averaged(logits[:, first : first + CHUNK], windows, options.image_size, size)
         maps = pamr(maps, weights, options.dilations, options.iterations)
         best, label = maps.max(0)
         most = torch.maximum(best, result.scores)

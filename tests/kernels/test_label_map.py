@@ -433,8 +433,8 @@ def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypa
         ({"windows": [(0, 0, 8, 0)] * 2}, ValueError, "width 0"),
         ({"windows": [(0, 0, 8, 5), (0, 7, 8, 5)]}, ValueError, "16 of .* rows 0 to 7, columns 5 to 6"),
         ({"windows": [(0, 0, 4, 12), (3, 0, 4, 12)]}, ValueError, "12 of .* rows 7 to 7, columns 0 to 11"),
-        ({"picture_size": (8, 0)}, ValueError, r"picture_size=\(8, 0\)"),
-        ({"picture_size": (8,)}, ValueError, "picture_size"),
+        ({"image_size": (8, 0)}, ValueError, r"image_size=\(8, 0\)"),
+        ({"image_size": (8,)}, ValueError, "image_size"),
         ({"output_size": (0, 8)}, ValueError, r"output_size=\(0, 8\)"),
         ({"activation": "relu"}, ValueError, "activation='relu'"),
         ({"resize": "nearest"}, ValueError, "resize='nearest'"),
@@ -459,11 +459,11 @@ def test_bad_input(change, error, words):
     options = {
         "logits": torch.ones(2, 3, 4, 4),
         "windows": [(0, 0, 8, 8), (0, 4, 8, 8)],
-        "picture_size": (8, 12),
+        "image_size": (8, 12),
         **change,
     }
     with pytest.raises(error, match=words):
-        label_map(options.pop("logits"), options.pop("windows"), options.pop("picture_size"), **options)
+        label_map(options.pop("logits"), options.pop("windows"), options.pop("image_size"), **options)
 
 
 # ---- PyTorch's machinery -------------------------------------------------------------------------------------------

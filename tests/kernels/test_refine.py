@@ -51,7 +51,7 @@ def assert_agrees(case, impl, classes=7, scale=40.0, dtype=torch.float32, **opti
     picture, crop, stride, size, output, dilations, iterations = case
     logits, windows, image = random_case(picture, crop, stride, size, output, classes)
     logits, image = logits.to(dtype), image.float()
-    options |= {"windows": windows, "picture_size": picture, "scale": scale, "return_maps": True}
+    options |= {"windows": windows, "image_size": picture, "scale": scale, "return_maps": True}
     options |= {"dilations": dilations, "iterations": iterations}
     got = refine(logits, image, impl=impl, **options)
     want = refine(logits.double(), image.double(), impl="reference", **options)
@@ -79,7 +79,7 @@ def test_reference_is_published(picture, crop, stride, size, output, dilations, 
         logits,
         image,
         windows=windows,
-        picture_size=picture,
+        image_size=picture,
         dilations=dilations,
         iterations=iterations,
         scale=30.0,
@@ -100,7 +100,7 @@ def test_naclip_golden(image, output):
     logits = golden[f"out64.{image}.logits"]
     for variant, method in (("default", "pamr"), ("nopamr", "none")):
         got = refine(
-            logits, guide, picture_size=picture.shape[2:], method=method, scale=40.0, return_maps=True, impl="reference"
+            logits, guide, image_size=picture.shape[2:], method=method, scale=40.0, return_maps=True, impl="reference"
         )
         checks = golden.checks(f"out64.{image}.{variant}.scores", got.maps[None])
         assert all(check.ok for check in checks)
@@ -117,7 +117,7 @@ def test_pearl_golden(image, output):
     got = refine(
         golden[f"out64.{image}.logits"].double(),
         guide,
-        picture_size=picture.shape[2:],
+        image_size=picture.shape[2:],
         method="laplacian",
         text=golden["in.text"],
         cells=golden.config["variants"]["default"]["grid"],
@@ -159,7 +159,7 @@ def test_bright_pictures_lose_no_digits():
     case = CASES[1]
     logits, windows, image = random_case(*case[:5])
     image = (200 + 0.01 * image).float()
-    options = {"windows": windows, "picture_size": case[0], "return_maps": True}
+    options = {"windows": windows, "image_size": case[0], "return_maps": True}
     got = refine(logits.float(), image, impl="cpu", **options)
     want = refine(logits.float().double(), image.double(), impl="reference", **options)
     bound = allowed((8, 16), 10, logits.abs().max().item())
@@ -174,7 +174,7 @@ def test_threads_change_nothing():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            answers.append(refine(logits, image, windows=windows, picture_size=(48, 80), scale=40.0, return_maps=True))
+            answers.append(refine(logits, image, windows=windows, image_size=(48, 80), scale=40.0, return_maps=True))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
@@ -199,7 +199,7 @@ def test_instruction_sets(level, monkeypatch):
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_methods_share_interpolation_and_labels(impl):
     logits, windows, image = random_case(*CASES[1][:5], dtype=torch.float32)
-    options = {"windows": windows, "picture_size": (48, 80), "scale": 40.0, "return_maps": True, "impl": impl}
+    options = {"windows": windows, "image_size": (48, 80), "scale": 40.0, "return_maps": True, "impl": impl}
     plain = refine(logits, image, method="none", **options)
     want = published_scores(logits.double(), windows.tolist(), (48, 80), image.shape[1:], activation="none")
     torch.testing.assert_close(plain.maps.double(), want, rtol=0, atol=allowed((), 0, 1.0))
@@ -218,7 +218,7 @@ def test_classes_that_cannot_win_are_left_out_and_nothing_changes(impl, monkeypa
     logits, windows, image = random_case(*CASES[1][:5], classes=60, dtype=torch.float32)
     logits[:, ::3] -= 2.0
     logits[:, 31] = logits[:, 7] = logits[:, 7] + 0.2  # the first of two equal ones wins
-    options = {"windows": windows, "picture_size": (48, 80), "impl": impl}
+    options = {"windows": windows, "image_size": (48, 80), "impl": impl}
     calls = []
     kept = common.possible_winners
     monkeypatch.setattr(
@@ -255,7 +255,7 @@ def test_windows_may_reach_beyond_the_picture():
 def test_order_of_windows_does_not_matter():
     logits, windows, image = random_case(*CASES[1][:5], dtype=torch.float32)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(1))
-    a, b = (refine(logits[o], image, windows=windows[o], picture_size=(48, 80)) for o in (slice(None), order))
+    a, b = (refine(logits[o], image, windows=windows[o], image_size=(48, 80)) for o in (slice(None), order))
     assert torch.equal(a.scores, b.scores)
 
 
@@ -266,7 +266,7 @@ def test_order_of_windows_does_not_matter():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_class_that_is_not_finite_loses(bad, impl):
     logits, windows, image = random_case(*CASES[1][:5], dtype=torch.float32)
-    options = {"windows": windows, "picture_size": (48, 80), "scale": 40.0, "return_maps": True, "impl": impl}
+    options = {"windows": windows, "image_size": (48, 80), "scale": 40.0, "return_maps": True, "impl": impl}
     others = [0, 1, 2, 4, 5, 6]
     want = refine(logits[:, others], image, **options)
     logits[0, 3, 0, 0] = bad
@@ -309,7 +309,7 @@ WRONG = [
     ({"cells": 0}, ValueError, "cells"),
     ({"method": "laplacian"}, ValueError, "text="),
     ({"method": "laplacian", "text": torch.zeros(3, 5)}, ValueError, r"\[4, D\]"),
-    ({"picture_size": (0, 5)}, ValueError, "picture_size"),
+    ({"image_size": (0, 5)}, ValueError, "image_size"),
     ({"windows": [[0, 0, 6, 8], [0, 0, 6, 8]]}, ValueError, "windows"),
     ({"windows": [[0.0, 0.0, 6.0, 8.0]]}, ValueError, "windows"),
     ({"windows": [[0, 0, 5, 8]]}, ValueError, "cover the picture"),
@@ -335,7 +335,7 @@ def test_traced_programs_have_it():
 
     class Model(torch.nn.Module):
         def forward(self, logits, image):
-            return refine(logits, image, windows=windows, picture_size=(48, 80), scale=40.0, return_maps=True)
+            return refine(logits, image, windows=windows, image_size=(48, 80), scale=40.0, return_maps=True)
 
     program = torch.export.export(Model(), (logits, image), strict=False)
     want = Model()(logits, image)
@@ -348,9 +348,9 @@ from fastzs.ops import refine
 from fastzs.windows import window_grid
 windows = window_grid((336, 448), 224, 112)
 logits, image = torch.rand(6, 171, 14, 14), torch.rand(3, 375, 500)
-refine(logits[:, :2], image[:, :32, :32], windows=windows, picture_size=(336, 448), scale=40.0)
+refine(logits[:, :2], image[:, :32, :32], windows=windows, image_size=(336, 448), scale=40.0)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-refine(logits, image, windows=windows, picture_size=(336, 448), scale=40.0)
+refine(logits, image, windows=windows, image_size=(336, 448), scale=40.0)
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 

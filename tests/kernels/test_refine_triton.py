@@ -49,7 +49,7 @@ def test_labels_alone_and_equal_scores():
             logits,
             image,
             windows=windows,
-            picture_size=(9, 13),
+            image_size=(9, 13),
             impl="triton",
             return_maps=maps,
             iterations=1,

@@ -65,7 +65,7 @@ class Published:
             cover, seen = torch.tensor([[0, 0, *size]]), size
         guide = torch.nn.functional.interpolate(image, size, mode="bilinear")[0]
         text = self.text if readout.refine == "laplacian" else None
-        options = {"windows": cover, "picture_size": seen, "method": readout.refine, "cells": readout.cells}
+        options = {"windows": cover, "image_size": seen, "method": readout.refine, "cells": readout.cells}
         whole = refine(maps, guide, text=text, return_maps=True, **options).maps
         assert whole is not None
         yield from golden.checks(f"{name}.scores", whole[None])
