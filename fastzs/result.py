@@ -1,11 +1,12 @@
 """The result of a segmentation: a label map with its names, and ways to save and show it."""
 
+import difflib
 import io
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from fastzs.files import open_file, replacing, write_atomically
 from fastzs.overlay import draw_overlay, label_colours, labels_present
 from fastzs.pictures import NAMES_KEY, OVERLAY_MARK, ImageLike, read_picture
 from fastzs.renamed import old_arguments
+
+if TYPE_CHECKING:
+    from supervision import Detections  # pyright: ignore[reportMissingImports]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,31 +232,36 @@ class Segmentation:
         Raises:
             ModuleNotFoundError: pycocotools is not installed.
         """
-        try:
-            from pycocotools import mask as coco  # pyright: ignore[reportMissingModuleSource]
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "COCO masks need pycocotools, which is not installed: pip install 'fastzs[export]'"
-            ) from error
-        labels = self.labels.numpy()
-        by_column = np.ascontiguousarray(labels.T)  # the order in which COCO counts its runs
-        annotations = []
-        for i in labels_present(labels, len(self.names)):
-            if i == self.background:
-                continue
-            runs: Any = coco.encode((by_column == i).view(np.uint8).T)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image_id,
-                    "category_id": i + 1,
-                    "segmentation": {"size": list(self.labels.shape), "counts": runs["counts"].decode("ascii")},
-                    "area": int(coco.area(runs)),
-                    "bbox": coco.toBbox(runs).tolist(),
-                    "iscrowd": 0,
-                }
-            )
-        return annotations
+        from fastzs.formats.coco import annotations
+
+        ids = self.labels.numpy().astype(np.int32) + 1
+        if self.background is not None:
+            ids[ids == len(self.names)] = 0
+        return [{"id": i, "image_id": image_id, **one} for i, one in enumerate(annotations(ids), start=1)]
+
+    def to_detections(self) -> "Detections":
+        """``supervision.Detections``: one mask for each class that occurs, in their order; the background is none.
+
+        ``class_id`` is the label, ``data["class_name"]`` the name, and ``confidence`` the mean score of the class's
+        pixels, where there are scores.
+
+        Raises:
+            ModuleNotFoundError: supervision is not installed.
+        """
+        from fastzs.formats.detections import detections
+
+        return detections(self)
+
+    def mask(self, name: str) -> torch.Tensor:
+        """Where a class is: bool ``[H, W]``.
+
+        Raises:
+            ValueError: it is none of :attr:`names`; the nearest are given.
+        """
+        if name not in self.names:
+            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.4) or self.names[:5]
+            raise ValueError(f"mask: expected one of the names, got {name!r}; nearest are {', '.join(map(repr, near))}")
+        return self.labels == self.names.index(name)
 
 
 Segmentation.__init__ = old_arguments(picture="image")(Segmentation.__init__)
@@ -276,15 +285,37 @@ def read_labels(path: str | os.PathLike) -> tuple[tuple[str, ...] | None, np.nda
         raise
     except Exception as error:  # decoders raise whatever comes to them on broken files
         raise ValueError(f"{what}: cannot be read: {error}") from error
-    if text is None:
-        return None, values
+    return None if text is None else _names(text, what), values
+
+
+def read_names(path: str | os.PathLike) -> tuple[str, ...] | None:
+    """The names that :meth:`Segmentation.save` stored in a label map, without reading its pixels; None if there are
+    none, or if it is no picture.
+
+    Raises:
+        ValueError: its names are no list of texts.
+        OSError: it cannot be read.
+    """
+    try:
+        with open_file(path) as stream, Image.open(stream) as image:
+            text = image.info.get(NAMES_KEY)
+    except OSError as error:
+        if isinstance(error, Image.UnidentifiedImageError):
+            return None
+        raise
+    except Exception:  # whatever a broken file makes a decoder raise
+        return None
+    return None if text is None else _names(text, os.fspath(path))
+
+
+def _names(text: str, what: str) -> tuple[str, ...]:
     try:
         names = json.loads(text)
     except (ValueError, RecursionError):
         names = None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{what}: the names in it are damaged")
-    return tuple(names), values
+    return tuple(names)
 
 
 def _encoded(image: Image.Image, **options) -> bytes:

@@ -239,7 +239,7 @@ class TestSegment:
         assert record(out)["finished"] is None
 
     def test_coco(self, pictures, tmp_path):
-        coco = pytest.importorskip("pycocotools.mask", reason="needs the extra 'export'")
+        coco = pytest.importorskip("pycocotools.mask", reason="needs the extra 'formats'")
         out = tmp_path / "o"
         assert main(["segment", str(pictures), "--classes", "a,b", "--output", str(out), "--coco"]) == 0
         data = json.loads((out / "sub" / "one_coco.json").read_text())
@@ -252,7 +252,7 @@ class TestSegment:
     def test_coco_without_pycocotools(self, pictures, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         said = refused(capsys, "segment", pictures, "--classes", "a", "--output", tmp_path / "o", "--coco")
-        assert "pip install 'fastzs[export]'" in said
+        assert "pip install 'fastzs[formats]'" in said
         assert not (tmp_path / "o").exists()
 
     @pytest.mark.parametrize(
@@ -369,7 +369,7 @@ def test_models_that_will_not_do(pictures, tmp_path, capsys, arguments, message)
 
 def test_real_model_on_real_photographs(tmp_path, capsys, monkeypatch):
     """The whole path with random weights: what is written reads back as what the Python API gives."""
-    coco = pytest.importorskip("pycocotools.mask", reason="needs the extra 'export'")
+    coco = pytest.importorskip("pycocotools.mask", reason="needs the extra 'formats'")
     files = [*(PHOTOGRAPHS / "voc12_8" / "JPEGImages").glob("*.jpg")][:2]
     files += [*(PHOTOGRAPHS / "camvid" / "test").glob("*.jpg")][:1]
     if not files:

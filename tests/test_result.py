@@ -1,4 +1,3 @@
-import builtins
 import json
 import os
 import shutil
@@ -155,7 +154,7 @@ def test_segments_like_hugging_face():
 
 @pytest.mark.parametrize(("count", "size"), [(1, (1, 1)), (5, (37, 23)), (300, (40, 50))])
 def test_coco_round_trip(count, size):
-    coco = pytest.importorskip("pycocotools.mask", reason="needs the extra 'export'")
+    coco = pytest.importorskip("pycocotools.mask", reason="needs the extra 'formats'")
     result = example(count, size)
     annotations = result.to_coco(image_id=7)
     annotations = json.loads(json.dumps(annotations))
@@ -174,16 +173,17 @@ def test_coco_round_trip(count, size):
 
 
 def test_coco_without_pycocotools(monkeypatch):
-    real = builtins.__import__
-
-    def refuse(name, *arguments, **more):
-        if name.startswith("pycocotools"):
-            raise ModuleNotFoundError(name)
-        return real(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastzs\[export\]'"):
+    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastzs\[formats\]'"):
         example().to_coco()
+
+
+def test_mask_of_a_name():
+    result = example(3, background=True)
+    assert torch.equal(result.mask("class 1"), result.labels == 1)
+    assert result.mask("background").dtype == torch.bool
+    with pytest.raises(ValueError, match=r"got 'clas 1'; nearest are 'class 1'"):
+        result.mask("clas 1")
 
 
 def test_overlay_blends_and_leaves_the_background(tmp_path):

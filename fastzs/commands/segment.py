@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fastzs.commands.classes import given_classes
+
 if TYPE_CHECKING:
     from fastzs.locks import Hold
     from fastzs.ray_engine import Actors
@@ -153,7 +155,7 @@ class Job:
 
 def run(config: Namespace) -> int:
     """Segment; 0 if every picture came out, else 1."""
-    entries = _entries(config.classes, config.classes_file)
+    entries = given_classes(config.classes, config.classes_file)
     _check_coco(config.coco)
     if config.threshold is not None and config.background != "threshold":
         raise ValueError(
@@ -300,22 +302,6 @@ def _actors(config: Namespace) -> "Actors | None":
     return Actors(config.workers, config.device)
 
 
-def _entries(classes: str | list[str] | None, classes_file: str | None) -> list[str | dict[str, list[str]]]:
-    """The classes of the command line, as :class:`fastzs.Vocabulary` takes them."""
-    if (classes is None) == (classes_file is None):
-        given = "both are given" if classes is not None else "neither is given"
-        raise ValueError(f"name the classes with --classes or with --classes-file; {given}")
-    if classes_file is not None:
-        from fastzs.yaml_files import read_classes
-
-        return read_classes(Path(os.path.expanduser(classes_file)))
-    if isinstance(classes, str):
-        classes = classes.split(",") if classes.strip() else []
-    if not classes:
-        raise ValueError("--classes has no names in it; name at least one class")
-    return list(classes)
-
-
 def _templates(given: str | None) -> str | list[str] | None:
     if given is None or not Path(os.path.expanduser(given)).exists():
         return given
@@ -333,7 +319,7 @@ def _check_coco(wanted: bool) -> None:
     import importlib.util
 
     if wanted and importlib.util.find_spec("pycocotools") is None:
-        raise ValueError("--coco needs pycocotools, which is not installed: pip install 'fastzs[export]'")
+        raise ValueError("--coco needs pycocotools, which is not installed: pip install 'fastzs[formats]'")
 
 
 def _now() -> str:
