@@ -1,9 +1,13 @@
 // Attention on the CPU, backward.
 //
-// A thread owns a head. It computes weights anew from the saved log-sum-exps, in blocks of rows and keys that stay in
-// the second cache, in a fixed order.
+// Weights are computed anew from the saved log-sum-exps, in blocks of rows and keys that stay in the second cache.
+// A thread takes a head, or where there are few heads for many threads some of a head's keys. Their gradients are the
+// thread's own; those of the queries go through the hands of all threads at work on the head, in the order of their
+// keys. So every sum has one order, whatever the threads.
 #include "attention.h"
+#include "threads.h"
 
+#include <thread>
 #include <type_traits>
 
 namespace fastzs::attention {
@@ -23,7 +27,12 @@ struct Backward {
   const float* lse;      // [B, H, L]
   T *dq, *dk, *dv;       // [B, L, H, d]; dk and dv [B, P, H, d] where the prompts are the keys
   float *dprompt_k, *dprompt_v;  // [B, H, P, d], not where they are
-  int64_t begin, end;    // of the heads
+  int64_t head;
+  int64_t from, to;      // of the keys a shared row sees
+  float* sums;           // of the queries' gradients, [L + ROWS, columns]
+  // Blocks of rows whose sums the part of the keys before has finished, and this one; null where there is none.
+  const int64_t* before;
+  int64_t* finished;
   float* memory;
 };
 
@@ -31,8 +40,33 @@ struct Backward {
 template <typename T>
 int64_t backward_memory(const Inputs<T>& in) {
   const int64_t keys = round_up(in.keys(), VECTORS<16> * 16), columns = round_up(in.d, 16), length = in.layout.length();
-  return 3 * keys * columns + (3 * (length + ROWS) + 2 * in.prompts) * columns + 3 * BACKWARD_ROWS * STRIDE +
+  return 3 * keys * columns + 2 * (in.prompts + length + ROWS) * columns + 3 * BACKWARD_ROWS * STRIDE +
       4 * BACKWARD_ROWS * BLOCK_STRIDE + round_up(in.layout.shared(), 16);
+}
+
+// And the sums of the queries' gradients of a head.
+template <typename T>
+int64_t sums_memory(const Inputs<T>& in) {
+  return (in.layout.length() + ROWS) * round_up(in.d, 16);
+}
+
+// How many keys at a time a thread takes of a head, all if there are heads enough: the time is that of the thread with
+// most to do, and a head's second part begins a block of rows after its first.
+inline int64_t keys_of_a_part(int64_t heads, int64_t rows, int64_t keys, int64_t threads) {
+  const int64_t row_blocks = (rows + BACKWARD_ROWS - 1) / BACKWARD_ROWS;
+  const int64_t blocks = std::max<int64_t>((keys + BACKWARD_KEYS - 1) / BACKWARD_KEYS, 1);
+  int64_t best = blocks, least = INT64_MAX;
+  for (int64_t size = blocks; size > 0; --size) {
+    const int64_t parts = (blocks + size - 1) / size, rounds = (heads * parts + threads - 1) / threads;
+    const int64_t time = rounds * size * (row_blocks + parts - 1);
+    if (time < least) best = size, least = time;
+  }
+  return best * BACKWARD_KEYS;
+}
+
+// Returns when another thread has counted to `count`. That thread is at work, for parts are begun in their order.
+__attribute__((noinline)) void wait_for(const int64_t* finished, int64_t count) {
+  while (__atomic_load_n(finished, __ATOMIC_ACQUIRE) < count) std::this_thread::yield();
 }
 
 template <bool PAIRS>
@@ -41,7 +75,6 @@ struct BackwardScratch {
   int64_t keys;                             // filled up to whole panels
   U *keys_turned, *values_turned;           // see pack_transposed
   U* keys_packed;                           // see pack_rows
-  float* dq;                                // [L + ROWS, columns]
   float *dk, *dv;                           // [P + L + ROWS, columns]
   float* delta;                             // [S]: sum of the gradient times the output
   U *query, *grad;                          // [BACKWARD_ROWS, STRIDE]
@@ -56,7 +89,6 @@ struct BackwardScratch {
     keys_turned = reinterpret_cast<U*>(take(memory, keys * columns));
     values_turned = reinterpret_cast<U*>(take(memory, keys * columns));
     keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
-    dq = take(memory, (layout.length() + ROWS) * columns);
     dk = take(memory, (prompts + layout.length() + ROWS) * columns);
     dv = take(memory, (prompts + layout.length() + ROWS) * columns);
     delta = take(memory, layout.shared());
@@ -86,7 +118,8 @@ FASTZS_INLINE void backward_weight(
   add_row<LANES>(dv, p, grad, columns);
 }
 
-// What has few keys: delta and the bridge key of every shared row, and the bridge rows.
+// What has few keys: delta and the bridge key of every shared row, and the bridge rows. The first part of a head adds
+// it to the queries' gradients; every part does to the keys', of which it keeps its own.
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h) {
   const Inputs<T>& in = *a.in;
@@ -94,7 +127,7 @@ FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>&
   const int64_t shared = layout.shared(), cell = layout.cell();
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
   const float* lse = a.lse + (b * in.heads + h) * layout.length();
-  float q[MAX_D], grad[MAX_D], out[MAX_D], key_row[MAX_D], value_row[MAX_D];
+  float q[MAX_D], grad[MAX_D], out[MAX_D], key_row[MAX_D], value_row[MAX_D], dropped[MAX_D] = {};
   for (int64_t token = 0; token < layout.length(); ++token) {
     read<LANES>(a.grad.row(b, h, token), a.grad.channel, d, grad);
     read<LANES>(a.out.row(b, h, token), a.out.channel, d, out);
@@ -110,8 +143,8 @@ FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>&
       read<LANES>(in.v.row(b, h, key), in.v.channel, d, value_row);
       const int64_t at = (in.prompts + key) * columns;
       backward_weight<LANES>(
-          q, grad, key_row, value_row, lse[token], delta, in.scale, columns, s.dq + token * columns, s.dk + at,
-          s.dv + at);
+          q, grad, key_row, value_row, lse[token], delta, in.scale, columns,
+          a.from == 0 ? a.sums + token * columns : dropped, s.dk + at, s.dv + at);
     }
   }
 }
@@ -193,7 +226,7 @@ FASTZS_INLINE void backward_block(
   }
 
   multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(
-      s.dscore_rows, rounded, s.keys_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.dq + first * columns,
+      s.dscore_rows, rounded, s.keys_packed, s.keys / STEP, from / STEP, n / STEP, columns, a.sums + first * columns,
       columns);
   for (int64_t k = 0; k < whole; k += ROWS) {
     const int64_t at = (from + k) * columns;
@@ -205,50 +238,55 @@ FASTZS_INLINE void backward_block(
 }
 
 template <int LANES, bool PAIRS, typename T>
-FASTZS_INLINE void backward_heads(const Backward<T>& a) {
+FASTZS_INLINE void backward_part(const Backward<T>& a) {
+  constexpr int STEP = PAIRS ? 2 : 1;
   const Inputs<T>& in = *a.in;
-  const int64_t length = in.layout.length(), shared = in.layout.shared();
+  const int64_t length = in.layout.length(), shared = in.layout.shared(), b = a.head / in.heads, h = a.head % in.heads;
+  const int64_t keys = in.keys(), panels = round_up(keys, VECTORS<LANES> * LANES);
+  const int64_t to = a.to < keys ? a.to : panels;  // the last part's, filled up
+  const bool last = a.to >= keys, apart = in.apart;
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
-  BackwardScratch<PAIRS> s(a.memory, round_up(in.keys(), VECTORS<LANES> * LANES), in.prompts, columns, in.layout);
-  for (int64_t head = a.begin; head < a.end; ++head) {
-    const int64_t b = head / in.heads, h = head % in.heads;
-    pack_transposed<LANES, PAIRS>(in.keys_of(b, h), d, s.keys_turned);
-    pack_transposed<LANES, PAIRS>(in.values_of(b, h), d, s.values_turned);
-    pack_rows<LANES, PAIRS>(in.keys_of(b, h), d, s.keys / (PAIRS ? 2 : 1), s.keys_packed);
-    __builtin_memset(s.dq, 0, (length + ROWS) * columns * sizeof(float));
-    __builtin_memset(s.dk, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
-    __builtin_memset(s.dv, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
-    backward_bridge<LANES, PAIRS>(a, s, b, h);
-    const int64_t keys = round_up(in.keys(), LANES);
-    for (int64_t from = 0; from < keys; from += BACKWARD_KEYS) {
-      const int64_t n = keys - from < BACKWARD_KEYS ? keys - from : BACKWARD_KEYS;
-      for (int64_t first = 0; first < shared; first += BACKWARD_ROWS)
-        backward_block<LANES, PAIRS>(a, s, b, h, first, from, n);
+  BackwardScratch<PAIRS> s(a.memory, panels, in.prompts, columns, in.layout);
+  pack_transposed<LANES, PAIRS>(in.keys_of(b, h), d, a.from, to, s.keys_turned);
+  pack_transposed<LANES, PAIRS>(in.values_of(b, h), d, a.from, to, s.values_turned);
+  pack_rows<LANES, PAIRS>(in.keys_of(b, h), d, panels / STEP, a.from / STEP, to / STEP, s.keys_packed);
+  if (a.from == 0) __builtin_memset(a.sums, 0, (length + ROWS) * columns * sizeof(float));
+  __builtin_memset(s.dk, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
+  __builtin_memset(s.dv, 0, (in.prompts + length + ROWS) * columns * sizeof(float));
+  backward_bridge<LANES, PAIRS>(a, s, b, h);
+
+  // Keys of one block stay in the cache for all rows. Where another thread waits for the rows, it gets them early.
+  const bool alone = a.from == 0 && last;
+  const int64_t end = last ? round_up(keys, LANES) : a.to, step = alone ? BACKWARD_KEYS : end - a.from;
+  for (int64_t start = a.from; start < end; start += step)
+    for (int64_t first = 0, done = 1; first < shared; first += BACKWARD_ROWS, ++done) {
+      if (a.before != nullptr) wait_for(a.before, done);
+      for (int64_t from = start; from < start + step && from < end; from += BACKWARD_KEYS)
+        backward_block<LANES, PAIRS>(a, s, b, h, first, from, end - from < BACKWARD_KEYS ? end - from : BACKWARD_KEYS);
+      if (a.finished != nullptr) __atomic_store_n(a.finished, done, __ATOMIC_RELEASE);
     }
-    for (int64_t n = 0; n < length; ++n) {
-      const int64_t to = ((b * length + n) * in.heads + h) * d, key = (in.prompts + n) * columns;
-      write<LANES>(s.dq + n * columns, 1.0f, d, a.dq + to);
-      if (in.apart) continue;
-      write<LANES>(s.dk + key, 1.0f, d, a.dk + to);
-      write<LANES>(s.dv + key, 1.0f, d, a.dv + to);
-    }
-    for (int64_t n = 0; n < in.prompts; ++n) {
-      if (in.apart) {
-        const int64_t to = ((b * in.prompts + n) * in.heads + h) * d;
-        write<LANES>(s.dk + n * columns, 1.0f, d, a.dk + to);
-        write<LANES>(s.dv + n * columns, 1.0f, d, a.dv + to);
-      } else {
-        const int64_t to = (head * in.prompts + n) * d;
-        __builtin_memcpy(a.dprompt_k + to, s.dk + n * columns, d * sizeof(float));
-        __builtin_memcpy(a.dprompt_v + to, s.dv + n * columns, d * sizeof(float));
-      }
+
+  for (int64_t n = 0; last && n < length; ++n)
+    write<LANES>(a.sums + n * columns, 1.0f, d, a.dq + ((b * length + n) * in.heads + h) * d);
+  // The last part has the bridge tokens, too.
+  for (int64_t n = a.from; n < (last ? apart ? keys : in.prompts + length : a.to); ++n) {
+    const float *dk = s.dk + n * columns, *dv = s.dv + n * columns;
+    if (n < in.prompts && !apart) {
+      const int64_t at = (a.head * in.prompts + n) * d;
+      __builtin_memcpy(a.dprompt_k + at, dk, d * sizeof(float));
+      __builtin_memcpy(a.dprompt_v + at, dv, d * sizeof(float));
+    } else {
+      const int64_t token = apart ? n : n - in.prompts, tokens = apart ? in.prompts : length;
+      const int64_t at = ((b * tokens + token) * in.heads + h) * d;
+      write<LANES>(dk, 1.0f, d, a.dk + at);
+      write<LANES>(dv, 1.0f, d, a.dv + at);
     }
   }
 }
 
 template <int LANES, typename T>
 FASTZS_INLINE void backward_floats(const Backward<T>& a) {
-  backward_heads<LANES, false>(a);
+  backward_part<LANES, false>(a);
 }
 
 FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<float>)
@@ -258,7 +296,7 @@ FASTZS_MULTIVERSION(run_backward, backward_floats, Backward<Half>)
 // ---- with the instruction that multiplies pairs of bf16 numbers ---------------------------------------------------
 
 #if FASTZS_X86_ASM
-FASTZS_BF16_PAIRS void run_backward_pairs(const Backward<BFloat16>& a) { backward_heads<16, true>(a); }
+FASTZS_BF16_PAIRS void run_backward_pairs(const Backward<BFloat16>& a) { backward_part<16, true>(a); }
 #else
 void run_backward_pairs(const Backward<BFloat16>& a) { run_backward(Isa::portable, a); }
 #endif
@@ -291,11 +329,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const Inputs<T> in = call.inputs<T>({});
     const Isa isa = cpu_isa();
-    torch::stable::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-      const Floats memory(backward_memory(in));
-      run(isa, Backward<T>{
-          &in, operand<T>(grad), operand<T>(out), static_cast<const float*>(lse.const_data_ptr()), data<T>(dq),
-          data<T>(dk), data<T>(dv), data<float>(dprompt_k), data<float>(dprompt_v), begin, end, memory.data()});
+    const int64_t heads = B * H, size = keys_of_a_part(heads, in.layout.shared(), in.keys(), torch::stable::get_num_threads());
+    const int64_t parts = std::max<int64_t>((in.keys() + size - 1) / size, 1), sums = sums_memory(in);
+    const Floats all_sums(parts > 1 ? heads * sums : 0);
+    std::vector<int64_t> finished(parts > 1 ? heads * parts : 0);
+    share_out(heads * parts, [&](Queue& queue) {
+      const Floats memory(backward_memory(in)), own_sums(parts > 1 ? 0 : sums);
+      for (int64_t i; queue.next(i);) {
+        const int64_t head = i / parts, part = i % parts;
+        run(isa, Backward<T>{
+            &in, operand<T>(grad), operand<T>(out), static_cast<const float*>(lse.const_data_ptr()), data<T>(dq),
+            data<T>(dk), data<T>(dv), data<float>(dprompt_k), data<float>(dprompt_v), head, part * size,
+            part + 1 < parts ? (part + 1) * size : INT64_MAX, parts > 1 ? all_sums.data() + head * sums : own_sums.data(),
+            part > 0 ? &finished[i - 1] : nullptr, parts > 1 ? &finished[i] : nullptr, memory.data()});
+      }
     });
   });
   return {torch::stable::transpose(dq, 1, 2), torch::stable::transpose(dk, 1, 2), torch::stable::transpose(dv, 1, 2), dprompt_k, dprompt_v};

@@ -204,8 +204,9 @@ FASTZS_INLINE void forward_units(const Forward<T>& a) {
   for (int64_t unit = a.begin; unit < a.end; ++unit) {
     const int64_t head = unit / units, b = head / in.heads, h = head % in.heads;
     if (head != packed) {
-      pack_transposed<LANES, PAIRS>(in.keys_of(b, h), in.d, s.keys_packed);
-      pack_rows<LANES, PAIRS>(in.values_of(b, h), in.d, s.keys / (PAIRS ? 2 : 1), s.values_packed);
+      const int64_t rows = s.keys / (PAIRS ? 2 : 1);
+      pack_transposed<LANES, PAIRS>(in.keys_of(b, h), in.d, 0, s.keys, s.keys_packed);
+      pack_rows<LANES, PAIRS>(in.values_of(b, h), in.d, rows, 0, rows, s.values_packed);
       for (int64_t region = 0; region < regions; ++region) {
         const int64_t token = in.layout.shared() + region;
         read<LANES>(in.k.row(b, h, token), in.k.channel, in.d, s.bridge_keys + region * STRIDE);

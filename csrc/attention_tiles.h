@@ -53,24 +53,14 @@ struct Unit<true> {
   using Type = int32_t;
 };
 
-// Rows of a tile and vectors of its columns: with 32 registers of AVX-512, else 16, all sums stay in registers.
-constexpr int ROWS = 6;
-template <int LANES>
-constexpr int VECTORS = LANES == 16 ? 4 : 2;
+constexpr int ROWS = 6;  // of a tile
 
 template <int LANES, bool PAIRS>
 struct Dot {
   using F = typename Simd<LANES>::F;
   static FASTZS_INLINE F load(const float* p) { return Simd<LANES>::load(p); }
   static FASTZS_INLINE F splat(const float* p) {
-#if FASTZS_X86_ASM
-    if constexpr (LANES > 4) {  // else GCC 12 broadcasts from a register, on a port that the products need
-      F v;
-      asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
-      return v;
-    }
-#endif
-    return Simd<LANES>::splat(*p);
+    return Simd<LANES>::broadcast(p);
   }
   static FASTZS_INLINE void add(F& sum, F a, F b) { sum += a * b; }
 };
@@ -240,13 +230,16 @@ struct Tokens {
 };
 
 // Tokens transposed, for products over d: panels of VECTORS vectors of tokens, [panel][depth][tokens]. Tokens are
-// filled up to whole panels with zeros.
+// filled up to whole panels with zeros. Only tokens [from, to) are packed, where they lie among all; `from` is a
+// multiple of a panel.
 template <int LANES, bool PAIRS, typename T>
-FASTZS_INLINE void pack_transposed(const Tokens<T>& tokens, int d, typename Unit<PAIRS>::Type* out) {
+FASTZS_INLINE void pack_transposed(
+    const Tokens<T>& tokens, int d, int64_t from, int64_t to, typename Unit<PAIRS>::Type* out) {
   using U = typename Unit<PAIRS>::Type;
   constexpr int WIDE = VECTORS<LANES> * LANES;
   const int depth = PAIRS ? d / 2 : d;
-  for (int64_t first = 0; first < tokens.count; first += WIDE, out += WIDE * depth) {
+  out += from * depth;
+  for (int64_t first = from; first < to; first += WIDE, out += WIDE * depth) {
     for (int lane = 0; lane < WIDE; ++lane) {
       U row[MAX_D];
       const int64_t n = first + lane;
@@ -260,14 +253,15 @@ FASTZS_INLINE void pack_transposed(const Tokens<T>& tokens, int d, typename Unit
   }
 }
 
-// Tokens as they are, for products over tokens: panels of VECTORS vectors of channels (see multiply_panels), rows of
-// tokens or of pairs of tokens, filled up with zeros to `rows` of them.
+// Tokens as they are, for products over tokens: panels of VECTORS vectors of channels (see multiply_panels) and of
+// `rows` rows of tokens or of pairs of tokens. Only rows [from, to) are packed, zeros where there are no tokens.
 template <int LANES, bool PAIRS, typename T>
-FASTZS_INLINE void pack_rows(const Tokens<T>& tokens, int d, int64_t rows, typename Unit<PAIRS>::Type* out) {
+FASTZS_INLINE void pack_rows(
+    const Tokens<T>& tokens, int d, int64_t rows, int64_t from, int64_t to, typename Unit<PAIRS>::Type* out) {
   using U = typename Unit<PAIRS>::Type;
   constexpr int WIDE = VECTORS<LANES> * LANES, STEP = PAIRS ? 2 : 1;
   const int columns = static_cast<int>(round_up(d, LANES));
-  for (int64_t i = 0; i < rows; ++i) {
+  for (int64_t i = from; i < to; ++i) {
     float values[STEP][MAX_D];
     for (int s = 0; s < STEP; ++s) {
       const int64_t n = i * STEP + s;

@@ -18,6 +18,7 @@
 
 #include "cpu.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace fastzs::label_map {
 namespace {
@@ -730,9 +731,10 @@ void label_map_cpu(
   dispatch_floating(logits, "label_map", [&](const auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const T* values = static_cast<const T*>(logits.const_data_ptr());
-    torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    // One part of an image is busier than another, so tiles take unlike times.
+    share_out(tiles, [&](Queue& queue) {
       Scratch scratch;
-      for (int64_t i = begin; i < end; ++i) {
+      for (int64_t i; queue.next(i);) {
         const Block tile = tile_at(job, i);
         scratch.prepare(job, tile);
         run_fill(isa, Fill<T>{&job, &scratch, values});

@@ -20,10 +20,6 @@ constexpr int64_t BLOCK_ROWS = 48;  // that a thread takes through all of N, so 
 // Bytes of the next weights, [DEPTH, PANEL] units, that each of a whole block's tiles fetches.
 constexpr int64_t SHARE = DEPTH * PANEL * 4 / (BLOCK_ROWS / ROWS);
 
-// Vectors of a tile's columns: with 32 registers of AVX-512, else 16, all sums stay in registers.
-template <int LANES>
-constexpr int VECTORS = LANES == 16 ? 4 : 2;
-
 // What a unit is and how units are multiplied: a row's unit against a vector of weights.
 enum class Kind { floats, pairs, bytes };
 
@@ -40,14 +36,7 @@ struct Product<LANES, Kind::floats, NATIVE> {
   using Sum = F;
   using Unit = float;
   static FASTZS_INLINE F splat(const float* p) {
-#if FASTZS_X86_ASM
-    if constexpr (LANES > 4) {  // else GCC 12 broadcasts from a register, on a port that the products need
-      F v;
-      asm("vbroadcastss %1, %0" : "=v"(v) : "m"(*p));
-      return v;
-    }
-#endif
-    return Simd<LANES>::splat(*p);
+    return Simd<LANES>::broadcast(p);
   }
   static FASTZS_INLINE void add(F& sum, F a, F b) { sum += a * b; }
 };

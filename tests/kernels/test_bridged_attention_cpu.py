@@ -141,6 +141,24 @@ def test_repeats_to_the_bit(dtype):
     assert all(torch.equal(mine, whole[order]) for mine, whole in zip(permuted, first, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_threads_share_a_head_where_there_are_few(dtype):
+    """Of 604 keys one thread takes all, and of 16 or 32 each takes some; the sums are the same to the bit."""
+    layout, prompts = TokenLayout(1, (24, 25), (4, 5)), 3
+    tensors = inputs(layout, prompts, dtype, batch=1)
+    weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = run(tensors, layout, "cpu", weights)
+        for n in (16, 32):
+            torch.set_num_threads(n)
+            assert all(map(torch.equal, run(tensors, layout, "cpu", weights), alone))
+        assert_within_bounds(layout, prompts, dtype, impl="cpu")
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows(bad):
     layout, _ = LAYOUTS["no-bridge"]

@@ -1,5 +1,9 @@
-"""csrc/simd.h on 64-bit Arm: compiled for NEON and run under an emulator. Needs a cross compiler and qemu-user."""
+"""csrc/simd.h and the products' tiles on 64-bit Arm: compiled for NEON and run under an emulator.
 
+Needs a cross compiler and qemu-user.
+"""
+
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,14 +15,17 @@ COMPILER, EMULATOR, DISASSEMBLER = "aarch64-linux-gnu-g++", "qemu-aarch64", "aar
 missing = [tool for tool in (COMPILER, EMULATOR, DISASSEMBLER) if shutil.which(tool) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"no {', '.join(missing)}")
 
-# What cpu.h gives, without torch's headers; then every 16-bit number there and back, and the errors simd.h states.
-PROGRAM = r"""
+# What cpu.h gives, without torch's headers.
+HEAD = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #define FASTZS_INLINE inline __attribute__((always_inline))
 namespace torch { namespace headeronly { struct BFloat16 { uint16_t x; }; struct Half { uint16_t x; }; } }
 #include "simd.h"
+"""
+# Every 16-bit number there and back, and the errors simd.h states.
+ARITHMETIC = r"""
 using V = fastzs::Simd<4>;
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
@@ -54,16 +61,78 @@ int main() {
 """
 
 
+# The largest error of each tile against sums of doubles.
+TILES = r"""
+namespace fastzs { FASTZS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; } }
+#include "attention_tiles.h"
+#include "linear_tiles.h"
+using namespace fastzs;
+constexpr int N = VECTORS<4> * 4, ROWS = 6, DEPTH = 50, PANEL = linear::PANEL, STRIDE = attention::STRIDE;
+
+extern "C" __attribute__((noinline)) void attention_tile(const float* a, const float* b, int64_t depth, float* c) {
+  attention::tile<4, false, VECTORS<4>, STRIDE, 1, false>(a, b, N, depth, c, N, 0.5f);
+}
+extern "C" __attribute__((noinline)) void linear_tile(const float* a, const float* b, int64_t depth, char* c) {
+  linear::tile<4, linear::Kind::floats, false>(a, STRIDE, b, depth, c, c);
+}
+
+float number(int i) { return (i * 37 % 101) / 50.0f - 1; }
+
+int main() {
+  static float a[ROWS * STRIDE], b[DEPTH * PANEL], c[ROWS * N], sums[ROWS * PANEL];
+  for (float& x : a) x = number(&x - a);
+  for (float& x : b) x = number(&x - b + 7);
+  for (float& x : sums) x = number(&x - sums + 3);
+  attention_tile(a, b, DEPTH, c);
+  linear_tile(a, b, DEPTH, reinterpret_cast<char*>(sums));
+  double first = 0, second = 0;
+  for (int r = 0; r < ROWS; ++r)
+    for (int n = 0; n < N; ++n) {
+      double dense = 0, panel = number(r * PANEL + n + 3);
+      for (int k = 0; k < DEPTH; ++k) dense += (double)a[r * STRIDE + k] * b[k * N + n];
+      for (int k = 0; k < DEPTH; ++k) panel += (double)a[r * STRIDE + k] * b[k * PANEL + n];
+      first = std::fmax(first, std::fabs(c[r * N + n] - dense / 2));
+      second = std::fmax(second, std::fabs(sums[r * PANEL + n] - panel));
+    }
+  std::printf("%g %g\n", first, second);
+}
+"""
+
+
+def run(folder, program):
+    """The numbers that a program prints, and its machine code."""
+    for name in ("simd.h", "attention_tiles.h", "linear_tiles.h"):
+        text = (CSRC / name).read_text()
+        (folder / name).write_text(text.replace('#include "cpu.h"', "").replace('#include "memory.h"', ""))
+    (folder / "main.cpp").write_text(HEAD + program)
+    command = [COMPILER, "-std=c++17", "-O3", "-ffp-contract=fast", "-Wno-psabi", "-static", "main.cpp", "-o", "main"]
+    subprocess.run(command, cwd=folder, check=True)
+    done = subprocess.run([EMULATOR, "./main"], cwd=folder, check=True, capture_output=True, text=True)
+    code = subprocess.run([DISASSEMBLER, "-d", "main"], cwd=folder, check=True, capture_output=True, text=True)
+    return [float(word) for word in done.stdout.split()], code.stdout
+
+
 def test_arithmetic_and_conversions(tmp_path):
-    (tmp_path / "simd.h").write_text((CSRC / "simd.h").read_text().replace('#include "cpu.h"', ""))
-    (tmp_path / "main.cpp").write_text(PROGRAM)
-    command = [COMPILER, "-std=c++17", "-O2", "-ffp-contract=fast", "-Wno-psabi", "-static", "main.cpp", "-o", "main"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    done = subprocess.run([EMULATOR, "./main"], cwd=tmp_path, check=True, capture_output=True, text=True)
-    exponential, logarithm, wrong, total = (float(word) for word in done.stdout.split())
+    (exponential, logarithm, wrong, total), code = run(tmp_path, ARITHMETIC)
     assert exponential < 4e-7  # measured 7.8e-8
     assert logarithm < 4e-7  # measured 3.0e-7
     assert wrong == 0
     assert total == 6
-    code = subprocess.run([DISASSEMBLER, "-d", "main"], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
     assert "fmla\tv" in code  # vectors, not one float after the other
+
+
+def test_sums_of_a_tile_stay_in_the_32_registers(tmp_path):
+    found, code = run(tmp_path, TILES)
+    eps = 2.0**-24
+    assert max(found) < 4 * 50**0.5 * eps * 50  # 50 products of at most 1
+    for name in ("attention_tile", "linear_tile"):
+        body = code.split(f"<{name}>:")[1].split("\n\n")[0].splitlines()
+        places = {line.split(":")[0].strip(): i for i, line in enumerate(body) if ":" in line}
+        loops = []
+        for i, line in enumerate(body):
+            target = re.search(r"\tb\.\w+\t(\w+) <", line)
+            if target and places.get(target[1], i) < i:
+                loops.append(body[places[target[1]] : i])
+        loop = max(loops, key=len)
+        assert sum("\tfmla\t" in line for line in loop) == 24
+        assert not [line for line in loop if "[sp" in line]
