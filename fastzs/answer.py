@@ -11,6 +11,7 @@ from fastzs.models.base import SegmentationModel
 from fastzs.ops import label_map
 from fastzs.question import Question
 from fastzs.readout import read_image
+from fastzs.regions import share_labels
 from fastzs.result import Segmentation
 from fastzs.trace import span
 
@@ -46,17 +47,35 @@ def answer(
     windows: Tensor,
     parts: Iterable[Tensor],
     question: Question,
+    regions: Tensor | None = None,
 ) -> Answer:
     """The labels of one image.
 
     Args:
+        regions: int64 [H, W]; each gets the label of most of its pixels.
         image: uint8 [3, H, W], as it was read.
         size: (height, width) of the image as the model saw it.
         windows: int64 [W, 4] over that.
         parts: class maps [W', C, h, w] of the windows, in their order.
     """
-    if model.readout is not None:
-        return _read(model, image, size, windows, parts, question)
+    make = _mapped if model.readout is None else _read
+    found = make(model, image, size, windows, parts, question)
+    if regions is None:
+        return found
+    pairs = zip(found.labels, found.scores or [None] * len(found.labels), strict=True)
+    labels, scores = zip(*(share_labels(*pair, regions.cpu()) for pair in pairs), strict=True)
+    return found._replace(labels=list(labels), scores=[one for one in scores if one is not None])
+
+
+def _mapped(
+    model: SegmentationModel,
+    image: Tensor,
+    size: tuple[int, int],
+    windows: Tensor,
+    parts: Iterable[Tensor],
+    question: Question,
+) -> Answer:
+    """Labels from class maps, see :func:`fastzs.ops.label_map`."""
     labels: list[list[Tensor]] = [[] for _ in question.calibrations]
     scores: list[list[Tensor]] = [[] for _ in question.calibrations]
     every: list[Tensor] = []

@@ -20,6 +20,7 @@ from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset
 from fastzs.data.protocols import Protocol
 from fastzs.metrics import ConfusionMatrix, Metric, Scores
 from fastzs.models.base import SegmentationModel
+from fastzs.regions import find
 from fastzs.result import Segmentation, read_labels
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary, class_indices, normal_name
@@ -52,6 +53,7 @@ def evaluate(
     calibrations: Sequence[float] | None = None,
     metric: Metric = "standard",
     threshold: float = 0.0,
+    regions: str | Path | None = None,
     workers: int = 0,
     step: Callable[[str, Tensor, Tensor], None] = lambda name, picture, labels: None,
 ) -> dict[float, ConfusionMatrix]:
@@ -64,6 +66,8 @@ def evaluate(
             :func:`own_calibration` if omitted.
         metric: how the published tables to compare with were scored, see :class:`fastzs.metrics.ConfusionMatrix`.
         threshold: of a training-free system: pixels with a lower score get label 0, the background; 0: none do.
+        regions: "slic", "felzenszwalb", or a folder with a PNG of regions for each name of the data set, see
+            :func:`fastzs.regions.find`.
         workers: processes that read pictures ahead.
         step: called after each of this process's pictures with its name, the picture uint8 [3, H, W] and the labels
             [H, W] under the first constant.
@@ -73,7 +77,7 @@ def evaluate(
 
     Raises:
         ValueError: the data set's classes or the vocabulary are not the protocol's, ``workers`` is negative.
-        DataError, ImageError: a file cannot be used.
+        DataError, ImageError, RegionsError: a file cannot be used.
     """
     protocol.check_classes(dataset.classes, "the data set")
     vocabulary = Vocabulary(protocol.classes) if vocabulary is None else vocabulary
@@ -96,7 +100,11 @@ def evaluate(
             truths.append((index, truth))
             yield picture
 
-    for answer in segmenter.answers(pictures(), question):
+    def regions_of(picture: Tensor) -> Tensor:  # asked for each picture as soon as it is read
+        assert regions is not None
+        return find(regions, picture, names[truths[-1][0]])
+
+    for answer in segmenter.answers(pictures(), question, regions=None if regions is None else regions_of):
         index, truth = truths.popleft()
         for matrix, labels in zip(matrices.values(), answer.labels, strict=True):
             matrix.add(truth, labels)

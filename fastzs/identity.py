@@ -6,6 +6,7 @@ The key is made of what was loaded, not of what it was called: the same path wit
 from typing import TYPE_CHECKING, Any
 
 from fastzs import __version__
+from fastzs.regions import contents
 
 if TYPE_CHECKING:
     from fastzs.segmenter import Segmenter
@@ -21,12 +22,14 @@ def identity(
     background: str,
     threshold: float | None,
     options: dict[str, Any],
+    regions: str | None = None,
 ) -> dict[str, Any]:
     """All that decides the labels of a picture, as plain values.
 
     Args:
         background, threshold: as the segmenter is called with.
         options: of the model, as they were asked for.
+        regions: as of the command line, see :func:`fastzs.regions.find`.
     """
     model: Any = segmenter.model
     clip = None if vocabulary.embeddings is not None else model.clip
@@ -48,6 +51,7 @@ def identity(
         "resizing": [segmenter.long_side, segmenter.antialias],
         "readout": str(model.readout),
         "precision": segmenter.precision,
+        "regions": contents(regions),
         "background": background,
         "threshold": threshold if background == "threshold" else None,
     }

@@ -38,6 +38,8 @@ class LastBlock:
         grid: rows and columns of the patches.
         maps: for each block that the operator asked for, its softmax attention, [B, heads, P + N, P + N].
         affinity: features [B, C', h', w'] of another network, where the system has one.
+        regions: int64 [B, h, w], or [B, h', w'] where there is an affinity: the region of each patch, 0 and below for
+            none, where the image has regions. An operator decides itself what to make of them.
     """
 
     tokens: Tensor
@@ -47,6 +49,7 @@ class LastBlock:
     grid: tuple[int, int]
     maps: Mapping[int, Tensor] = field(default_factory=dict)
     affinity: Tensor | None = None
+    regions: Tensor | None = None
 
     @property
     def prefix(self) -> int:

@@ -24,10 +24,11 @@ from fastzs.features import FeaturesError, ImageFeatures
 from fastzs.models.base import Features, SegmentationModel
 from fastzs.pictures import ImageError, ImageLike, find_pictures, read_picture, split_batch
 from fastzs.question import Background, Names, Question, Questions
+from fastzs.regions import Regions, at_size, find
 from fastzs.renamed import old_arguments
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
-from fastzs.views import View, batches, check_crop
+from fastzs.views import Crop, View, batches, check_crop
 from fastzs.windows import resize_size, window_grid
 
 OnError = Literal["raise", "skip"]
@@ -159,6 +160,7 @@ class Segmenter:
         probabilities: bool = False,
         batch_size: int | None = None,
         on_error: OnError = "raise",
+        regions: Regions | None = None,
     ) -> Segmentation | Iterator[Segmentation]:
         """Label every pixel of an image, or of many: :meth:`encode` and :meth:`label` without keeping the features.
 
@@ -177,9 +179,13 @@ class Segmenter:
             batch_size: windows per forward pass; the segmenter's own if omitted.
             on_error: of many images, one that cannot be used: "raise" after the results before it have come, or
                 "skip" it with a warning that names it.
+            regions: regions of the image from elsewhere, see :func:`fastzs.regions.find`: the pixels of one get the
+                label that most of them have, and in the training-free systems but maskclip and resclip its patches
+                attend to each other only.
 
         Raises:
             ImageError: an image cannot be read.
+            RegionsError: regions cannot be read or have another size than the image.
             ValueError: names or settings that do not fit, no images, or a crop asked for that is larger than the
                 resized image; the message says which.
         """
@@ -205,18 +211,22 @@ class Segmenter:
             raise ValueError("images: expected at least one image, got an empty sequence")
         single = isinstance(given, str | bytes | PathLike | Image.Image | np.ndarray | Tensor) or hasattr(given, "read")
         if single or not isinstance(given, Iterable):
-            return next(self.answers([given], question)).result(question)  # pyright: ignore[reportArgumentType]
-        several = self.answers(given, question, batch_size=batch_size, on_error=on_error)  # pyright: ignore[reportArgumentType]
+            return next(self.answers([given], question, regions=regions)).result(question)  # pyright: ignore[reportArgumentType]
+        options: dict[str, Any] = {"batch_size": batch_size, "on_error": on_error, "regions": regions}
+        several = self.answers(given, question, **options)  # pyright: ignore[reportArgumentType]
         return (found.result(question) for found in several)
 
     @torch.no_grad()  # not inference_mode: kept features can take part in somebody's training
-    def encode(self, image: ImageLike) -> ImageFeatures:
+    def encode(self, image: ImageLike, *, regions: Regions | None = None) -> ImageFeatures:
         """What the model computes of an image without any names.
 
+        Args:
+            regions: as when the segmenter is called; :meth:`label` is to be given them, too.
+
         Raises:
-            ImageError, ValueError: as when the segmenter is called.
+            ImageError, RegionsError, ValueError: as when the segmenter is called.
         """
-        view = self._view(image)
+        view = self._view(image, regions)
         if self.windows == "stitched":
             windows = self._stitched(view, self.batch_size)
         else:
@@ -236,6 +246,7 @@ class Segmenter:
         background_names: Sequence[str] | None = None,
         scores: bool = False,
         probabilities: bool = False,
+        regions: Regions | None = None,
     ) -> Segmentation:
         """Label every pixel of an encoded image; arguments and errors as when the segmenter is called.
 
@@ -251,8 +262,9 @@ class Segmenter:
             scores=scores,
             probabilities=probabilities,
         )
-        parts = self._decoded(features, question)
-        return answer(self.model, features.image, features.size, features.places, parts, question).result(question)
+        parts, shared = self._decoded(features, question), None if regions is None else find(regions, features.image)
+        found = answer(self.model, features.image, features.size, features.places, parts, question, shared)
+        return found.result(question)
 
     @torch.no_grad()  # what leaves the package are ordinary tensors
     def logits(self, features: ImageFeatures, names: Names) -> Tensor:
@@ -276,19 +288,20 @@ class Segmenter:
         *,
         batch_size: int | None = None,
         on_error: OnError = "raise",
+        regions: Regions | None = None,
     ) -> Iterator[Answer]:
         """The answers to one question for many images, in their order; see :meth:`__call__`."""
         batch_size = batch_size or self.batch_size
-        for views in batches(self._views(images, on_error), batch_size):
+        for views in batches(self._views(images, on_error, regions), batch_size):
             for view, parts in self._maps(views, question, batch_size):
                 with span("predict.picture"):
-                    found = answer(self.model, view.image, view.size, view.windows, parts, question)
+                    found = answer(self.model, view.image, view.size, view.windows, parts, question, view.regions)
                 yield found.ordinary()
 
-    def _views(self, images: Iterable[ImageLike], on_error: OnError) -> Iterator[View]:
+    def _views(self, images: Iterable[ImageLike], on_error: OnError, regions: Regions | None) -> Iterator[View]:
         for i, image in enumerate(images):
             try:
-                yield self._view(image)
+                yield self._view(image, regions)
             except (FastzsError, ValueError) as error:
                 problem = error if isinstance(image, str | PathLike) else ImageError(f"image {i}: {error}")
                 if on_error == "raise":
@@ -309,25 +322,27 @@ class Segmenter:
             return
         crops = [(i, crop) for i, view in enumerate(views) for crop in view.crops(view.windows)]
         maps: list[list[Tensor]] = [[] for _ in views]
-        for size in dict.fromkeys(crop.shape for _, crop in crops):
-            same = [(i, crop) for i, crop in crops if crop.shape == size]
+        for size in dict.fromkeys(crop.image.shape for _, crop in crops):
+            same = [(i, crop) for i, crop in crops if crop.image.shape == size]
             for start in range(0, len(same), batch_size):
                 indices, some = zip(*same[start : start + batch_size], strict=True)
                 for i, logits in zip(indices, self._decode(self._encode(some), question), strict=True):
                     maps[i].append(logits[None])
         yield from zip(views, maps, strict=True)
 
-    def _view(self, image: ImageLike) -> View:
+    def _view(self, image: ImageLike, regions: Regions | None) -> View:
         with span("predict.preprocess"):
             original = read_picture(image)
             resized = self._resize(original)
+            name = Path(image).stem if isinstance(image, str | PathLike) else None
+            shared = None if regions is None else find(regions, original, name)
         size = (resized.shape[1], resized.shape[2])
         if self.crop and self.stride:  # a crop always has a stride
             if self._crop_is_given:
                 check_crop(self.crop, size)
             if self.windows == "separate":
-                return View(original, resized, window_grid(size, self.crop, self.stride))
-        return View(original, resized, torch.tensor([[0, 0, *size]]))
+                return View(original, resized, window_grid(size, self.crop, self.stride), shared)
+        return View(original, resized, torch.tensor([[0, 0, *size]]), shared)
 
     def _resize(self, picture: Tensor) -> Tensor:
         size = (picture.shape[1], picture.shape[2])
@@ -337,17 +352,24 @@ class Segmenter:
         # antialiasing changes nothing where images grow, as in the published pipelines on their data sets
         return picture if wanted == size else TF.resize(picture, list(wanted), antialias=self.antialias)
 
-    def _encode(self, crops: Sequence[Tensor]) -> Features:
-        """Features of crops of one size, uint8 [3, h, w] each."""
-        images = self._normalised(torch.stack(list(crops)))
+    def _encode(self, crops: Sequence[Crop]) -> Features:
+        """Features of crops of one size."""
+        images = self._normalised(torch.stack([crop.image for crop in crops]))
+        regions = [crop.regions for crop in crops if crop.regions is not None]
         with span("predict.encode"):
-            return self.model.encode(images)
+            return self.model.encode(images, **self._shared(regions))
 
     def _stitched(self, view: View, batch_size: int) -> Features:
         """Features of a whole image, put together from windows."""
+        image = self._normalised(view.resized[None])
+        regions = [] if view.regions is None else [at_size(view.regions, view.size)]
         with span("predict.encode"):
-            image = self._normalised(view.resized[None])
-            return self.model.encode_stitched(image, self.crop or 0, self.stride or 0, batch_size)
+            sizes = (self.crop or 0, self.stride or 0, batch_size)
+            return self.model.encode_stitched(image, *sizes, **self._shared(regions))
+
+    def _shared(self, regions: Sequence[Tensor]) -> dict[str, Any]:
+        """The regions as an argument of models that take them."""
+        return {"regions": torch.stack(list(regions)).to(self.device)} if regions and self.model.takes_regions else {}
 
     def _normalised(self, images: Tensor) -> Tensor:
         return ((images.to(self.device, torch.float32) - self._mean) / self._scale).to(self.dtype)

@@ -6,6 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastzs.pictures import ImageError
+from fastzs.regions import at_size
+
+
+class Crop(NamedTuple):
+    """What the model sees at once."""
+
+    image: Tensor  # uint8 [3, h, w]
+    regions: Tensor | None  # int64 [h, w]
 
 
 class View(NamedTuple):
@@ -14,15 +22,18 @@ class View(NamedTuple):
     image: Tensor  # uint8 [3, H, W], as it was read
     resized: Tensor  # uint8 [3, h, w]
     windows: Tensor  # int64 [W, 4] over the resized image, all of one size
+    regions: Tensor | None = None  # int64 [H, W], of the image as it was read
 
     @property
     def size(self) -> tuple[int, int]:
         return (self.resized.shape[1], self.resized.shape[2])
 
-    def crops(self, windows: Tensor) -> Iterator[Tensor]:
-        """The parts of the resized image under some windows, uint8 [3, height, width] each."""
+    def crops(self, windows: Tensor) -> Iterator[Crop]:
+        """The parts of the resized image under some windows."""
+        regions = None if self.regions is None else at_size(self.regions, self.size)
         for top, left, height, width in windows.tolist():
-            yield self.resized[:, top : top + height, left : left + width]
+            rows, columns = slice(top, top + height), slice(left, left + width)
+            yield Crop(self.resized[:, rows, columns], None if regions is None else regions[rows, columns])
 
 
 def batches(views: Iterator[View], size: int) -> Iterator[list[View]]:

@@ -117,7 +117,9 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
     segmenter.short_side, segmenter.crop, segmenter.stride = setting.short_side, setting.crop, setting.stride
     segmenter.long_side, segmenter.antialias = LONG_SIDE, False
     vocabulary = Vocabulary.of_phrases(rules.classes, benchmark.phrases(config.model), config.templates)
-    key = identity(segmenter, vocabulary, background="none", threshold=setting.threshold, options=published)
+    key = identity(
+        segmenter, vocabulary, background="none", threshold=setting.threshold, options=published, regions=config.regions
+    )
     key |= {"benchmark": benchmark.protocol, "threshold": setting.threshold, "pictures": len(dataset)}
     path = None if folder is None else folder / f"{benchmark.protocol}.json"
     if path is not None and path.is_file():
@@ -126,7 +128,14 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
             return before["scores"]["mIoU"] * 100
     with progress(ranks.rank() == 0, dataset, rules, None) as step:
         (matrix,) = evaluate(
-            segmenter, dataset, rules, vocabulary, threshold=setting.threshold, workers=config.workers, step=step
+            segmenter,
+            dataset,
+            rules,
+            vocabulary,
+            threshold=setting.threshold,
+            regions=config.regions,
+            workers=config.workers,
+            step=step,
         ).values()
     found = report(matrix, rules)
     if path is not None and ranks.rank() == 0:

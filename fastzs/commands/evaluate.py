@@ -71,6 +71,12 @@ def parser() -> ArgumentParser:
     add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
     add("--words", type=str | None, help="YAML file with other names, or synonyms, for the classes, in their order")
     add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
+    add(
+        "--regions",
+        type=str | None,
+        help="regions of the images, one label for each: slic, felzenszwalb, or a folder with a NAME.png for each, "
+        "integers of the image's size, 0 for none",
+    )
     add("--templates", type=str | None, help="named prompt templates")
     add(
         "--calibration",
@@ -106,13 +112,17 @@ def run(config: Namespace) -> int:
     if (config.overlays and config.output is None) or (config.plots and config.output is None):
         raise ValueError("--overlays and --plots write files; name a folder for them with --output")
     if config.against is not None:
-        for name in ("predictions", "calibration", "words", "embeddings", "overlays", "plots"):
+        for name in ("predictions", "calibration", "words", "embeddings", "regions", "overlays", "plots"):
             if config[name] not in (None, False):
                 raise ValueError(f"--against asks a model for two names at a time; leave out --{name}")
     if config.predictions is not None and config.calibration is not None:
         raise ValueError(
             f"--calibration {config.calibration} lowers a model's scores, but --predictions are labels without scores; "
             "leave one of them out"
+        )
+    if config.predictions is not None and config.regions is not None:
+        raise ValueError(
+            "--regions is for a model's labels, but --predictions are labels already; leave one of them out"
         )
     if config.plots:
         from fastzs import plots
@@ -285,6 +295,7 @@ def _score_model(
             vocabulary,
             calibrations=constants,
             metric=config.metric,
+            regions=config.regions,
             workers=config.workers,
             step=step,
         )
@@ -329,6 +340,7 @@ def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
     return {
         "model": config.model,
         "options": dict(config.options),
+        "regions": config.regions,
         "checkpoint": config.checkpoint,
         "fingerprint": getattr(segmenter.model, "fingerprint", "") or None,
         "weights": segmenter.model.weights,

@@ -67,6 +67,12 @@ def parser() -> ArgumentParser:
     add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
     add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
     add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
+    add(
+        "--regions",
+        type=str | None,
+        help="regions of the images, one label for each: slic, felzenszwalb, or a folder with a NAME.png for each, "
+        "integers of the image's size, 0 for none",
+    )
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
     add(
@@ -104,13 +110,15 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)  # of the model, as far as ``load`` has them
     extras: tuple[str, ...] = ()
     max_pixels: int | None = None
+    regions: str | None = None  # see fastzs.regions.find
 
     def __call__(self, picture: Path) -> "Segmentation":
         if self.max_pixels is not None:
             from PIL import Image
 
             Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2  # Pillow's error comes at twice its warning
-        return self.segmenter(picture, self.vocabulary, **self.asked)
+        regions = {} if self.regions is None else {"regions": self.regions}
+        return self.segmenter(picture, self.vocabulary, **self.asked, **regions)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -140,6 +148,7 @@ class Job:
                 background=self.background,
                 threshold=self.threshold,
                 options=self.options,
+                regions=self.regions,
             ),
             "weights": model.clip.fingerprint,
             "source": model.clip.source,
@@ -204,6 +213,7 @@ def run(config: Namespace) -> int:
         options,
         tuple(extra for extra in EXTRAS if config[extra]),
         config.max_pixels,
+        config.regions,
     )
     with hold(output, "segment") as held, nullcontext() if actors is None else actors:
         return _segment(config, pictures, job, actors, ranks.started(), held)

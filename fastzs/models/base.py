@@ -109,6 +109,8 @@ class SegmentationModel(nn.Module):
         train_unseen: those of ``seen`` that :meth:`decode` has to treat as unseen.
         fixed_classes: names of the classes if they were fixed in training, else None.
         learned_class: name of a class whose text vector is trained, see :meth:`learned_vector`; None without one.
+        takes_regions: whether :meth:`encode` and :meth:`encode_stitched` take ``regions``, int64 [B, H, W], and let
+            patches attend inside their region only, see :mod:`fastzs.regions`.
         class_options: attributes that hold classes by name or index, which training turns into indices and passes to
             :meth:`losses` under the same names.
         transductive: whether there is transductive training.
@@ -132,6 +134,7 @@ class SegmentationModel(nn.Module):
     learned_class: str | None = None
     class_options: ClassVar[tuple[str, ...]] = ()
     transductive: ClassVar[bool] = False
+    takes_regions: ClassVar[bool] = False
     fingerprint: str = ""
     weights: str = ""
 

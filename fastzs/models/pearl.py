@@ -51,7 +51,7 @@ class PEARL(TrainingFree):
         return super().score(features, F.normalize(text, dim=-1))
 
     def _attend(self, block: LastBlock) -> Tensor:
-        rows = procrustes(block.q, block.k, block.v, block.prefix, self.key_weight)
+        rows = procrustes(block.q, block.k, block.v, block.prefix, self.key_weight, regions=block.regions)
         return rows[:, :, block.prefix :].to(block.v.dtype)
 
 
@@ -62,6 +62,7 @@ def procrustes(
     prefix: int,
     key_weight: float,
     rotation: Callable[[Tensor], Tensor] | None = None,
+    regions: Tensor | None = None,
 ) -> Tensor:
     """Attention with the keys turned towards the queries, [B, heads, L, d] of q, k, v of that shape, fp32 at least.
 
@@ -69,6 +70,8 @@ def procrustes(
         prefix: tokens before the patches, which have no part in the means.
         key_weight: a.
         rotation: what makes R of M [..., d, d]; :func:`polar` with five steps if omitted.
+        regions: int64 [B, h, w]; a patch sees its own region and the tokens before the patches, one of 0 or below sees
+            everything.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = q.to(wide), k.to(wide), v.to(wide)
@@ -79,6 +82,10 @@ def procrustes(
     centred = k - k_mean
     turned = k @ (rotation or polar)(centred.mT @ (q - q_mean))
     scores = (q @ turned.mT + key_weight * centred @ centred.mT) * q.shape[-1] ** -0.5
+    if regions is not None:
+        flat = regions.flatten(1)
+        apart = (flat[:, :, None] != flat[:, None]) & (flat[:, :, None] > 0)
+        scores[:, :, prefix:, prefix:].masked_fill_(apart[:, None], -torch.inf)
     return scores.softmax(-1) @ v
 
 

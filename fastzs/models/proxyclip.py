@@ -20,6 +20,7 @@ from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree
 from fastzs.operators import LastBlock
 from fastzs.ops import dense_attention
 from fastzs.readout import Readout
+from fastzs.regions import at_size, merged
 from fastzs.registry import register
 from fastzs.windows import Size
 
@@ -40,6 +41,8 @@ class ProxyCLIP(TrainingFree):
         affinity: see :class:`fastzs.models.affinity.Affinity`; published: "dino".
         beta, gamma: shift and scale of the similarities.
         floor: weights are the similarities of at least this instead of a softmax (CLIP-DINOiser: 0.2).
+        merge: regions of an image whose mean features differ by no more count as one, as in CorrCLIP, see
+            :func:`fastzs.regions.merged`.
         options: see :class:`TrainingFree`; ``multiple`` is the least common multiple of both patch sizes if omitted.
 
     An operator of one's own (``dense=``) finds the other network's features in ``LastBlock.affinity`` and gives rows
@@ -60,6 +63,7 @@ class ProxyCLIP(TrainingFree):
         beta: float = 1.2,
         gamma: float = 3.0,
         floor: float | None = None,
+        merge: float = 0.2,
         multiple: int | None = None,
         **options,
     ):
@@ -69,21 +73,24 @@ class ProxyCLIP(TrainingFree):
         if isinstance(self.kind, str) and self.kind != "proxy":
             raise ValueError(f"ProxyCLIP: expected the operator 'proxy' or a function, got {self.kind!r}")
         self.affinity = Affinity(affinity, self.mean, self.std)
-        self.beta, self.gamma, self.floor = beta, gamma, floor
+        self.beta, self.gamma, self.floor, self.merge = beta, gamma, floor, merge
         self.multiple = math.lcm(self.visual.patch_size, self.affinity.patch) if multiple is None else multiple
 
-    def last_block(self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor) -> Tensor:
+    def last_block(
+        self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor, regions: Tensor | None
+    ) -> Tensor:
         """Features [B, D, h', w'] on the other network's grid, or on CLIP's if an own operator chose that."""
         tower = self.visual
         assert isinstance(tower, VisionTransformer)
         features = self.affinity(fitted)
+        theirs = (features.shape[2], features.shape[3])
+        if regions is not None:
+            regions = merged(at_size(regions, theirs), features, self.merge)
         q, k, v = tower.projections(tokens, grid)
         if isinstance(self.kind, str):
-            attended = dense_attention(
-                q, k, v, "proxy", grid, affinity=features, beta=self.beta, gamma=self.gamma, floor=self.floor
-            )
+            options = {"beta": self.beta, "gamma": self.gamma, "floor": self.floor, "regions": regions}
+            attended = dense_attention(q, k, v, "proxy", grid, affinity=features, **options)
         else:
-            attended = self.kind(LastBlock(tokens, q, k, v, grid, maps, features))
-        theirs = (features.shape[2], features.shape[3])
+            attended = self.kind(LastBlock(tokens, q, k, v, grid, maps, features, regions))
         own = theirs if attended.shape[2] == theirs[0] * theirs[1] else grid
         return tower.read(tower.finish(tokens, attended, False, False), own)

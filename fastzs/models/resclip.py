@@ -66,6 +66,7 @@ class ResCLIP(TrainingFree):
     """
 
     published = Settings("kk+gaussian", True, 336, 224, 112, 0, Readout(scale=40.0))
+    takes_regions = False  # earlier blocks' attention knows none
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ from fastzs.models.maskclip import DenseFeatures
 from fastzs.operators import LastBlock
 from fastzs.ops import dense_attention, pixel_text_logits
 from fastzs.readout import Readout, Refinement
+from fastzs.regions import at_size
 from fastzs.registry import register
 from fastzs.stitching import stitched_tokens
 from fastzs.trace import traced
@@ -85,6 +86,7 @@ class TrainingFree(SegmentationModel):
 
     published: ClassVar[Settings]
     activation: Activation = "cosine"
+    takes_regions = True
     default_templates = "openai80"
 
     def __init__(
@@ -157,7 +159,7 @@ class TrainingFree(SegmentationModel):
         return images[:, :, : max(patch, height // patch * patch), : max(patch, width // patch * patch)]
 
     @traced("model.tower")
-    def encode(self, images: Tensor) -> DenseFeatures:
+    def encode(self, images: Tensor, regions: Tensor | None = None) -> DenseFeatures:
         """Features of every patch in the text space; the maps are those of :meth:`covered`."""
         tower, fitted = self.visual, self.fitted(images)
         if not isinstance(tower, VisionTransformer):
@@ -166,7 +168,7 @@ class TrainingFree(SegmentationModel):
             return DenseFeatures(tower.dense(tokens, grid, self.kind, self.residual, self.ffn))
         maps, watch = watched(operators.blocks_of(self.kind))
         tokens, grid = tower.trunk(fitted, watch)
-        return DenseFeatures(self.last_block(tokens, grid, maps, fitted))
+        return DenseFeatures(self.last_block(tokens, grid, maps, fitted, self._fitted_regions(regions)))
 
     def why_not_stitched(self) -> str | None:
         if not isinstance(self.visual, VisionTransformer):
@@ -176,28 +178,45 @@ class TrainingFree(SegmentationModel):
         return None
 
     @traced("model.tower")
-    def encode_stitched(self, image: Tensor, crop: int | Size, stride: int | Size, batch_size: int) -> DenseFeatures:
+    def encode_stitched(
+        self,
+        image: Tensor,
+        crop: int | Size,
+        stride: int | Size,
+        batch_size: int,
+        regions: Tensor | None = None,
+    ) -> DenseFeatures:
         """Features of the whole image: windows through the blocks before the last, the last one over all patches."""
         assert isinstance(self.visual, VisionTransformer)
         fitted = self.fitted(image)
         tokens, grid = stitched_tokens(self.visual, fitted, crop, stride, batch_size)
-        return DenseFeatures(self.last_block(tokens, grid, {}, fitted))
+        return DenseFeatures(self.last_block(tokens, grid, {}, fitted, self._fitted_regions(regions)))
 
-    def last_block(self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor) -> Tensor:
+    def _fitted_regions(self, regions: Tensor | None) -> Tensor | None:
+        """Regions [B, H, W] as the images are fitted; what is padded is of no region."""
+        if regions is None:
+            return None
+        return self.fitted(regions[:, None].double())[:, 0].long()  # doubles hold integers up to 2^53
+
+    def last_block(
+        self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor, regions: Tensor | None
+    ) -> Tensor:
         """Features [B, D, h, w] from the tokens that enter the last block, of fitted images [B, 3, H, W].
 
         Args:
             maps: attention of the earlier blocks that the operator asked for.
+            regions: int64 [B, H, W].
         """
         tower = self.visual
         assert isinstance(tower, VisionTransformer)
         if self.kind == "identity":
             return tower.dense(tokens, grid, "identity", self.residual, self.ffn)
         q, k, v = tower.projections(tokens, grid)
+        cells = None if regions is None else at_size(regions, grid)
         if isinstance(self.kind, str):
-            attended = dense_attention(q, k, v, self.kind, grid, std=self.gaussian)
+            attended = dense_attention(q, k, v, self.kind, grid, std=self.gaussian, regions=cells)
         else:
-            attended = self.kind(LastBlock(tokens, q, k, v, grid, maps))
+            attended = self.kind(LastBlock(tokens, q, k, v, grid, maps, regions=cells))
         return tower.read(tower.finish(tokens, attended, self.residual, self.ffn), grid)
 
     def score(self, features: DenseFeatures, text: Tensor) -> Tensor:

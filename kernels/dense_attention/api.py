@@ -12,10 +12,12 @@ from ..dispatch import choose
 from ..triton_runtime import why_not_triton
 from . import operator as operator  # registers the Triton backend
 from . import proxy, reference
+from . import regions as within
 from .compiled import why_not_cpu
 
 Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian", "proxy"]
 KINDS: tuple[str, ...] = get_args(Kind)
+REGIONS = "only the reference takes regions"
 
 
 @traced("ops.dense_attention")
@@ -31,6 +33,7 @@ def dense_attention(
     beta: float = 1.2,
     gamma: float = 3.0,
     floor: float | None = None,
+    regions: Tensor | None = None,  # [B, h, w], with "proxy" [B, H', W']
     impl: str = "auto",
 ) -> Tensor:  # [B, H, h * w, d], with "proxy" [B, H, H' * W', d]
     """Patch rows of the last block's attention under one of the training-free operators.
@@ -62,6 +65,8 @@ def dense_attention(
         affinity: ``[B, D, H', W']``, the features of "proxy", of any length and floating dtype, finite.
         beta, gamma: of "proxy": shift and scale of the cosines. Published values work from 1.0 to 1.6 and 2 to 5.
         floor: of "proxy": weights are cosines of at least this.
+        regions: integers on the rows' grid. A patch sees only the patches of its own region, and the tokens before the
+            patches; one of a region of 0 or below sees everything. Only the reference takes them, a region at a time.
         impl: backend, see :mod:`fastzs.kernels.dispatch`. The compiled library (``"cpu"``: heads of a multiple of 8 up
             to 128) and Triton compute fp32, bf16 and fp16 where no gradient is wanted, in memory [B, h * w, H, d], so
             that joining the heads is a view. ``"torch"`` is PyTorch's attention, for kinds other than "proxy" and
@@ -71,7 +76,7 @@ def dense_attention(
     Raises:
         RuntimeError: ``impl`` cannot run here.
         ValueError: unknown ``kind``, shapes, dtypes or devices that disagree, fewer tokens than patches, ``std`` not
-            positive, an ``affinity`` that does not fit or has NaN (looked for on CPUs).
+            positive, an ``affinity`` that does not fit or has NaN (looked for on CPUs), ``regions`` that do not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"dense_attention: kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -91,11 +96,19 @@ def dense_attention(
         raise ValueError(f"dense_attention: std must be positive, got {std}")
     if kind == "proxy":
         affinity = proxy.check(v, affinity, gamma)
+        if regions is not None:
+            within.check(regions, len(v), (affinity.shape[2], affinity.shape[3]), v.device)
+            choose("dense_attention", impl, {"cpu": REGIONS, "reference": None})
+            return within.proxy(v, affinity, grid, beta, gamma, floor, regions)
         reasons = {"cpu": proxy.why_not_cpu(v, affinity), "reference": None}
         run = proxy.compiled if choose("dense_attention", impl, reasons) == "cpu" else proxy.reference
         return run(v, affinity, grid, beta, gamma, floor)
     if affinity is not None or floor is not None:
         raise ValueError(f"dense_attention: affinity and floor are used only by kind='proxy', got kind={kind!r}")
+    if regions is not None:
+        within.check(regions, len(v), grid, v.device)
+        choose("dense_attention", impl, {"cpu": REGIONS, "torch": REGIONS, "triton": REGIONS, "reference": None})
+        return within.plain(q, k, v, kind, grid, std, regions)
     # PyTorch's own attention, on GPUs cuDNN's or flash attention, wherever nothing is added to the scores
     masked = "PyTorch's attention would need the Gaussian as a matrix" if kind == "kk+gaussian" else None
     reasons = {"cpu": why_not_cpu(q, k, v), "torch": masked, "triton": _why_not_triton(q, k, v), "reference": None}

@@ -64,6 +64,12 @@ def joined(v: Tensor, grid: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return v[:, :, v.shape[2] - grid[0] * grid[1] :].transpose(1, 2).flatten(2).to(dtype)
 
 
+def resampled(values: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """``[B, h * w, C]`` on another grid, ``[B, H' * W', C]``."""
+    maps = F.interpolate(values.transpose(1, 2).unflatten(2, grid), size, mode="bilinear", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)
+
+
 def split(out: Tensor, v: Tensor) -> Tensor:
     """``[B, N, H * d]`` -> ``[B, H, N, d]`` in the dtype of ``v``."""
     return out.to(v.dtype).unflatten(2, (v.shape[1], v.shape[3])).transpose(1, 2)
@@ -75,8 +81,7 @@ def reference(
     """See :func:`fastzs.kernels.dense_attention.api.dense_attention`."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     unit, shift = unit_and_shift(affinity, beta, floor, dtype)
-    values = joined(v, grid, dtype).transpose(1, 2).unflatten(2, grid)
-    values = F.interpolate(values, affinity.shape[2:], mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    values = resampled(joined(v, grid, dtype), grid, (affinity.shape[2], affinity.shape[3]))
     patch = torch.arange(unit.shape[2], device=v.device)
     parts = []
     for rows in patch.split(ROWS):

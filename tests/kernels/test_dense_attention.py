@@ -63,3 +63,35 @@ def test_bad_inputs_are_named(qkv):
         dense_attention(q, k, v, "kk+gaussian", GRID, std=0)
     with pytest.raises(RuntimeError, match="no such backend"):
         dense_attention(q, k, v, "qq", GRID, impl="cuda")
+
+
+@pytest.mark.parametrize("kind", ["qk", "qq+kk", "kk+gaussian", "identity", "proxy"])
+def test_regions_by_a_mask(qkv, kind):
+    """Every pair that is of one region, or whose row is of none, and the token before the patches."""
+    q, k, v = qkv
+    regions = torch.randint(-1, 3, (2, *GRID), generator=torch.Generator().manual_seed(1))
+    affinity = torch.randn(2, 6, *GRID, dtype=torch.float64, generator=torch.Generator().manual_seed(2)) + 0.5
+    options = {"affinity": affinity} if kind == "proxy" else {}
+    got = dense_attention(q, k, v, kind, GRID, regions=regions, **options)
+    flat = regions.flatten(1).clamp_min(0)
+    allowed = ((flat[:, :, None] == flat[:, None]) | (flat[:, :, None] == 0))[:, None]
+    bias = torch.zeros(2, 1, 15, 16, dtype=torch.float64)
+    bias[..., 1:].masked_fill_(~allowed, -torch.inf)
+    if kind == "kk+gaussian":
+        bias[..., 1:] += neighbour_bias(GRID, 5.0, torch.float64, q.device)
+    if kind == "identity":
+        wanted = v[:, :, 1:]
+    elif kind == "proxy":
+        unit = F.normalize(affinity.flatten(2), dim=1)
+        alike = unit.mT @ unit
+        scores = 3 * (alike - 1.2 * alike.mean((1, 2), keepdim=True))
+        seen = allowed[:, 0] & ((scores >= 0) | torch.eye(15, dtype=torch.bool))
+        wanted = scores.masked_fill(~seen, -torch.inf).softmax(-1)[:, None] @ v[:, :, 1:]
+    else:
+        pairs = {"qk": [(q, k)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
+        wanted = sum(F.scaled_dot_product_attention(a[:, :, 1:], b, v, attn_mask=bias) for a, b in pairs)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match=r"expected regions \[2, 3, 5\] of integers"):
+        dense_attention(q, k, v, kind, GRID, regions=regions[:1], **options)
+    with pytest.raises(RuntimeError, match="only the reference takes regions"):
+        dense_attention(q, k, v, kind, GRID, regions=regions, impl="cpu", **options)
