@@ -1,7 +1,23 @@
 """Two tiers: ``pytest`` runs every behaviour once, ``pytest -m slow`` what takes interpreters, compilers or processes.
 
-``pytest -m "slow or not slow"`` runs both.
+``pytest -m "slow or not slow"`` runs both. Where pytest-xdist is installed, the suite as a whole takes all cores, with
+one thread each; files that are named run in one process, and ``-n 0`` asks for one process always.
 """
+
+import os
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the option
+def pytest_cmdline_main(config):
+    whole = config.args_source is config.ArgsSource.TESTPATHS
+    if not whole or config.option.usepdb or config.option.collectonly:
+        return
+    if getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = min(os.cpu_count() or 1, 8)  # each process holds PyTorch: a gigabyte
+        config.option.dist = "worksteal"  # tests that lie together share fixtures, until a process runs out of work
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,11 +1,12 @@
 """``FASTZS_IMPL`` switches backends under the test-suite: a part of it, once per preference, in its own process."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.processes import environment
 
 # Left out: long, and no different with another backend.
 SLOW = "not (any_shape or little_memory or exports or ranks or compiles or starts_from)"
@@ -19,7 +20,7 @@ PART = (
     "kernels/test_pixel_text_logits.py",
     "kernels/test_bridged_attention.py",
     "models",
-    "test_predict.py",
+    "test_segmenter.py",
 )
 
 
@@ -29,8 +30,6 @@ PART = (
 def test_green_with_every_preference(impl):
     paths = [str(TESTS / path) for path in PART]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SLOW, *paths]
-    done = subprocess.run(
-        command, cwd=TESTS.parent, env={**os.environ, "FASTZS_IMPL": impl}, capture_output=True, text=True
-    )
+    done = subprocess.run(command, cwd=TESTS.parent, env=environment(FASTZS_IMPL=impl), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -1,7 +1,6 @@
 """``bench/gpu.sh`` without a GPU: every stage in a small form, what is done is not done again, and a page comes out."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from bench import gpu_stages
 from bench.gpu_report import gpu_report, proposals
+from tests.processes import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,11 +25,11 @@ def test_dry_run(tmp_path):
         f'#!/bin/sh\n[ "$2" = pip ] && exit 0\n[ "$1" = setup.py ] && exit 0\nexec {sys.executable} "$@"\n'
     )
     stand_in.chmod(0o755)
-    # options for this run of pytest are not for the one inside
-    environment = {**os.environ, "PYTHON": str(stand_in), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"}
     folder = tmp_path / "out"
     command = ["bash", str(ROOT / "bench/gpu.sh"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(
+        command, env=environment(PYTHON=str(stand_in), OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=580
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "dry run: no CUDA device" in done.stdout
     ended = gpu_stages.finished(folder)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import environment
+
 ROOT = Path(__file__).parents[2]
 OPS = ("mask_loss", "pixel_text_logits", "attention", "key_smoothing", "label_map", "proxy_attention")
 
@@ -21,7 +23,9 @@ for options in ([], ["-m", "quick"], ["-m", "full or not full"]):
 
 @pytest.mark.slow
 def test_what_is_left_out_and_what_is_quick():
-    done = subprocess.run([sys.executable, "-c", COLLECT], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", COLLECT], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     parts = done.stdout.split("---\n")[1:]
     default, quick, everything = ({line for line in part.splitlines() if "::test_cpu" in line} for part in parts)
@@ -39,5 +43,5 @@ def test_what_is_left_out_and_what_is_quick():
 def test_naming_what_is_left_out_runs_it():
     named = "bench/test_label_map.py::test_cpu[847-(512, 683)-noise-fastzs]"
     command = [sys.executable, "-m", "pytest", named, "--collect-only", "-q", "-o", "addopts="]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert named in done.stdout.splitlines(), done.stdout

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests.processes import environment
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1")
 
@@ -13,7 +15,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTER
 def run_interpreted(path: str) -> None:
     """Run the tests of one file in the interpreter and require that some ran and all passed."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "slow or not slow", path]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
