@@ -1,12 +1,14 @@
 """From a system's name, a checkpoint, a folder or a hub id to a model that segments images."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from fastzs import clip as clip_module
-from fastzs.clip import WeightsError
+from fastzs.clip import Clip, WeightsError
 from fastzs.clip.state import read_state
 from fastzs.devices import Precision, choose_device, choose_precision
 from fastzs.models import saved
@@ -25,9 +27,10 @@ _OWN = ("self", "clip", "backbone", "weights")
 def load(
     model: str | Path | None = None,
     *,
-    backbone: str | None = None,
+    backbone: str | nn.Module | None = None,
     weights: str | Path | None = None,
     checkpoint: str | Path | None = None,
+    tokenizer: Callable[..., Any] | None = None,
     device: str = "auto",
     precision: Precision = "auto",
     short_side: int | None = None,
@@ -45,7 +48,9 @@ def load(
             which then says itself which system it is. Omitted: see :func:`default_model`.
         backbone, weights: see :func:`fastzs.clip.load`; ViT-B-16 and openai where nothing else is known;
             ``weights="shapes"`` needs no download. Of a checkpoint without a text tower they name the CLIP that the
-            text tower is taken from.
+            text tower is taken from. ``backbone`` may also be a model at hand, of open_clip or transformers, in
+            systems without training; it brings its weights, see :func:`fastzs.clip.from_model`.
+        tokenizer: of a model at hand whose texts are not CLIP's own, open_clip's or transformers'.
         checkpoint: a published ``.pth`` or safetensors file, or a folder or hub id that ``save_pretrained`` or
             ``push_to_hub`` wrote.
         device: "auto" takes a GPU if there is one.
@@ -62,7 +67,9 @@ def load(
     """
     if model is None:
         model = default_model(weights, checkpoint)
-    given = {"backbone": backbone, "weights": None if weights is None else str(weights)}
+    if isinstance(model, nn.Module):
+        raise ValueError(f"model: expected the name of a system, got {type(model).__name__}; pass it as backbone=...")
+    given = {"backbone": backbone, "weights": None if weights is None else str(weights), "tokenizer": tokenizer}
     given = {name: value for name, value in given.items() if value is not None}
     if checkpoint is None and _is_checkpoint(str(model)):
         checkpoint, entry = model, system_of(model)
@@ -74,11 +81,15 @@ def load(
             raise ValueError(
                 f"{entry.name} has no training and so no checkpoint; give CLIP's weights as weights={str(checkpoint)!r}"
             )
-        network: SegmentationModel = entry.kind(clip_module.load(**given), **options)  # type: ignore[call-arg]
+        network: SegmentationModel = entry.kind(_clip(**given), **options)  # type: ignore[call-arg]
     elif checkpoint is None:
         raise ValueError(
             f"{entry.name} needs a trained checkpoint: checkpoint='voc_zero.pth', a folder or a hub id; to train one, "
             f"start from fastzs.models.{entry.kind.__name__}(...); model='naclip' needs none"
+        )
+    elif backbone is not None and not isinstance(backbone, str):
+        raise ValueError(
+            f"{entry.name} has towers of its own: expected the name of a backbone, got {type(backbone).__name__}"
         )
     else:
         network = entry.kind.open(checkpoint, **given, **options)
@@ -92,6 +103,19 @@ def load(
     elif precision == "int8":
         raise ValueError("precision int8 is a way to optimize: expected optimize=True, got False")
     return segmenter
+
+
+def _clip(
+    *, backbone: str | nn.Module | None = None, tokenizer: Callable[..., Any] | None = None, **weights: str
+) -> Clip:
+    """The CLIP of a system without training, by name or at hand."""
+    if backbone is not None and not isinstance(backbone, str):
+        if weights:
+            raise ValueError(f"{type(backbone).__name__} brings its weights; leave out weights={weights['weights']!r}")
+        return clip_module.from_model(backbone, tokenizer)
+    if tokenizer is not None:
+        raise ValueError("tokenizer: a backbone that is given by its name brings its own; leave out tokenizer=...")
+    return clip_module.load(**({} if backbone is None else {"backbone": backbone}), **weights)
 
 
 def default_model(weights: str | Path | None = None, checkpoint: str | Path | None = None) -> str:

@@ -102,7 +102,7 @@ def measure(name: str) -> dict[str, Any] | None:
     text = config["text_cfg"]
     hub = text.get("hf_model_name")
     with towers.Sizes():
-        words = None if hub else _parameters(TextEncoder(text, config["embed_dim"], False, tokenizer=list).tower)  # pyright: ignore[reportArgumentType]
+        encoder = None if hub else TextEncoder.of_config(text, config["embed_dim"], False)
     size = config["vision_cfg"].get("image_size", 224)
     return {
         "image_size": tower.grid * tower.patch_size if isinstance(tower, VisionTransformer) else size,
@@ -110,7 +110,7 @@ def measure(name: str) -> dict[str, Any] | None:
         "width": tower.width,
         "text_dim": config["embed_dim"],
         "vision_parameters": _parameters(tower),
-        "text_parameters": words,
+        "text_parameters": None if encoder is None else _parameters(encoder.tower),
         "text": hub or text.get("hf_tokenizer_name") or "CLIP",
         "operators": list(tower.operators),
     }

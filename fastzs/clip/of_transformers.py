@@ -33,36 +33,28 @@ def describe(folder: Path, source: str) -> dict[str, Any]:
         WeightsError: another model, an option that is not known, or files that are missing or damaged.
     """
     config = read_json(folder / "config.json")
-    kind = config.get("model_type")
-    if kind not in ("clip", "siglip"):
-        raise WeightsError(
-            f"{folder / 'config.json'}: model_type is {kind!r}; expected 'clip' or 'siglip' (transformers), "
-            "or a folder with open_clip_config.json"
-        )
+    model = open_clip_config(config, f"{folder / 'config.json'}")
     path = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise WeightsError(f"weights folder {folder}: none of {', '.join(WEIGHTS)} is in it")
-    model = _clip(config, folder) if kind == "clip" else _siglip(config, folder)
     if not (folder / "tokenizer.json").is_file():
         raise WeightsError(
             f"weights folder {folder}: there is no tokenizer.json in it; save the tokenizer beside the model with "
             "transformers: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
         )
-    clean = "canonicalize" if kind == "siglip" else "whitespace"
     length = model["text_cfg"]["context_length"]
     preprocessor = folder / "preprocessor_config.json"
     preprocess = read_json(preprocessor) if preprocessor.is_file() else {}
-    half = [0.5] * 3
-    usual = (half, half) if kind == "siglip" else (OPENAI_MEAN, OPENAI_STD)
+    mean, std = preprocessing(config)
     return {
         "backbone": source,
         "source": source,
         "config": model,
         "path": path,
         "quick_gelu": model["quick_gelu"],
-        "mean": preprocess.get("image_mean", usual[0]),
-        "std": preprocess.get("image_std", usual[1]),
-        "tokenizer": tokenizers.FileTokenizer(folder, length, clean),
+        "mean": preprocess.get("image_mean", mean),
+        "std": preprocess.get("image_std", std),
+        "tokenizer": tokenizers.FileTokenizer(folder, length, cleaning(config)),
         "layout": "transformers",
     }
 
@@ -70,12 +62,39 @@ def describe(folder: Path, source: str) -> dict[str, Any]:
 OPENAI_MEAN, OPENAI_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def _sizes(config: Mapping[str, Any], part: str, defaults: dict[str, Any], folder: Path) -> dict[str, Any]:
+def open_clip_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """open_clip's configuration of a ``CLIPConfig`` or ``SiglipConfig``, given as a mapping.
+
+    Args:
+        where: it comes from, for messages.
+
+    Raises:
+        WeightsError: it is of another model, or has an option that is not known.
+    """
+    kind = config.get("model_type")
+    if kind not in ("clip", "siglip"):
+        raise WeightsError(
+            f"{where}: model_type is {kind!r}; expected 'clip' or 'siglip' (transformers), "
+            "or a folder with open_clip_config.json"
+        )
+    return _clip(config, where) if kind == "clip" else _siglip(config, where)
+
+
+def preprocessing(config: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    """The usual mean and standard deviation of images, where nothing else is said."""
+    half = [0.5] * 3
+    return (half, half) if config["model_type"] == "siglip" else (OPENAI_MEAN, OPENAI_STD)
+
+
+def cleaning(config: Mapping[str, Any]) -> str:
+    """open_clip's name of what is done to texts before they become tokens."""
+    return "canonicalize" if config["model_type"] == "siglip" else "whitespace"
+
+
+def _sizes(config: Mapping[str, Any], part: str, defaults: dict[str, Any], where: str) -> dict[str, Any]:
     sizes = defaults | {k: v for k, v in config.get(f"{part}_config", {}).items() if v is not None}
     if sizes["hidden_act"] not in _GELUS:
-        raise WeightsError(
-            f"{folder / 'config.json'}: {part}_config has hidden_act={sizes['hidden_act']!r}, not known here"
-        )
+        raise WeightsError(f"{where}: {part}_config has hidden_act={sizes['hidden_act']!r}, not known here")
     return sizes
 
 
@@ -93,12 +112,12 @@ def _text(text: dict[str, Any], **options) -> dict[str, Any]:
     }
 
 
-def _clip(config: dict, folder: Path) -> dict[str, Any]:
+def _clip(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """open_clip's configuration of a ``CLIPConfig``."""
-    text = _sizes(config, "text", _CLIP | _CLIP_TEXT, folder)
-    vision = _sizes(config, "vision", _CLIP | _CLIP_VISION, folder)
+    text = _sizes(config, "text", _CLIP | _CLIP_TEXT, where)
+    vision = _sizes(config, "vision", _CLIP | _CLIP_VISION, where)
     if vision["hidden_act"] != text["hidden_act"]:
-        raise WeightsError(f"{folder / 'config.json'}: the towers have different activations, which is not known here")
+        raise WeightsError(f"{where}: the towers have different activations, which is not known here")
     # saved before transformers 4.31 they have 2 there, and the end of a text is the highest id
     end = {"pool_type": "argmax"} if text["eos_token_id"] == 2 else {"pool_type": "eos", "eos_id": text["eos_token_id"]}
     return {
@@ -118,10 +137,10 @@ def _clip(config: dict, folder: Path) -> dict[str, Any]:
     }
 
 
-def _siglip(config: dict, folder: Path) -> dict[str, Any]:
+def _siglip(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A configuration of a ``SiglipConfig``: open_clip's for the text, and this package's own for the vision tower."""
-    text = _sizes(config, "text", _SIGLIP | _SIGLIP_TEXT, folder)
-    vision = _sizes(config, "vision", _SIGLIP | _SIGLIP_VISION, folder)
+    text = _sizes(config, "text", _SIGLIP | _SIGLIP_TEXT, where)
+    vision = _sizes(config, "vision", _SIGLIP | _SIGLIP_VISION, where)
     tanh = vision["hidden_act"] == "gelu_pytorch_tanh"
     width, out = vision["hidden_size"], text.get("projection_size") or text["hidden_size"]
     sizes = {
@@ -166,13 +185,21 @@ _LAYER = {
 
 
 def read(path: Path, config: dict) -> dict[str, Tensor]:
-    """The tensors of a saved ``CLIPModel`` or ``SiglipModel`` under open_clip's names, the SigLIP vision tower's under
-    this package's.
+    """The tensors of a file that a ``CLIPModel`` or ``SiglipModel`` was saved in, see :func:`renamed`."""
+    return renamed(_all_files(path), config, str(path))
+
+
+def renamed(state: Mapping[str, Tensor], config: dict, where: str) -> dict[str, Tensor]:
+    """The tensors of a ``CLIPModel`` or ``SiglipModel`` under open_clip's names, the SigLIP vision tower's under this
+    package's.
+
+    Args:
+        config: see :func:`open_clip_config`.
+        where: they come from, for messages.
 
     Raises:
-        WeightsError: tensors are missing or left over; the message has their names in the file.
+        WeightsError: tensors are missing or left over; the message has their names.
     """
-    state = _all_files(path)
     siglip = "sizes" in config["vision_cfg"]
     layers = config["vision_cfg"]["sizes"]["layers"] if siglip else config["vision_cfg"]["layers"]
     names = {"token_embedding.weight": "text_model.embeddings.token_embedding.weight"}
@@ -210,7 +237,7 @@ def read(path: Path, config: dict) -> dict[str, Tensor]:
     pool, query = "vision_model.head.attention.in_proj", "vision_model.head.probe"
     projections = ["visual_projection.weight", "text_projection.weight"]
     others = [f"{pool}_weight", f"{pool}_bias", query] if siglip else projections
-    _exactly([*names.values(), *(part for parts in attention.values() for part in parts), *others], state, path)
+    _exactly([*names.values(), *(part for parts in attention.values() for part in parts), *others], state, where)
     out = {ours: state[theirs] for ours, theirs in names.items()}
     out |= {ours: torch.cat([state[part] for part in parts]) for ours, parts in attention.items()}
     if siglip:
@@ -222,7 +249,7 @@ def read(path: Path, config: dict) -> dict[str, Tensor]:
     return out | {"visual.proj": state[projections[0]].T, "text_projection": state[projections[1]].T}
 
 
-def _exactly(wanted: Sequence[str], state: Mapping[str, Tensor], path: Path) -> None:
+def _exactly(wanted: Sequence[str], state: Mapping[str, Tensor], where: str) -> None:
     left = sorted(name for name in set(state) - set(wanted) if not name.endswith("position_ids"))
     missing = [name for name in wanted if name not in state]
     parts = [
@@ -231,7 +258,7 @@ def _exactly(wanted: Sequence[str], state: Mapping[str, Tensor], path: Path) -> 
         if names
     ]
     if parts:
-        raise WeightsError(f"{path}: the weights do not fit config.json; " + "; ".join(parts))
+        raise WeightsError(f"{where}: the weights do not fit config.json; " + "; ".join(parts))
 
 
 def _all_files(path: Path) -> dict[str, Tensor]:

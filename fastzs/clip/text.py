@@ -1,6 +1,7 @@
 """CLIP's text towers: names in, unit vectors out. The transformers are open_clip's, or Hugging Face's through it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 import torch
@@ -16,24 +17,36 @@ class TextEncoder(nn.Module):
     """Text tower with its tokenizer.
 
     Args:
-        config: open_clip's ``text_cfg``.
-        output_dim: width of the joint space, D.
-        quick_gelu: OpenAI's activation.
-        tokenizer: texts -> int64 [n, context]; CLIP's BPE tokenizer if omitted.
-
-    Raises:
-        WeightsError: options that open_clip's text towers do not have; transformers is needed and not installed.
+        tower: token ids [n, context] -> vectors [n, D].
+        tokenizer: texts -> token ids int64 [n, context].
     """
 
-    def __init__(self, config: dict, output_dim: int, quick_gelu: bool, tokenizer: Tokenizer | None = None):
+    def __init__(self, tower: nn.Module, tokenizer: Tokenizer):
         super().__init__()
+        self.tower, self.tokenizer = tower, tokenizer
+
+    @classmethod
+    def of_config(
+        cls, config: dict, output_dim: int, quick_gelu: bool, tokenizer: Tokenizer | None = None
+    ) -> "TextEncoder":
+        """An encoder with random weights.
+
+        Args:
+            config: open_clip's ``text_cfg``.
+            output_dim: width of the joint space, D.
+            quick_gelu: OpenAI's activation.
+            tokenizer: CLIP's BPE tokenizer if omitted.
+
+        Raises:
+            WeightsError: options that open_clip's text towers do not have; transformers is needed and not installed.
+        """
         if "hf_model_name" in config:
             need_transformers(f"the text tower {config['hf_model_name']}")
-        self.tokenizer = tokenizer or open_clip.SimpleTokenizer(context_length=config.get("context_length", 77))
+        read: Any = tokenizer or open_clip.SimpleTokenizer(context_length=config.get("context_length", 77))
         # weights come later; and the tokens, which CoCa's decoder reads, are not wanted
         options = {**config, "hf_model_pretrained": False, "output_tokens": False}
         try:
-            self.tower = _build_text_tower(output_dim, options, quick_gelu)  # pyright: ignore[reportArgumentType]
+            return cls(_build_text_tower(output_dim, options, quick_gelu), read)  # pyright: ignore[reportArgumentType]
         except Exception as error:
             raise WeightsError(f"open_clip cannot build the text tower of {config} ({error})") from error
 

@@ -1,5 +1,7 @@
 """Vision towers by open_clip's configuration: which of this package's classes computes one, and its weights."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,20 +79,42 @@ def build(config: dict, name: str, state: dict[str, Tensor] | None, source: str,
     model = blueprint(config, name)
     if state is not None:
         check(model.state_dict(), state, source)
+    return _of(model, lambda: _open_clips(config), config["embed_dim"], name, state, **options)
+
+
+def of_module(model: nn.Module, output_dim: int, name: str, **options) -> Tower:
+    """A vision tower with the weights of open_clip's own; arguments and errors as of :func:`build`.
+
+    Args:
+        model: ``visual`` of an open_clip model, on any device and of any dtype; it is left as it is.
+        output_dim: width of the joint space, D.
+    """
+    state = model.state_dict()
+    check(state, state, name)
+    return _of(model, lambda: copy.deepcopy(model).float(), output_dim, name, state, **options)
+
+
+def _of(
+    model: nn.Module,
+    make: Callable[[], nn.Module],
+    output_dim: int,
+    name: str,
+    state: dict[str, Tensor] | None,
+    **options,
+) -> Tower:
+    """The tower that computes what open_clip's ``model`` does, which only tells the sizes; ``make`` gives another."""
     if isinstance(model, ModifiedResNet):
-        return _filled(lambda: _resnet(config, **options), state)
+        return _filled(lambda: _resnet(model, **options), state)
     if isinstance(model, OpenClipViT):
         sizes = translate.open_clip_sizes(model, name) | options
         return _filled(lambda: VisionTransformer(**sizes), state and translate.from_open_clip(state))
-    assert isinstance(model, TimmModel)
-    if isinstance(model.trunk, TimmViT | Eva):
+    if isinstance(model, TimmModel) and isinstance(model.trunk, TimmViT | Eva):
         sizes = translate.timm_sizes(model, name) | options
         return _filled(lambda: VisionTransformer(**sizes), state and translate.from_timm(state, sizes))
-    if isinstance(model.trunk, ConvNeXt | FastVit):
-        return _filled(lambda: _conv(config), state and _conv_names(state))
-    raise WeightsError(
-        f"backbone {name!r}: {_REFUSED.get(type(model.trunk).__name__, 'its kind of network is not known')}"
-    )
+    if isinstance(model, TimmModel) and isinstance(model.trunk, ConvNeXt | FastVit):
+        return _filled(lambda: ConvTower(make(), output_dim), state and _conv_names(state))
+    network = type(getattr(model, "trunk", model)).__name__
+    raise WeightsError(f"backbone {name!r}: {_REFUSED.get(network, f'its kind of network, {network}, is not known')}")
 
 
 _REFUSED = {
@@ -114,15 +138,10 @@ def _filled(make: Any, state: dict[str, Tensor] | None) -> Any:
     return tower
 
 
-def _resnet(config: dict, **options) -> ResNet:
-    vision = config["vision_cfg"]
-    heads = vision["width"] * 32 // vision.get("head_width", 64)
-    sizes = (vision["layers"], config["embed_dim"], heads, vision.get("image_size", 224), vision["width"])
-    return ResNet(*sizes, **options)
-
-
-def _conv(config: dict) -> ConvTower:
-    return ConvTower(_open_clips(config), config["embed_dim"])
+def _resnet(model: ModifiedResNet, **options) -> ResNet:
+    layers = [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    heads, width = model.attnpool.num_heads, model.conv3.out_channels
+    return ResNet(layers, model.output_dim, heads, model.image_size, width, **options)
 
 
 def _conv_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ class Model(nn.Module):
         nn.init.normal_(self.visual.positional_embedding, std=0.02)
         tokenizer = WordTokenizer(WORDS, CONFIG["text_cfg"]["context_length"])
         CONFIG["text_cfg"]["vocab_size"] = tokenizer.vocab_size
-        self.text = TextEncoder(CONFIG["text_cfg"], CONFIG["embed_dim"], False, tokenizer)
+        self.text = TextEncoder.of_config(CONFIG["text_cfg"], CONFIG["embed_dim"], False, tokenizer)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.phrase_tokens = torch.stack([tokenizer(PHRASES), tokenizer([f"a {phrase}" for phrase in PHRASES])])
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastzs.clip import hub, of_transformers, tokenizers, towers
 from fastzs.clip.state import (
@@ -54,6 +54,8 @@ class Clip:
         templates, background: of weights with a closed vocabulary: theirs, else ``None``.
         published: these are OpenAI's weights, the ones that published systems build on.
         layout: how the file names its tensors: "open_clip" (and OpenAI), or "transformers".
+        tensors: those of a model at hand, in place of a file's, under open_clip's names.
+        visual: its vision tower, if it is open_clip's.
     """
 
     backbone: str
@@ -69,6 +71,8 @@ class Clip:
     background: tuple[str, ...] | None = None
     published: bool = False
     layout: str = "open_clip"
+    tensors: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    visual: nn.Module | None = field(default=None, repr=False)
     _text: list[TextEncoder] = field(default_factory=list, repr=False)
 
     @property
@@ -85,7 +89,7 @@ class Clip:
 
         The probability that a text fits is sigmoid(scale cos + bias).
         """
-        if self.path is None:
+        if not self._has_weights:
             bias = self.config.get("init_logit_bias")
             return None if bias is None else (10.0, float(bias))  # SigLIP's initial scale
         _, _, other = split(self._state())
@@ -102,8 +106,11 @@ class Clip:
         Raises:
             WeightsError: unsupported architecture, tensors that do not fit, NaN among them.
         """
+        if self.visual is not None:
+            tower = towers.of_module(self.visual, self.embed_dim, self.backbone, **options)
+            return tower.requires_grad_(False).eval()
         state = None
-        if self.path is not None:
+        if self._has_weights:
             state, _, _ = split(self._state())
             if not state:
                 raise WeightsError(f"{self.source}: the file holds no vision tower (no keys under 'visual.')")
@@ -123,8 +130,8 @@ class Clip:
             config = self.config["text_cfg"]
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(1)
-                encoder = TextEncoder(config, self.embed_dim, self.quick_gelu, self.tokenizer)
-            if self.path is not None:
+                encoder = TextEncoder.of_config(config, self.embed_dim, self.quick_gelu, self.tokenizer)
+            if self._has_weights:
                 _, state, _ = split(self._state())
                 if not state:
                     raise WeightsError(
@@ -135,7 +142,13 @@ class Clip:
             self._text.append(encoder.requires_grad_(False).eval())
         return self._text[0]
 
-    def _state(self) -> dict[str, Tensor]:
+    @property
+    def _has_weights(self) -> bool:
+        return self.path is not None or self.tensors is not None
+
+    def _state(self) -> Mapping[str, Tensor]:
+        if self.tensors is not None:
+            return self.tensors
         assert self.path is not None
         if self.layout == "transformers":
             return of_transformers.read(self.path, self.config)

@@ -321,7 +321,7 @@ class LSeg(TrainedModel):
             "heads": max(1, width // 64),
             "layers": count_layers(tensors, "transformer.resblocks."),
         }
-        encoder = TextEncoder(text, self.text_dim, quick_gelu=True)
+        encoder = TextEncoder.of_config(text, self.text_dim, quick_gelu=True)
         wanted = encoder.tower.state_dict()
         fit(encoder.tower, {name: t for name, t in tensors.items() if name in wanted}, str(path))
         return Clip(

@@ -163,7 +163,7 @@ def test_the_text_tower_inside_a_checkpoint(tmp_path):
     from fastzs.clip.text import TextEncoder
 
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
-    encoder = TextEncoder(text, 24, quick_gelu=True).eval()
+    encoder = TextEncoder.of_config(text, 24, quick_gelu=True).eval()
     tower = {f"net.clip_pretrained.{n}": t.half().float() for n, t in encoder.tower.state_dict().items()}
     encoder.tower.load_state_dict({n.removeprefix("net.clip_pretrained."): t for n, t in tower.items()})
     save_file(lightning(model()) | tower, tmp_path / "a.safetensors")
