@@ -4,6 +4,7 @@ The processes of ``torchrun`` share the pictures out, none twice, and add their 
 of them gives exactly the same figures.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -133,7 +134,7 @@ def evaluate_predictions(
             the protocol's (named and counted).
     """
     protocol.check_classes(dataset.classes, "the data set")
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
     missing = [f"{name}.png" for name in dataset.names if not (folder / f"{name}.png").is_file()]
     if missing:
         told = ", ".join(missing[:TOLD]) + (f" and {len(missing) - TOLD} more" if len(missing) > TOLD else "")

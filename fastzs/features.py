@@ -1,6 +1,7 @@
 """What a model has computed of one image, to be labelled with any names: see :meth:`fastzs.Segmenter.encode`."""
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastzs.errors import FastzsError
-from fastzs.files import write_atomically
+from fastzs.files import output_path, write_atomically
 from fastzs.models.base import Features
 
 VERSION = "1"  # of the file's layout
@@ -75,7 +76,7 @@ class ImageFeatures:
         tensors |= {"places": self.places, "image": self.image}
         about = {"version": VERSION, "model": self.model, "size": list(self.size), "kind": _name(type(self.windows))}
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(Path(path), safetensors.torch.save(kept, {KEY: json.dumps(about)}))
+        write_atomically(output_path(path), safetensors.torch.save(kept, {KEY: json.dumps(about)}))
 
     @classmethod
     def load(cls, path: str | Path) -> "ImageFeatures":
@@ -87,9 +88,10 @@ class ImageFeatures:
         import fastzs.models  # noqa: F401 - whose features these may be
 
         try:
-            with safe_open(path, "pt") as file:
+            with safe_open(os.path.expanduser(path), "pt") as file:
                 about = json.loads((file.metadata() or {}).get(KEY, "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+                # Copies: in a file tensors begin anywhere, and sums over memory off its boundaries round differently.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dictionary
         except (SafetensorError, OSError, ValueError) as error:
             raise FeaturesError(f"{path}: cannot be read as features: {error}") from error
         if about.get("version") != VERSION:

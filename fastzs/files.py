@@ -84,6 +84,28 @@ def remove_leftovers(folder: Path, before: float) -> None:
         folders[:] = [name for name in folders if not TEMPORARY.fullmatch(name)]
 
 
+def is_web_address(place: str | os.PathLike) -> bool:
+    """Whether a place is written as ``https://...`` or another address, which nothing here fetches."""
+    return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", os.fspath(place)) is not None
+
+
+def output_path(path: str | os.PathLike) -> Path:
+    """A path to write to, as a person gives it: ``~`` is the home folder.
+
+    Raises:
+        ValueError: there is no home folder, so that a folder called ``~`` would be made; or it is a web address.
+    """
+    full = os.path.expanduser(path)
+    if is_web_address(full):
+        raise ValueError(f"{full}: expected a path to write to, got a web address")
+    if full.startswith("~") and not os.path.lexists(Path(full).parts[0]):
+        raise ValueError(
+            f"{full}: there is no home folder that {Path(full).parts[0]} could stand for; give the path in full, "
+            f"or ./{full} for a file of that name"
+        )
+    return Path(full)
+
+
 def open_file(path: str | os.PathLike) -> BufferedReader:
     """Open a regular file for reading; anything else is refused, so that nothing waits for it.
 

@@ -66,6 +66,7 @@ def evaluate_fold(
     ignored = ignore_label(len(names))
     for i in range(ranks.rank(), len(dataset), ranks.world()):
         picture, truth = dataset[i]
+        truth = torch.as_tensor(truth).long()
         features = segmenter.encode(torch.as_tensor(picture))
         for name, matrix in matrices.items():
             is_class = truth == names.index(name)

@@ -6,6 +6,8 @@ The key is made of what was loaded, not of what it was called: the same path wit
 from typing import TYPE_CHECKING, Any
 
 from fastzs import __version__
+from fastzs.clip.templates import TEMPLATES
+from fastzs.question import background_words
 from fastzs.regions import contents
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ def identity(
     """
     model: Any = segmenter.model
     clip = None if vocabulary.embeddings is not None else model.clip
+    templates = None if clip is None else vocabulary.templates or TEMPLATES[clip.templates or model.default_templates]
     return {
         "fastzs": __version__,
         "numerics": NUMERICS,
@@ -42,7 +45,7 @@ def identity(
         "options": plain(options),
         "text": None if clip is None else [clip.fingerprint, clip.backbone, clip.quick_gelu, plain(clip.config)],
         "vocabulary": vocabulary.hash,
-        "templates": None if clip is None else [clip.templates, model.default_templates],
+        "templates": plain(templates),
         "seen": plain(model.seen),
         "calibration": model.calibration,
         "activation": model.activation,
@@ -52,7 +55,7 @@ def identity(
         "readout": str(model.readout),
         "precision": segmenter.precision,
         "regions": contents(regions),
-        "background": background,
+        "background": [background, *background_words(model)] if background == "prompt" else background,
         "threshold": threshold if background == "threshold" else None,
     }
 

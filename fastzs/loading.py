@@ -1,6 +1,7 @@
 """From a system's name, a checkpoint, a folder or a hub id to a model that segments images."""
 
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def load(
         model = default_model(weights, checkpoint)
     if isinstance(model, nn.Module):
         raise ValueError(f"model: expected the name of a system, got {type(model).__name__}; pass it as backbone=...")
+    model = os.path.expanduser(model)
+    checkpoint = None if checkpoint is None else os.path.expanduser(checkpoint)
     given = {"backbone": backbone, "weights": None if weights is None else str(weights), "tokenizer": tokenizer}
     given = {name: value for name, value in given.items() if value is not None}
     if checkpoint is None and _is_checkpoint(str(model)):
@@ -126,7 +129,7 @@ def default_model(weights: str | Path | None = None, checkpoint: str | Path | No
     were trained, by MaskCLIP.
     """
     if checkpoint is not None:
-        return str(checkpoint) if _is_checkpoint(str(checkpoint)) else system_of(checkpoint).name
+        return system_of(os.path.expanduser(checkpoint)).name
     return "maskclip" if str(weights) == "shapes" else "naclip"
 
 

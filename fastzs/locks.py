@@ -82,6 +82,8 @@ class Hold:
 def hold(folder: Path, what: str) -> Iterator[Hold]:
     """Make an output folder, keep other runs out of it, and remove the temporary files that killed ones left there.
 
+    A folder that is made here and in which nothing was written is removed at the end.
+
     Within the ``with`` block of a folder, another one of the same folder changes nothing.
 
     Args:
@@ -94,20 +96,33 @@ def hold(folder: Path, what: str) -> Iterator[Hold]:
     if place in mine:
         yield mine[place]
         return
+    new = [parent for parent in (folder, *folder.parents) if not os.path.lexists(parent)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path, alone = _acquire(folder, what)
-    except OSError as error:
-        raise OutputError(f"cannot write to the output folder {folder}: {error.strerror}") from error
-    held = Hold(folder, path)
-    token = _mine.set({**mine, place: held})
-    try:
-        if alone:
-            remove_leftovers(folder, before=path.stat().st_mtime)
-        yield held
+        try:
+            path, alone = _enter(folder, what)
+        except OSError as error:
+            raise OutputError(f"cannot write to the output folder {folder}: {error.strerror}") from error
+        held = Hold(folder, path)
+        token = _mine.set({**mine, place: held})
+        try:
+            if alone:
+                remove_leftovers(folder, before=path.stat().st_mtime)
+            yield held
+        finally:
+            _mine.reset(token)
+            held.release()
     finally:
-        _mine.reset(token)
-        held.release()
+        with contextlib.suppress(OSError):  # there is something in it
+            for parent in new:
+                parent.rmdir()
+
+
+def _enter(folder: Path, what: str) -> tuple[Path, bool]:
+    """Make the folder and announce this process in it, see :func:`_acquire`."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another run, which was refused, has just removed what it made
+            return _acquire(folder, what)
 
 
 def _acquire(folder: Path, what: str) -> tuple[Path, bool]:

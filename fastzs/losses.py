@@ -31,7 +31,7 @@ def inductive_target(target: Tensor, seen: Sequence[int], classes: int, ignore_i
     """
     table = torch.full((classes,), ignore_index, device=target.device)
     table[torch.tensor(list(seen), device=target.device)] = torch.arange(len(seen), device=target.device)
-    ignored = target == ignore_index
+    target, ignored = _wide(target, ignore_index)
     return torch.where(ignored, ignore_index, table[_in_range(target, ignored, classes)])
 
 
@@ -52,11 +52,11 @@ def transductive_target(target: Tensor, logits: Tensor, seen: Sequence[int], ign
     Raises:
         ValueError: every class is seen, or a label is out of range.
     """
-    ignored = target == ignore_index
+    target, ignored = _wide(target, ignore_index)
     is_seen, unseen = _split(logits.shape[1], seen, target.device)
     replaced = ~ignored & ~is_seen[_in_range(target, ignored, len(is_seen))]
     best, _ = _best(logits, unseen, target.shape, scores=False)
-    return torch.where(replaced, best, target.long())
+    return torch.where(replaced, best, target)
 
 
 def honest_target(
@@ -69,11 +69,11 @@ def honest_target(
 
     Args, result and errors: as :func:`transductive_target`.
     """
-    ignored = target == ignore_index
+    target, ignored = _wide(target, ignore_index)
     is_seen, unseen = _split(logits.shape[1], seen, target.device)
     labelled = ~ignored & is_seen[_in_range(target, ignored, len(is_seen))]
     best, probability = _best(logits, unseen, target.shape, scores=True)
-    return torch.where(labelled, target.long(), torch.where(probability >= threshold, best, ignore_index))
+    return torch.where(labelled, target, torch.where(probability >= threshold, best, ignore_index))
 
 
 def _split(classes: int, seen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -120,15 +120,21 @@ def pixel_cross_entropy(
     size = (target.shape[1], target.shape[2])
     if logits.shape[2:] != size:
         logits = F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)
-    ignored = target == ignore_index
+    target, ignored = _wide(target, ignore_index)
     index = _in_range(target, ignored, logits.shape[1]).masked_fill(ignored, ignore_index)
     total = F.cross_entropy(logits, index, ignore_index=ignore_index, reduction="sum")
     return total / (index.numel() if over_all else (~ignored).sum().clamp(min=1))
 
 
+def _wide(target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """int64 labels, and which are ignored: in a byte -100 would be 156, and 65535 would be 255."""
+    target = target.long()
+    return target, target == ignore_index
+
+
 def _in_range(target: Tensor, ignored: Tensor, classes: int) -> Tensor:
     """``target`` as indices, 0 where ignored."""
-    index = target.long().masked_fill(ignored, 0)
+    index = target.masked_fill(ignored, 0)
     if index.numel() and target.device.type == "cpu":
         low, high = index.min().item(), index.max().item()
         if low < 0 or high >= classes:

@@ -104,8 +104,9 @@ class ConfusionMatrix:
         if self.metric == "cagnet":
             truth, labels = reduced(truth), reduced(labels)
         ignored = ignore_label(self.classes)
+        truth, labels = truth.long(), labels.long()  # in a byte 65535 would be 255
         kept = truth != ignored
-        rows, columns = truth[kept].long(), labels[kept].long()
+        rows, columns = truth[kept], labels[kept]
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= self.classes):
             raise ValueError(
                 f"truth: expected labels from 0 to {self.classes - 1}, or {ignored} for ignored, "

@@ -16,6 +16,7 @@ On the command line ``--operator mine.py:near`` names a function in a file, whic
 import difflib
 import hashlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,10 +109,15 @@ def find(dense: str | Function) -> str | Function:
 
 
 def identity_of(dense: str | Function) -> str:
-    """What tells an operator from others in the key of a result: its name, or the contents of the file it is from."""
+    """What tells an operator from others in the key of a result: its name, or what its file or itself is made of."""
     if isinstance(dense, str):
         return dense
-    return getattr(dense, "contents", None) or f"{dense.__module__}.{getattr(dense, '__qualname__', dense)}"
+    name = f"{dense.__module__}.{getattr(dense, '__qualname__', type(dense).__qualname__)}"
+    try:
+        source = inspect.getsource(dense)
+    except (OSError, TypeError):  # typed at a prompt, or an object that can be called
+        source = ""
+    return getattr(dense, "contents", None) or f"{name} {hashlib.sha256(source.encode()).hexdigest()[:16]}"
 
 
 def blocks_of(dense: str | Function) -> tuple[int, ...]:

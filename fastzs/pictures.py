@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 
 from fastzs.errors import FastzsError
-from fastzs.files import check_file, open_file
+from fastzs.files import check_file, is_web_address, open_file
 
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | BinaryIO | bytes
 
@@ -62,6 +62,8 @@ def read_picture(picture: ImageLike) -> torch.Tensor:
             warning above it); the array or tensor has another shape, dtype or range.
     """
     if isinstance(picture, (str, os.PathLike)):
+        if is_web_address(picture):
+            raise ImageError(f"{picture}: this is a web address; download the image and give its path")
         return _read_file(Path(os.path.expanduser(picture)))
     if isinstance(picture, Image.Image):
         return _from_pil(picture, "the PIL image")
@@ -131,6 +133,8 @@ def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | 
     """
     found: dict[str, Path] = {}
     for given in paths:
+        if is_web_address(given):
+            raise ImageError(f"{given}: this is a web address; download the image and give its path")
         here = _expand(os.path.expanduser(given))
         kept = here
         if skip is not None:

@@ -3,9 +3,12 @@
 Models know no names. Here names become text vectors, and a model's training classes and fixed classes become indices.
 """
 
+import difflib
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 from fastzs.models.base import SegmentationModel
 from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
 
+log = logging.getLogger(__name__)
 Names = Vocabulary | Sequence[str | Mapping[str, Sequence[str]]]
 Background = Literal["none", "threshold", "prompt"]
 BACKGROUND = ("background", "wall", "floor", "ground", "sky")
@@ -88,9 +92,7 @@ class Questions:
         """
         vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
         if background == "prompt":
-            usual = BACKGROUND if self.model.readout is None else STUFF
-            words = background_names or getattr(self.model.clip, "background", None) or usual
-            vocabulary = vocabulary.with_class("background", words)
+            vocabulary = vocabulary.with_class("background", background_names or background_words(self.model))
         elif background == "threshold":
             if self.model.activation in ("softmax", "cosine") and len(vocabulary.phrases) == 1:
                 raise ValueError(
@@ -148,6 +150,22 @@ class Questions:
         return torch.where(rows[:, None], self.model.learned_vector().to(text), text)
 
 
+def background_words(model: SegmentationModel) -> Sequence[str]:
+    """What background "prompt" looks for unless told otherwise: the weights' own words, or a few general ones."""
+    return getattr(model.clip, "background", None) or (BACKGROUND if model.readout is None else STUFF)
+
+
+@lru_cache(maxsize=64)  # said once, not with every image
+def _tell_near_misses(seen: Sequence[str | int], names: Sequence[str]) -> None:
+    """Say which seen classes are none of the names but nearly one: they might be meant, and change nothing."""
+    known = {normal_name(name): name for name in names}
+    asked = [normal_name(name) for name in seen if isinstance(name, str)]
+    for name in asked:
+        near = [] if name in known else difflib.get_close_matches(name, known.keys() - set(asked), n=1, cutoff=0.8)
+        if near:
+            log.warning("seen class %r is not among the names and so not calibrated; is it %r?", name, known[near[0]])
+
+
 def check_fixed_classes(model: SegmentationModel, names: Sequence[str]) -> None:
     """See that a model whose classes were fixed in training is asked for these.
 
@@ -178,6 +196,7 @@ def seen_classes(model: SegmentationModel, names: Sequence[str]) -> tuple[list[i
     """
     if model.seen is None:
         return None, None
+    _tell_near_misses(tuple(model.seen), tuple(names))
     trained = class_indices(model.seen, names, among=True)
     competing = torch.zeros(len(names), dtype=torch.bool)
     competing[trained] = True

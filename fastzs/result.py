@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 
-from fastzs.files import open_file, replacing, write_atomically
+from fastzs.files import open_file, output_path, replacing, write_atomically
 from fastzs.overlay import draw_overlay, label_colours, labels_present
 from fastzs.pictures import NAMES_KEY, OVERLAY_MARK, ImageLike, read_picture
 from fastzs.renamed import old_arguments
@@ -122,7 +122,7 @@ class Segmentation:
             image = Image.fromarray(self.labels.numpy().astype(np.uint16))
         text = PngImagePlugin.PngInfo()
         text.add_text(NAMES_KEY, json.dumps(self.names))
-        write_atomically(os.path.expanduser(path), _encoded(image, format="PNG", pnginfo=text))
+        write_atomically(output_path(path), _encoded(image, format="PNG", pnginfo=text))
 
     def save_scores(self, path: str | os.PathLike) -> None:
         """Write :attr:`scores` as a grey PNG of 16 bits: 0 to 65535 for 0 to 1, rounded.
@@ -138,7 +138,7 @@ class Segmentation:
         levels = (self.scores.clamp(0, 1) * 65535).round().numpy().astype(np.uint16)
         text = PngImagePlugin.PngInfo()
         text.add_text(OVERLAY_MARK, "scores")
-        write_atomically(os.path.expanduser(path), _encoded(Image.fromarray(levels), format="PNG", pnginfo=text))
+        write_atomically(output_path(path), _encoded(Image.fromarray(levels), format="PNG", pnginfo=text))
 
     def save_probabilities(self, path: str | os.PathLike) -> None:
         """Write :attr:`probabilities` as a compressed NumPy file: float16 ``[C, H, W]``, with the ``names``.
@@ -154,7 +154,7 @@ class Segmentation:
         if Path(path).suffix.lower() != ".npz":
             raise ValueError(f"{os.fspath(path)}: probabilities are saved as .npz")
         names = np.array(self.names[: len(self.probabilities)])
-        with replacing(os.path.expanduser(path)) as stream:
+        with replacing(output_path(path)) as stream:
             np.savez_compressed(stream, probabilities=self.probabilities.half().numpy(), names=names)
 
     @classmethod
@@ -219,7 +219,7 @@ class Segmentation:
             text = PngImagePlugin.PngInfo()
             text.add_text(OVERLAY_MARK, "overlay")
             write_atomically(
-                os.path.expanduser(path), _encoded(drawn, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text)
+                output_path(path), _encoded(drawn, format=kind, quality=92, comment=OVERLAY_MARK, pnginfo=text)
             )
         return drawn
 

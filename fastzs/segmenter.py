@@ -6,7 +6,6 @@ at once by calling the segmenter.
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -107,10 +106,19 @@ class Segmenter:
         self._scale = scale[:, None, None]
         self._questions = Questions(model)
         self.optimized = False
+        self._loaded = self._writes()
+        self._identities: dict[tuple[int, str], str] = {}
 
-    @cached_property
+    def _writes(self) -> int:
+        """How often the weights were written to, to see whether they still are those of the model's fingerprint."""
+        return sum(0 if p.is_inference() else p._version for p in self.model.parameters())
+
+    @property
     def _identity(self) -> str:
-        return self.model.identity()
+        key = (self._writes(), self.precision)
+        if key not in self._identities:
+            self._identities = {key: f"{self.model.identity(key[0] != self._loaded)}:{self.precision}"}
+        return self._identities[key]
 
     def optimize(self, *, int8: bool = False) -> None:
         """Rearrange weights for inference where that pays: on a CPU the tower's products are packed.
@@ -136,8 +144,12 @@ class Segmenter:
         """What the model computes in: "float32", "bfloat16", "float16", or "int8"."""
         return "int8" if computes_int8(self.model) else str(self.dtype).removeprefix("torch.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loaded": self._writes() == self._loaded}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._loaded = self._writes() if state["_loaded"] else -1  # a copy's tensors are counted anew
         if self.optimized:
             self.optimize()
 

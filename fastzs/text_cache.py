@@ -32,6 +32,8 @@ ASKED = 500  # phrases in a query, below SQLite's limit of parameters
 LONG = 60  # letters of a text that may be more than a text tower reads
 SECONDS = 5  # to wait for another process that writes
 
+VERSION = 1  # to be raised with a change of code that changes text vectors
+
 _memory: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
 
 
@@ -44,7 +46,7 @@ def encode(clip: Clip, templates: Sequence[str], phrases: Sequence[str]) -> Tens
     Raises:
         WeightsError: the weights have no text tower.
     """
-    group = hashlib.sha256(json.dumps([clip.fingerprint, list(templates)]).encode()).hexdigest()
+    group = hashlib.sha256(json.dumps([VERSION, clip.fingerprint, list(templates)]).encode()).hexdigest()
     found = {phrase: _memory[group, phrase] for phrase in phrases if (group, phrase) in _memory}
     path = cache_folder() / "text" / f"{group}.sqlite"
     if missing := [phrase for phrase in dict.fromkeys(phrases) if phrase not in found]:

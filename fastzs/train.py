@@ -181,6 +181,7 @@ class _Run:
                 )
             self.arguments["transductive"] = "honest" if recipe.setting == "transductive-honest" else True
         choose_trained(model, recipe.train)
+        model.fingerprint = ""  # which is of the weights it starts from
         if recipe.checkpointing:
             _checkpoint_activations(model)
         self.model = model.to(device).train()

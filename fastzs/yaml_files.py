@@ -15,6 +15,7 @@ from fastzs.files import read_text
 NULL, FLAG, NUMBER = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int"))
 IGNORED = "ignored"
 COLOUR = re.compile(r"#[0-9a-fA-F]{6}")
+BARE_COLOUR = re.compile(rf"\s*({COLOUR.pattern})\s*:")
 
 
 class Item:
@@ -206,6 +207,12 @@ def read_remap(path: Path, classes: Mapping[str, int]) -> dict[int | tuple[int, 
         ValueError: the file cannot be read or holds something else; the message names it and the line.
     """
     root = read(path, "label file")
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if found_colour := BARE_COLOUR.match(line):
+            raise ValueError(
+                f"label file {path}, line {number}: to YAML this is a comment; write the colour in quotes: "
+                f'"{found_colour[1]}":'
+            )
     if root is None:
         raise ValueError(f"label file {path}: is empty")
     found: dict[int | tuple[int, int, int], int | None] = {}

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastzs import clip as clip_module
 from fastzs.cli import main
@@ -92,6 +93,21 @@ def test_what_was_scored_is_not_scored_again(data, tmp_path, capsys, monkeypatch
     assert saved["settings"]["benchmark"] == "voc20"
     with pytest.raises(pytest.fail.Exception, match="scored again"):
         evaluate(data, "voc20", "--output", str(out), "--refine", "none")
+
+
+def test_other_data_and_damaged_scores_are_scored_again(tmp_path, capsys):
+    make(tmp_path / "data")
+    out = tmp_path / "out"
+    assert evaluate(tmp_path / "data", "voc20", "--output", str(out)) == 0
+    first = capsys.readouterr().out
+    for mask in (tmp_path / "data").rglob("SegmentationClass/*.png"):
+        labels = np.array(Image.open(mask))
+        Image.fromarray(labels[::-1].copy()).save(mask)  # of the same size
+    assert evaluate(tmp_path / "data", "voc20", "--output", str(out)) == 0
+    assert (second := capsys.readouterr().out) != first
+    (out / "voc20.json").write_text("{")
+    assert evaluate(tmp_path / "data", "voc20", "--output", str(out)) == 0
+    assert capsys.readouterr().out == second
 
 
 @pytest.mark.slow

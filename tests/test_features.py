@@ -9,7 +9,7 @@ import torch
 
 import fastzs
 from fastzs.features import KEY, FeaturesError, ImageFeatures
-from fastzs.models import SZN, ClipRC, MaskCLIP
+from fastzs.models import NACLIP, SZN, ClipRC, MaskCLIP, ProxyCLIP
 from fastzs.segmenter import Segmenter
 from tests.models.official import model
 from tests.models.test_szn import SMALL
@@ -90,6 +90,8 @@ def test_features_of_another_model_are_refused(image):
         segmenter(residual=False),
         Segmenter(MaskCLIP(tiny_clip(fingerprint="other")), short_side=32),
         Segmenter(MaskCLIP(tiny_clip()).double(), short_side=32),
+        segmenter(exact_gelu=True),
+        segmenter(norm_eps=1e-3),
         Segmenter(model(ClipRC)),
     ]
     for other in others:
@@ -105,6 +107,41 @@ def test_features_of_another_model_are_refused(image):
         Segmenter(same).label(kept, names)
     with pytest.raises(FeaturesError, match=r"expected features from Segmenter\.encode, got Tensor"):
         segmenter().label(image, NAMES)
+
+
+def test_weights_that_changed_since_are_other_weights(image):
+    seg = segmenter()
+    features = seg.encode(image)
+    copy.deepcopy(seg).label(features, NAMES)
+    with torch.no_grad():
+        seg.model.visual.proj += 0.1
+    for changed in (seg, copy.deepcopy(seg)):
+        with pytest.raises(FeaturesError, match="another model"):
+            changed.label(features, NAMES)
+    seg.label(seg.encode(image), NAMES)
+
+
+def test_operators_and_second_networks_tell_models_apart(image):
+    def one(block):
+        return block.v[:, :, block.prefix :]
+
+    def two(block):
+        return 2 * block.v[:, :, block.prefix :]
+
+    def network(seed):
+        torch.manual_seed(seed)
+        return torch.nn.Conv2d(3, 4, 8, stride=8)
+
+    first = [NACLIP(tiny_clip(), dense=one), ProxyCLIP(tiny_clip(), affinity=network(0))]
+    others = [
+        NACLIP(tiny_clip(), dense=two),
+        ProxyCLIP(tiny_clip(), affinity=network(1)),
+    ]
+    for a, b in zip(first, others, strict=True):
+        kept = Segmenter(a, short_side=32, crop=0).encode(image)
+        Segmenter(a, short_side=32, crop=0).label(kept, NAMES)
+        with pytest.raises(FeaturesError, match="another model"):
+            Segmenter(b, short_side=32, crop=0).label(kept, NAMES)
 
 
 def test_bad_files(image, tmp_path):

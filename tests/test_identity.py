@@ -144,6 +144,13 @@ def test_results_are_those_of_a_folder_of_their_own(place):
         assert torch.equal(used, new)
 
 
+def test_the_weights_own_words_for_the_background_are_in_the_key(place, capsys):
+    for words, before in ((["paper"], 0), (["paper"], 2), (["wood", "gravel"], 0)):
+        edit_json(place / "clip" / "words.json", lambda content, words=words: content.update(background=words))
+        segment(False, "--background", "prompt")
+        assert done_before(capsys) == before
+
+
 def test_text_vectors_of_other_weights_are_not_served(place):
     """Not in memory and not from the disk."""
     from fastzs import Vocabulary

@@ -11,6 +11,7 @@ from PIL import Image
 import fastzs
 from fastzs.clip import WeightsError
 from fastzs.data import shapes
+from fastzs.loading import default_model
 from fastzs.models import SZN, ClipRC, LSeg, ZegCLIP, saved
 from tests.models.official import model, published_state, write
 from tests.models.test_lseg import lightning
@@ -46,6 +47,17 @@ def test_a_folder_says_which_system_it_is_of(tmp_path):
     assert type(fastzs.load("zegclip", checkpoint=tmp_path / "last", device="cpu").model) is ZegCLIP
 
 
+def test_a_checkpoint_without_a_systems_name(tmp_path, monkeypatch):
+    model(ZegCLIP).save_pretrained(tmp_path / "last")
+    write(tmp_path / "voc.pth", published_state(model(ClipRC)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (tmp_path / "last", "~/last"):
+        assert default_model(checkpoint=place) == "zegclip"
+        assert type(fastzs.load(checkpoint=place, device="cpu").model) is ZegCLIP
+        assert type(fastzs.load(place, device="cpu").model) is ZegCLIP
+    assert type(fastzs.load(checkpoint="~/voc.pth", device="cpu", **HEADS).model) is ClipRC
+
+
 def test_a_hub_id_says_which_system_it_is_of(tmp_path, monkeypatch):
     model(ClipRC).save_pretrained(tmp_path)
     monkeypatch.setattr(saved, "find", lambda place, **hub: tmp_path if place == "org/name" else None)
@@ -67,12 +79,19 @@ def test_a_class_of_ones_own_is_not_taken_for_its_parent(tmp_path):
         ("clip_rq", "unknown model 'clip_rq'; nearest known: clip_rc"),
         ("none.pth", "none.pth: there is no such file"),
         ("org/name", "as a hub id it is not in the cache and cannot be fetched"),
+        ("out/best", "out/best: there is no such file or folder"),
+        ("runs/step_0000040", "there is no such file or folder"),
+        ("https://example.org/zs.pth", "https://example.org/zs.pth: this is a web address; download"),
     ],
 )
 def test_what_is_not_there(given, message, monkeypatch):
-    monkeypatch.setattr(saved, "_online", lambda: False)
+    monkeypatch.setattr(saved, "_online", lambda: False if given == "org/name" else pytest.fail("asks the hub"))
     with pytest.raises(ValueError, match=message):
         fastzs.load(given)
+    for also in ({"checkpoint": given}, {"weights": given}):
+        if "://" in given:
+            with pytest.raises(ValueError, match="this is a web address"):
+                fastzs.load(**also)
 
 
 def test_files_of_no_system(tmp_path):

@@ -47,6 +47,15 @@ def test_the_folder_is_made_and_left_clean(tmp_path):
     assert entries(tmp_path / "new" / "deep") == []
 
 
+def test_a_folder_in_which_nothing_was_written_goes_again(tmp_path):
+    (tmp_path / "old").mkdir()
+    with contextlib.suppress(RuntimeError), hold(tmp_path / "old", "segment"), hold(tmp_path / "new" / "deep", "train"):
+        raise RuntimeError
+    with hold(tmp_path / "other" / "deep", "segment"):
+        (tmp_path / "other" / "x").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "other", "x"]
+
+
 def test_the_same_thread_may_come_in_again(tmp_path):
     with hold(tmp_path / "a", "train") as held:
         with hold(tmp_path / "b" / ".." / "a", "train") as again, hold(tmp_path / "b", "train"):

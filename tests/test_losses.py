@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastzs.losses import honest_target, transductive_target
+from fastzs.losses import honest_target, inductive_target, pixel_cross_entropy, transductive_target
 
 
 def test_honest_target_goes_by_the_models_own_certainty():
@@ -31,3 +31,24 @@ def test_honest_target_knows_no_unseen_label():
 def test_honest_target_wants_an_unseen_class():
     with pytest.raises(ValueError, match="every class is seen"):
         honest_target(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 1, 1), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignore_index", "label"), [(torch.uint8, -100, 156), (torch.int8, 255, -1), (torch.uint8, 65535, 255)]
+)
+def test_a_label_is_not_taken_for_an_ignored_one_that_its_dtype_cannot_hold(dtype, ignore_index, label):
+    """In a byte -100 is 156: comparing a narrow tensor with it would find the pixels of class 156."""
+    target, wide = torch.full((1, 2, 2), label, dtype=dtype), torch.full((1, 2, 2), label)
+    logits = torch.randn(1, 300, 2, 2, generator=torch.Generator().manual_seed(0))
+    for function in (
+        lambda target: inductive_target(target, [3, 156, 255], 300, ignore_index),
+        lambda target: transductive_target(target, logits, [3, 156], ignore_index),
+        lambda target: honest_target(target, logits, [3, 156], ignore_index),
+        lambda target: pixel_cross_entropy(logits, target, ignore_index),
+    ):
+        if label < 0:
+            with pytest.raises(ValueError, match="got -1"):
+                function(target)
+        else:
+            assert torch.equal(function(target), function(wide))
+            assert (function(target) != ignore_index).all()

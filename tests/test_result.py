@@ -361,3 +361,6 @@ def test_a_tilde_is_the_home_folder_in_saving_and_loading(tmp_path, monkeypatch)
     result.overlay("~/d.png", image=torch.zeros(3, 2, 3, dtype=torch.uint8))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png", "c.npz", "d.png"]
     assert Segmentation.load("~/a.png").names == ("road",)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"~nobody-here/e\.png: there is no home folder that ~nobody-here could"):
+        result.save("~nobody-here/e.png")

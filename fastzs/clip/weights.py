@@ -31,6 +31,7 @@ from fastzs.clip.state import (
 from fastzs.clip.text import TextEncoder
 from fastzs.clip.tokenizers import Tokenizer
 from fastzs.clip.towers import Tower
+from fastzs.files import is_web_address
 
 log = logging.getLogger(__name__)
 HUB_NAMES = ("open_clip_model.safetensors", "model.safetensors", "open_clip_pytorch_model.bin")
@@ -171,7 +172,9 @@ def load(backbone: str = "ViT-B-16", weights: str | Path = "openai") -> Clip:
         WeightsError: unknown backbone or weights (the nearest known are named), not downloaded and no network, a
             package that the text tower needs is not installed.
     """
-    name = str(weights)
+    name = os.path.expanduser(str(weights))
+    if is_web_address(name):
+        raise WeightsError(f"weights {name}: this is a web address; download the file and give its path")
     if name == "shapes":
         return _from_folder(SHAPES, "shapes")
     if Path(name).is_dir():

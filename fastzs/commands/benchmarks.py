@@ -95,6 +95,16 @@ def row(system: str, scores: dict[str, float]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _scored(path: Path, key: dict[str, Any]) -> float | None:
+    """mIoU in percent as an earlier run found it; None if there was none with these settings and data."""
+    try:
+        before = json.loads(path.read_text())
+        same = before["settings"] == json.loads(json.dumps(key))
+        return float(before["scores"]["mIoU"]) * 100 if same else None
+    except (OSError, ValueError, LookupError, TypeError):  # nothing there, or cut short
+        return None
+
+
 def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, device: str) -> float:
     """mIoU in percent."""
     import fastzs
@@ -120,12 +130,10 @@ def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, devic
     key = identity(
         segmenter, vocabulary, background="none", threshold=setting.threshold, options=published, regions=config.regions
     )
-    key |= {"benchmark": benchmark.protocol, "threshold": setting.threshold, "pictures": len(dataset)}
+    key |= {"benchmark": benchmark.protocol, "threshold": setting.threshold, "data": dataset.stamp()}
     path = None if folder is None else folder / f"{benchmark.protocol}.json"
-    if path is not None and path.is_file():
-        before = json.loads(path.read_text())
-        if before["settings"] == json.loads(json.dumps(key)):
-            return before["scores"]["mIoU"] * 100
+    if path is not None and (score := _scored(path, key)) is not None:
+        return score
     with progress(ranks.rank() == 0, dataset, rules, None) as step:
         (matrix,) = evaluate(
             segmenter,

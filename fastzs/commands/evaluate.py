@@ -128,20 +128,22 @@ def run(config: Namespace) -> int:
         from fastzs import plots
 
         plots.check()
+    from fastzs.files import output_path
     from fastzs.locks import hold
 
-    folder = None if config.output is None else Path(os.path.expanduser(config.output))
+    folder = None if config.output is None else output_path(config.output)
     with nullcontext() if folder is None else hold(folder, "evaluate"):
         return _evaluate(config, folder)
 
 
 def _benchmarks(config: Namespace) -> int:
     from fastzs.commands.benchmarks import evaluate_all
+    from fastzs.files import output_path
     from fastzs.locks import hold
 
     if config.data is None:
         raise ValueError("--benchmarks needs the folder that holds the data sets: --data DIR; see fastzs benchmarks")
-    folder = None if config.output is None else Path(os.path.expanduser(config.output))
+    folder = None if config.output is None else output_path(config.output)
     with nullcontext() if folder is None else hold(folder, "evaluate"):
         return evaluate_all(config, folder)
 

@@ -1,5 +1,6 @@
 """``fastzs segment``: label every pixel of pictures."""
 
+import logging
 import os
 import time
 from contextlib import nullcontext, suppress
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastzs.segmenter import Segmenter
     from fastzs.vocabulary import Vocabulary
 
+log = logging.getLogger(__name__)
 HELP = "label every pixel of pictures"
 
 
@@ -174,12 +176,13 @@ def run(config: Namespace) -> int:
     if not 0 <= (config.threshold or 0) <= 1:
         raise ValueError(f"--threshold {config.threshold} is compared with scores; wanted 0 to 1")
     # Before the model, so that what is asked for wrongly is said at once.
+    from fastzs.files import output_path
     from fastzs.locks import hold
     from fastzs.pictures import find_pictures
     from fastzs.runs import EXTRAS
     from fastzs.vocabulary import Vocabulary
 
-    output = Path(os.path.expanduser(config.output))
+    output = output_path(config.output)
     pictures = find_pictures(config.paths, skip=output)
     vocabulary = Vocabulary(entries, templates=_templates(config.templates))
     actors = _actors(config)
@@ -192,6 +195,7 @@ def run(config: Namespace) -> int:
     if config.seen is not None:
         seen = config.seen.split(",") if isinstance(config.seen, str) else config.seen
         options["seen"] = [name.strip() for name in seen if name.strip()] or None
+        _tell_unknown(options["seen"] or [], vocabulary)
     names = (
         "model",
         "backbone",
@@ -310,6 +314,14 @@ def _actors(config: Namespace) -> "Actors | None":
     from fastzs.ray_engine import Actors
 
     return Actors(config.workers, config.device)
+
+
+def _tell_unknown(seen: list[str], vocabulary: "Vocabulary") -> None:
+    from fastzs.vocabulary import normal_name
+
+    names = {normal_name(name) for name in vocabulary.names}
+    if unknown := [name for name in seen if normal_name(name) not in names]:
+        log.warning("--seen: not among the names, so without effect: %s", ", ".join(unknown))
 
 
 def _templates(given: str | None) -> str | list[str] | None:

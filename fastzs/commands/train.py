@@ -100,8 +100,9 @@ def preset_files(arguments: list[str], contents: list[dict[str, Any]]) -> list[s
 def run(config: Namespace) -> int:
     """Train; 0 when it is done, 128 plus the signal's number if one stopped it."""
     from fastzs import stages
+    from fastzs.files import output_path
 
-    settings, output = config.as_dict(), Path(config.output)
+    settings, output = config.as_dict(), output_path(config.output)
     known = [*MODEL_SETTINGS, *(item.name for item in fields(Recipe))]
     every = stages.staged(settings, config.stages, known)
     for number, one in enumerate(every, start=1):
@@ -129,9 +130,10 @@ def _run(config: Namespace) -> int:
             f"protocol {protocol.name} has no unseen classes, so --setting {recipe.setting} means nothing there; "
             "use --setting supervised"
         )
+    from fastzs.files import output_path
     from fastzs.locks import hold
 
-    output = Path(os.path.expanduser(config.output))
+    output = output_path(config.output)
     with hold(output, "train"):
         return _train(config, recipe, protocol, output)
 
@@ -182,6 +184,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
                 "model": config.model,
                 "backbone": model.backbone_name,
                 "weights": model.weights,
+                "text": None if vocabulary.embeddings is not None else model.clip.fingerprint,
                 "start": config.start,
                 "options": config.options,
                 "transform": config.transform,

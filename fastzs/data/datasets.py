@@ -139,7 +139,7 @@ class PairsDataset(Dataset[Sample]):
         if repeated:
             raise DataError(f"{self.what}: {repeated} pictures have a name that another has, too")
         used: set[int] = set()
-        stamp = cache_folder() / "checked" / f"{self._stamp()}.json"
+        stamp = cache_folder() / "checked" / f"{self.stamp()}.json"
         if stamp.is_file():
             return
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
@@ -177,8 +177,8 @@ class PairsDataset(Dataset[Sample]):
             return str(error)
         return _sizes(pair, size, labels.shape) if size != labels.shape else None
 
-    def _stamp(self) -> str:
-        """Changes with any file's name, size or time of change, and with what the labels mean."""
+    def stamp(self) -> str:
+        """Identifies the data: changes with any file's name, size or time of change, and with what the labels mean."""
         digest = hashlib.sha256(json.dumps([self.classes, self.labels.content]).encode())
         for pair in self.pairs:
             for path in (pair.image, pair.mask):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastzs.clip.state import WeightsError
 from fastzs.losses import honest_target, inductive_target, transductive_target
+from fastzs.operators import identity_of
 from fastzs.windows import Size
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # attributes of models that change no feature
-NOT_OF_FEATURES = ("training", "weights", "fingerprint", "calibration", "short_side", "crop", "stride", "activation")
+NOT_OF_FEATURES = (
+    "training", "weights", "fingerprint", "calibration", "seen", "train_unseen", "short_side", "crop", "stride",
+    "activation", "dropout", "prompt_dropout", "checkpointing",
+)  # fmt: skip
 Activation = Literal["sigmoid", "softmax", "none", "cosine"]
 
 
@@ -153,19 +157,18 @@ class SegmentationModel(nn.Module):
             )
         return self._clip
 
-    def identity(self) -> str:
-        """Tells models apart whose features differ: the class, the weights, the settings and the dtype."""
-        settings = {
-            name: value
-            for name, value in vars(self).items()
-            if name[0] != "_" and name not in NOT_OF_FEATURES and isinstance(value, str | int | float | tuple | None)
-        }
+    def identity(self, written: bool = False) -> str:
+        """Tells models apart whose features differ: the class, the weights, the settings of all parts and the dtype.
+
+        Args:
+            written: the weights have changed since they were loaded, so that :attr:`fingerprint` is of others.
+        """
+        parts = [[name, type(part).__name__, _settings(part)] for name, part in self.named_modules()]
         weights = self.fingerprint
-        if not weights:  # as it was made or trained in this process
-            sums = [(name, list(p.shape), p.detach().double().sum().item()) for name, p in self.named_parameters()]
-            weights = hashlib.sha256(json.dumps(sums).encode()).hexdigest()
-        content = [weights, str(next(self.parameters()).dtype), settings]
-        return f"{type(self).__name__}:{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+        if written or not weights:  # as it was made or trained in this process
+            weights = weights_digest(self)
+        content = [weights, str(next(self.parameters()).dtype), parts]
+        return f"{type(self).__name__}:{hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:16]}"
 
     def encode(self, images: Tensor) -> Features:
         """Features of images [B, 3, H, W] of any size, normalised with ``mean`` and ``std``."""
@@ -265,7 +268,7 @@ class SegmentationModel(nn.Module):
         Raises:
             ValueError: labels out of range, text vectors of another width, a setting that the system does not have.
         """
-        text = self.prepare_text(text)
+        text, target = self.prepare_text(text), target.long()  # a narrow one may not hold ignore_index
         if transductive and not self.transductive:
             raise ValueError(
                 f"{type(self).__name__} has no transductive training; use setting 'inductive' or 'supervised'"
@@ -293,6 +296,21 @@ class SegmentationModel(nn.Module):
             text: their text vectors [C, D].
         """
         raise NotImplementedError(f"{type(self).__name__} is not trained")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Tells weights from others without a file: a digest of each parameter's sum."""
+    sums = [(name, list(p.shape), p.detach().double().sum().item()) for name, p in module.named_parameters()]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def _settings(part: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are plain values, and the names of its functions, as far as they change features."""
+    own = {name: value for name, value in vars(part).items() if name[0] != "_" and name not in NOT_OF_FEATURES}
+    stand_ins = getattr(part, "_stand_ins", ())
+    plain = {name: value for name, value in own.items() if isinstance(value, str | int | float | tuple | list | None)}
+    functions = {name: identity_of(value) for name, value in own.items() if callable(value) and name not in stand_ins}
+    return plain | functions
 
 
 def join(scores: Tensor, groups: Tensor | None) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.affinity import Affinity
+from fastzs.models.base import weights_digest
 from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree
-from fastzs.operators import LastBlock
+from fastzs.operators import LastBlock, identity_of
 from fastzs.ops import dense_attention
 from fastzs.readout import Readout
 from fastzs.regions import at_size, merged
@@ -73,6 +74,14 @@ class ProxyCLIP(TrainingFree):
         if isinstance(self.kind, str) and self.kind != "proxy":
             raise ValueError(f"ProxyCLIP: expected the operator 'proxy' or a function, got {self.kind!r}")
         self.affinity = Affinity(affinity, self.mean, self.std)
+        self.fingerprint = f"{clip.fingerprint} {weights_digest(self.affinity)}"
+        self.settings |= {
+            "affinity": identity_of(affinity),
+            "beta": beta,
+            "gamma": gamma,
+            "floor": floor,
+            "merge": merge,
+        }
         self.beta, self.gamma, self.floor, self.merge = beta, gamma, floor, merge
         self.multiple = math.lcm(self.visual.patch_size, self.affinity.patch) if multiple is None else multiple
 

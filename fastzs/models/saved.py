@@ -14,17 +14,24 @@ from huggingface_hub import try_to_load_from_cache
 from fastzs.checkpoints import check_digests
 from fastzs.clip.hub import online as _online
 from fastzs.clip.state import WeightsError, file_fingerprint
-from fastzs.files import read_text
+from fastzs.files import is_web_address, read_text
 from fastzs.renamed import current_options
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL = "model"  # the key of the class's name
 FILES = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".safetensors")
+OF_TRAINING = re.compile(r"last|best|step_\d+")
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 def is_file_name(place: str | Path) -> bool:
-    """Whether a checkpoint is meant as a single file, there or not, rather than as a folder or hub id."""
+    """Whether a checkpoint is meant as a single file, there or not, rather than as a folder or hub id.
+
+    Raises:
+        WeightsError: it is a web address.
+    """
+    if is_web_address(place):
+        raise WeightsError(f"checkpoint {place}: this is a web address; download the file and give its path")
     return Path(place).is_file() or Path(place).suffix.lower() in FILES
 
 
@@ -41,8 +48,9 @@ def find(place: str | Path, **hub: Any) -> Path:
     if folder.is_dir():
         return folder
     name = str(place).removeprefix("hf-hub:")
-    # "runs/last" could be both; what begins with a folder that is here is meant as one
-    if not HUB_ID.fullmatch(name) or Path(name.split("/")[0]).exists():
+    # "runs/x" could be both: what begins with a folder that is here, or ends as a training's do, is meant as a folder
+    local = Path(name.split("/")[0]).exists() or OF_TRAINING.fullmatch(Path(name).name)
+    if not HUB_ID.fullmatch(name) or (local and not str(place).startswith("hf-hub:")):
         raise WeightsError(f"checkpoint {place}: there is no such file or folder{_near(folder)}")
     cached = [try_to_load_from_cache(name, file, **_cache(hub)) for file in (CONFIG, WEIGHTS)]
     if all(isinstance(path, str) for path in cached):

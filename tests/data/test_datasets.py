@@ -335,6 +335,7 @@ def test_masks_by_value_or_colour_as_a_label_file_says(tmp_path):
         ("'#12345': road\n", "expected a value from 0 to 65535 or a colour"),
         ("0: road\n0: sky\n", "line 2: 0 stands there twice"),
         ("0: road\n'#000000': sky\n", "values and colours are mixed"),
+        ("'#102030': road\n#a0B0c0: sky\n", "line 2: to YAML this is a comment; write the colour in quotes: .#a0B0c0"),
         ("", "is empty"),
     ],
 )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastzs.clip.weights import SHAPES
 from fastzs.models import ZegCLIP
 from tests.mischief.odd_files import refused
-from tests.mischief.runner import CANARY, QUICK, Case, good_pictures, segment
+from tests.mischief.runner import CANARY, QUICK, Case, good_pictures, segment, segmented
 from tests.training import SIZES
 
 MODEL = ["--model", "zegclip", "--checkpoint", "model"]
@@ -31,10 +31,11 @@ class Hostile:
 
 
 @cache
-def saved() -> Path:
+def saved(wide: int = 16) -> Path:
     folder = Path(mkdtemp())
     torch.manual_seed(1)
-    ZegCLIP(weights="random", sizes=SIZES, prompts=3, crop=32).save_pretrained(folder)
+    sizes = SIZES | {"output_dim": wide}
+    ZegCLIP(weights="random", sizes=sizes, prompts=3, crop=32).save_pretrained(folder)
     return folder
 
 
@@ -97,12 +98,25 @@ def folders() -> Iterator[Case]:
         ("empty weights", lambda f: (f / "model.safetensors").write_bytes(b""), "cannot be read"),
     ):
         yield refused(f"checkpoints: {what}", make(change), says)
+    for what, arguments, says in (
+        ("whose system is not named", ["--checkpoint", "model"], "^$|segmenting"),
+        (
+            "with a seen class that is misspelt",
+            [*MODEL, "--seen", "red dics,blue ring"],
+            "'red dics'.* is it 'red disc'",
+        ),
+    ):
+        line = segment(*arguments)
+        lay = lambda f, line=line: [good_pictures(f), shutil.copytree(saved(128), f / "model"), line][-1]  # noqa: E731
+        yield Case(f"checkpoints: {what}", lay, says=says, check=segmented("good0", "good1"))
     for place, says in (
         ("gone", "no such file or folder"),
         ("runs/voc/last", "no such file or folder"),
         ("in/last", "no such file or folder"),
         ("x.ckpt", "no such file"),
         ("y.pth.tar", "no such file"),
+        ("runs/last", "runs/last: there is no such file or folder"),
+        ("https://example.org/last", "is a web address"),
         ("../../etc", "no such file or folder|config.json"),
         ("", "config.json|no such file"),
     ):

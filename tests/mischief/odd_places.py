@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastzs.cli import main
 from tests.mischief.odd_files import GOOD
-from tests.mischief.runner import Case, good_pictures, segment, segmented
+from tests.mischief.runner import Case, good_pictures, nothing_written, segment, segmented
 
 
 def outputs() -> Iterator[Case]:
@@ -109,6 +109,9 @@ def lines() -> Iterator[Case]:
             ["in", "--output", "out", "--threshold", "nan", "--background", "threshold"],
             "threshold",
         ),
+        ("an output in nobody's home", ["in", "--output", "~nobody-here/res"], "no home folder"),
+        ("a web address as an image", ["https://example.org/a.jpg", "--output", "out"], "is a web address"),
+        ("a web address as the output", ["in", "--output", "s3://bucket/out"], "got a web address"),
         ("an unknown option", ["in", "--output", "out", "--no-such-option"], "no-such-option"),
         ("an unknown model option", ["in", "--output", "out", "--options.dense", "up"], "dense"),
     ):
@@ -120,7 +123,8 @@ def lines() -> Iterator[Case]:
             return ["segment", *quick, *arguments]
 
         code = {1, 2} if "beyond" in what else {2}
-        yield Case(f"command lines: {what}", make, code=code, says=says)
+        check = (lambda folder: None) if "beyond" in what else nothing_written
+        yield Case(f"command lines: {what}", make, code=code, says=says, check=check)
 
 
 def cases() -> Iterator[Case]:

@@ -139,8 +139,7 @@ def segmented(*stems: str) -> Callable[[Path], None]:
 
 
 def nothing_written(folder: Path) -> None:
-    out = folder / "out"
-    there = sorted(str(path) for path in out.rglob("*")) if out.is_dir() else []
+    there = [str(path) for path in (folder / "out", *(folder / "out").rglob("*")) if os.path.lexists(path)]
     assert not there, f"wrote {there}"
 
 
