@@ -42,13 +42,14 @@ class ImageError(FastzsError, ValueError):
 PictureError = ImageError  # its old name
 
 
-def read_picture(picture: ImageLike) -> torch.Tensor:
+def read_picture(picture: ImageLike, name: str | None = None) -> torch.Tensor:
     """Bring a picture into the one form the package works on.
 
     Args:
         picture: a path; the bytes of a file or an open binary file; a PIL image; an array ``[H, W, 3]``, ``[H, W, 1]``
             or ``[H, W]`` (grey); or a tensor ``[3, H, W]``, ``[1, H, W]`` or ``[H, W]``, which stays on its device.
             Arrays and tensors are uint8, bool, or floating point from 0 to 1.
+        name: the file name of what is given as bytes, for messages; HEIC is known by its suffix.
 
     Returns:
         uint8 ``[3, H, W]``, RGB, its own memory. Of an animation the first frame (of a PIL image its current one). The
@@ -68,7 +69,7 @@ def read_picture(picture: ImageLike) -> torch.Tensor:
     if isinstance(picture, Image.Image):
         return _from_pil(picture, "the PIL image")
     if isinstance(picture, bytes | bytearray | memoryview):
-        return _read_stream(io.BytesIO(picture), "the picture in memory")
+        return _read_stream(io.BytesIO(picture), name or "the picture in memory")
     if isinstance(picture, np.ndarray):
         wanted = "[H, W, 3] or [H, W], uint8 or floating point from 0 to 1"
         if picture.ndim == 2:
@@ -228,9 +229,10 @@ def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # Pillow warns from half of that on
         raise ImageError(
-            f"{name}: cannot be read: {error}; if you trust it, allow larger ones with --max-pixels "
-            "(in Python PIL.Image.MAX_IMAGE_PIXELS)"
+            f"{name}: has more than {most:,} pixels, the most that is read; if you trust it, allow more with "
+            "--max-pixels (in Python PIL.Image.MAX_IMAGE_PIXELS)"
         ) from error
     except Exception as error:  # of broken headers; see _from_pil
         raise ImageError(f"{name}: cannot be read: {error}") from error

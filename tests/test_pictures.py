@@ -229,7 +229,7 @@ def test_damaged_files_never_raise_anything_else(tmp_path, name):
 def test_decompression_bomb_guard(tmp_path, monkeypatch):
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
-    with pytest.raises(ImageError, match=r"bomb\.png: cannot be read: Image size \(90000 pixels\) exceeds limit"):
+    with pytest.raises(ImageError, match=r"bomb\.png: has more than .* pixels, the most that is read"):
         read_picture(tmp_path / "bomb.png")
 
 

@@ -72,7 +72,7 @@ def broken() -> Iterator[Case]:
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(executed) (w) file\n", "a program in PostScript"),
     ):
         yield bad(what, "a.jpg", data(content), r"a\.jpg: ")
-    yield bad("a bomb", "a.png", data(huge_png(65000, 65000)), r"a\.png: cannot be read: .*decompression bomb")
+    yield bad("a bomb", "a.png", data(huge_png(65000, 65000)), r"a\.png: has more than 178,956,970 pixels")
     yield bad("no width", "a.png", data(huge_png(0, 5)), r"a\.png: ")
     text = chunk(b"zTXt", b"k\0\0" + zlib.compress(b"\0" * (80 << 20)))
     yield bad("a bomb in a text chunk", "a.png", data(huge_png(8, 8, text)), r"a\.png: ")
