@@ -13,7 +13,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fastzs import __version__, yaml_files
-from fastzs.commands import benchmarks, compare, convert, doctor, evaluate, models, profile, segment, train
+from fastzs.commands import benchmarks, compare, convert, demo, doctor, evaluate, models, profile, segment, train
 from fastzs.errors import FastzsError
 from fastzs.files import read_text
 from fastzs.recipe import check_keys
@@ -27,6 +27,7 @@ COMMANDS: dict[str, Any] = {
     "evaluate": evaluate,
     "compare": compare,
     "models": models,
+    "demo": demo,
     "benchmarks": benchmarks,
     "profile": profile,
     "doctor": doctor,
