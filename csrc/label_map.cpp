@@ -538,7 +538,7 @@ FASTZS_INLINE void label_pixels(
       const int64_t at = (j * job.out_h + tile.r0 + block.r0 + r) * job.out_w + tile.c0 + block.c0;
       for (int i = 0; i < cols; ++i) {
         const float score = s.best[j * step + r * width + i];
-        const int label = score < job.threshold ? job.background : s.label[j * step + r * width + i];
+        const int label = score < job.threshold ? static_cast<int>(job.classes) : s.label[j * step + r * width + i];
         if (job.wide) {
           static_cast<int16_t*>(job.labels)[at + i] = static_cast<int16_t>(label);
         } else {
@@ -682,8 +682,8 @@ void choose_tiles(Job& job) {
   job.tile_h = std::min<int64_t>(32, job.out_h);
   job.tile_w = std::min<int64_t>(128, job.out_w);
   const int64_t* place = job.windows;
-  const double nodes_y = static_cast<double>(job.picture_h * job.h) / static_cast<double>(job.out_h * place[2]);
-  const double nodes_x = static_cast<double>(job.picture_w * job.w) / static_cast<double>(job.out_w * place[3]);
+  const double nodes_y = static_cast<double>(job.image_h * job.h) / static_cast<double>(job.out_h * place[2]);
+  const double nodes_x = static_cast<double>(job.image_w * job.w) / static_cast<double>(job.out_w * place[3]);
   while (job.tile_h * job.tile_w > 1) {
     const double nodes = (job.tile_h * nodes_y + 2) * (job.tile_w * nodes_x + 2);
     if (nodes * job.classes <= CACHE_FLOATS) break;
@@ -707,8 +707,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 void label_map_cpu(
-    const Tensor& logits, const Tensor& windows, int64_t picture_h, int64_t picture_w, bool single, int64_t activation,
-    const std::optional<Tensor>& penalty, double threshold, int64_t background, Tensor labels,
+    const Tensor& logits, const Tensor& windows, int64_t image_h, int64_t image_w, int64_t activation,
+    const std::optional<Tensor>& penalty, double threshold, Tensor labels,
     std::optional<Tensor> scores) {
   STD_TORCH_CHECK(logits.dim() == 4 && logits.is_contiguous(), "label_map: logits must be contiguous [W, C, h, w]");
   STD_TORCH_CHECK(windows.is_contiguous() && windows.numel() == 4 * logits.size(0), "label_map: windows is not [W, 4]");
@@ -716,12 +716,11 @@ void label_map_cpu(
   Job job;
   job.window_count = logits.size(0), job.classes = logits.size(1), job.h = logits.size(2), job.w = logits.size(3);
   job.windows = windows.const_data_ptr<int64_t>();
-  job.picture_h = picture_h, job.picture_w = picture_w;
+  job.image_h = image_h, job.image_w = image_w;
   job.top_k = labels.size(0), job.out_h = labels.size(1), job.out_w = labels.size(2);
-  job.grid_h = single ? job.out_h : picture_h, job.grid_w = single ? job.out_w : picture_w;
   job.activation = static_cast<int>(activation);
   job.penalty = penalty.has_value() ? penalty->const_data_ptr<float>() : nullptr;
-  job.threshold = static_cast<float>(threshold), job.background = static_cast<int>(background);
+  job.threshold = static_cast<float>(threshold);
   job.labels = labels.mutable_data_ptr();
   job.wide = labels.scalar_type() == ScalarType::Short;
   job.scores = scores.has_value() ? scores->mutable_data_ptr<float>() : nullptr;
@@ -749,8 +748,8 @@ void label_map_cpu(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
   m.def(
-      "label_map_cpu(Tensor logits, Tensor windows, int picture_h, int picture_w, bool single, int activation, "
-      "Tensor? penalty, float threshold, int background, Tensor(a!) labels, Tensor(b!)? scores) -> ()");
+      "label_map_cpu(Tensor logits, Tensor windows, int image_h, int image_w, int activation, "
+      "Tensor? penalty, float threshold, Tensor(a!) labels, Tensor(b!)? scores) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastzs, CPU, m) {

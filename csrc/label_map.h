@@ -20,18 +20,17 @@ constexpr int64_t CACHE_FLOATS = 1 << 17;  // of a tile's nodes: half a megabyte
 struct Job {
   int64_t window_count, classes, h, w;
   const int64_t* windows;  // [window_count, 4]: top, left, height, width
-  int64_t picture_h, picture_w, grid_h, grid_w, out_h, out_w;  // grid: where windows are averaged
+  int64_t image_h, image_w, out_h, out_w;  // image: where windows are averaged
   int activation;
   const float* penalty;  // [classes] or null
-  float threshold;       // -infinity for none
-  int background;
+  float threshold;       // -infinity for none; what is below it gets the label `classes`
   int64_t top_k;
   void* labels;  // [top_k, out_h, out_w], int16 if wide, else uint8
   bool wide;
   float* scores;  // [top_k, out_h, out_w] or null
   int64_t tile_h, tile_w, block_h, block_w;
 
-  bool resized() const { return grid_h != out_h || grid_w != out_w; }
+  bool resized() const { return image_h != out_h || image_w != out_w; }
 };
 
 inline int64_t whole_groups(int64_t n) { return (n + GROUP - 1) / GROUP * GROUP; }
@@ -43,25 +42,10 @@ struct Block {
 
 // ---- geometry ---------------------------------------------------------------------------------------------------
 
-// Grid rows whose centre, (i + 1/2) picture / grid, lies in [start, start + length): first <= i < last.
-struct Span {
-  int64_t first, last;
-};
-
-inline Span span_of(int64_t picture, int64_t grid, int64_t start, int64_t length) {
-  const auto from = [&](int64_t pixel) {
-    const int64_t over = 2 * grid * pixel - picture;
-    return over <= 0 ? 0 : (over + 2 * picture - 1) / (2 * picture);
-  };
-  const int64_t last = from(start + length);
-  return {from(start), last < grid ? last : grid};
-}
-
-// Where the centre of grid row i lies in a window of n nodes: between nodes lo and lo + 1, at weight. In doubles,
-// for a map may be thousands wide.
-inline int axis_position(
-    int64_t i, int64_t picture, int64_t grid, int64_t start, int64_t length, int64_t n, float* weight) {
-  const double centre = static_cast<double>((2 * i + 1) * picture) / static_cast<double>(2 * grid) - start;
+// Where the centre of row i lies in a window of n nodes over rows [start, start + length): between nodes lo and lo + 1,
+// at weight. In doubles, for a map may be thousands wide.
+inline int axis_position(int64_t i, int64_t start, int64_t length, int64_t n, float* weight) {
+  const double centre = static_cast<double>(i - start) + 0.5;
   double position = centre * static_cast<double>(n) / static_cast<double>(length) - 0.5;
   position = position < 0 ? 0 : position;
   position = position > n - 1 ? n - 1 : position;
@@ -70,55 +54,50 @@ inline int axis_position(
   return lo;
 }
 
-// The second bilinear step along an axis: output row i lies between grid rows low and low + 1, at part.
-inline int64_t tap_of(int64_t grid, int64_t out, int64_t i, float* part) {
-  if (grid == out) {
+// The second bilinear step along an axis: output row i lies between image rows low and low + 1, at part.
+inline int64_t tap_of(int64_t image, int64_t out, int64_t i, float* part) {
+  if (image == out) {
     *part = 0;
     return i;
   }
-  double position = (static_cast<double>(i) + 0.5) * static_cast<double>(grid) / static_cast<double>(out) - 0.5;
+  double position = (static_cast<double>(i) + 0.5) * static_cast<double>(image) / static_cast<double>(out) - 0.5;
   position = position < 0 ? 0 : position;
-  position = position > grid - 1 ? grid - 1 : position;
+  position = position > image - 1 ? image - 1 : position;
   const int64_t low = static_cast<int64_t>(position);
   *part = static_cast<float>(position - static_cast<double>(low));
   return low;
 }
 
-// The nodes of a window that grid rows [first, last] interpolate; false if the window holds none of these rows.
+// The nodes of a window that image rows [first, last] interpolate; false if the window holds none of these rows.
 inline bool node_range(
-    int64_t first, int64_t last, int64_t picture, int64_t grid, int64_t start, int64_t length, int64_t n, int* base,
-    int* count) {
-  const Span span = span_of(picture, grid, start, length);
-  if (first < span.first) first = span.first;
-  if (last > span.last - 1) last = span.last - 1;
+    int64_t first, int64_t last, int64_t start, int64_t length, int64_t n, int* base, int* count) {
+  if (first < start) first = start;
+  if (last > start + length - 1) last = start + length - 1;
   if (first > last) return false;
   float weight;
-  *base = axis_position(first, picture, grid, start, length, n, &weight);
-  const int end = axis_position(last, picture, grid, start, length, n, &weight) + 1;
+  *base = axis_position(first, start, length, n, &weight);
+  const int end = axis_position(last, start, length, n, &weight) + 1;
   *count = (end < n - 1 ? end : static_cast<int>(n) - 1) - *base + 1;
   return true;
 }
 
 // ---- scratch ----------------------------------------------------------------------------------------------------
 
-// Where some grid rows (or columns) lie among a window's nodes: row i, for first <= i < last, between lo and lo + 1.
+// Where some image rows (or columns) lie among a window's nodes: row i, for first <= i < last, between lo and lo + 1.
 struct Axis {
   int first, last;
   int* lo;
   float* weight;
 
-  // For grid rows [from, from + n); lo counts from node base.
-  void fill(
-      int64_t from, int64_t n, int64_t picture, int64_t grid, int64_t start, int64_t length, int64_t nodes, int base) {
-    const Span span = span_of(picture, grid, start, length);
-    first = static_cast<int>(std::max<int64_t>(span.first - from, 0));
-    last = static_cast<int>(std::min<int64_t>(span.last - from, n));
-    for (int i = first; i < last; ++i)
-      lo[i] = axis_position(from + i, picture, grid, start, length, nodes, &weight[i]) - base;
+  // For image rows [from, from + n); lo counts from node base.
+  void fill(int64_t from, int64_t n, int64_t start, int64_t length, int64_t nodes, int base) {
+    first = static_cast<int>(std::max<int64_t>(start - from, 0));
+    last = static_cast<int>(std::min<int64_t>(start + length - from, n));
+    for (int i = first; i < last; ++i) lo[i] = axis_position(from + i, start, length, nodes, &weight[i]) - base;
   }
 };
 
-// A window over a tile: its nodes there, classes innermost, and where the tile's grid rows and columns lie in it.
+// A window over a tile: its nodes there, classes innermost, and where the tile's image rows and columns lie in it.
 struct View {
   int64_t window;
   int row0, col0, rows, cols;  // nodes [row0, row0 + rows) x [col0, col0 + cols)
@@ -126,7 +105,7 @@ struct View {
   Axis y, x;
 };
 
-// The second bilinear step along an axis: output i lies between grid rows low[i] and low[i] + 1, at part[i].
+// The second bilinear step along an axis: output i lies between image rows low[i] and low[i] + 1, at part[i].
 struct Taps {
   int* low;
   float* part;
@@ -151,8 +130,8 @@ struct Scratch {
   std::vector<float> floats;
   std::vector<int> ints;
 
-  int end_y, end_x;     // the grid's last row and column, counted from the tile's first
-  int ny, nx, pitch_x;  // grid rows and columns under the block at hand, the columns in whole groups
+  int end_y, end_x;     // the image's last row and column, counted from the tile's first
+  int ny, nx, pitch_x;  // image rows and columns under the block at hand, the columns in whole groups
 
   // Parts of the above, laid out by prepare.
   View* views;
@@ -168,20 +147,20 @@ struct Scratch {
   void prepare(const Job& job, const Block& tile) {
     const int64_t stride = whole_groups(job.classes), more = job.resized() ? 1 : 0;
     float part;
-    // Grid rows y0 to y1 and columns x0 to x1, all inclusive, are read.
-    const int64_t y0 = tap_of(job.grid_h, job.out_h, tile.r0, &part);
-    const int64_t y1 = std::min(tap_of(job.grid_h, job.out_h, tile.r1 - 1, &part) + more, job.grid_h - 1);
-    const int64_t x0 = tap_of(job.grid_w, job.out_w, tile.c0, &part);
-    const int64_t x1 = std::min(tap_of(job.grid_w, job.out_w, tile.c1 - 1, &part) + more, job.grid_w - 1);
+    // Image rows y0 to y1 and columns x0 to x1, all inclusive, are read.
+    const int64_t y0 = tap_of(job.image_h, job.out_h, tile.r0, &part);
+    const int64_t y1 = std::min(tap_of(job.image_h, job.out_h, tile.r1 - 1, &part) + more, job.image_h - 1);
+    const int64_t x0 = tap_of(job.image_w, job.out_w, tile.c0, &part);
+    const int64_t x1 = std::min(tap_of(job.image_w, job.out_w, tile.c1 - 1, &part) + more, job.image_w - 1);
     const int64_t tile_rows = y1 - y0 + 1, tile_cols = x1 - x0 + 1;
-    end_y = static_cast<int>(job.grid_h - 1 - y0), end_x = static_cast<int>(job.grid_w - 1 - x0);
+    end_y = static_cast<int>(job.image_h - 1 - y0), end_x = static_cast<int>(job.image_w - 1 - x0);
     view_list.clear();
     for (int64_t n = 0; n < job.window_count; ++n) {
       const int64_t* place = job.windows + 4 * n;
       View view;
       view.window = n;
-      if (node_range(y0, y1, job.picture_h, job.grid_h, place[0], place[2], job.h, &view.row0, &view.rows) &&
-          node_range(x0, x1, job.picture_w, job.grid_w, place[1], place[3], job.w, &view.col0, &view.cols))
+      if (node_range(y0, y1, place[0], place[2], job.h, &view.row0, &view.rows) &&
+          node_range(x0, x1, place[1], place[3], job.w, &view.col0, &view.cols))
         view_list.push_back(view);
     }
     const int64_t ny_max = job.resized() ? 2 * job.block_h : job.block_h;
@@ -254,8 +233,8 @@ struct Scratch {
           next += static_cast<int64_t>(view.rows) * view.cols * stride;
           view.y.lo = los, view.y.weight = weights, los += tile_rows, weights += tile_rows;
           view.x.lo = los, view.x.weight = weights, los += tile_cols, weights += tile_cols;
-          view.y.fill(y0, tile_rows, job.picture_h, job.grid_h, place[0], place[2], job.h, view.row0);
-          view.x.fill(x0, tile_cols, job.picture_w, job.grid_w, place[1], place[3], job.w, view.col0);
+          view.y.fill(y0, tile_rows, place[0], place[2], job.h, view.row0);
+          view.x.fill(x0, tile_cols, place[1], place[3], job.w, view.col0);
         }
       } else {
         floats.resize(std::max(floats.size(), static_cast<size_t>(f)));
@@ -264,9 +243,9 @@ struct Scratch {
     }
     views = view_list.data(), covers = cover_list.data(), view_count = static_cast<int>(count);
     for (int64_t i = 0; i < tile.r1 - tile.r0; ++i)
-      taps_y.low[i] = static_cast<int>(tap_of(job.grid_h, job.out_h, tile.r0 + i, &taps_y.part[i]) - y0);
+      taps_y.low[i] = static_cast<int>(tap_of(job.image_h, job.out_h, tile.r0 + i, &taps_y.part[i]) - y0);
     for (int64_t i = 0; i < tile.c1 - tile.c0; ++i)
-      taps_x.low[i] = static_cast<int>(tap_of(job.grid_w, job.out_w, tile.c0 + i, &taps_x.part[i]) - x0);
+      taps_x.low[i] = static_cast<int>(tap_of(job.image_w, job.out_w, tile.c0 + i, &taps_x.part[i]) - x0);
   }
 };
 

@@ -64,7 +64,7 @@ struct Problem {
   float* norm;             // [windows, span_y, span_x], for softmax
   void* labels;            // [top_k, out_h, out_w], int16 if wide, else uint8
   float* scores;           // [top_k, out_h, out_w] or null
-  int windows, C, h, w, span_y, span_x, out_h, out_w, most, taps, top_k, background;
+  int windows, C, h, w, span_y, span_x, out_h, out_w, most, taps, top_k;
   float threshold;
   bool wide;
 };
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(THREADS, 6) label_map_fwd_kernel(Problem a) { 
   for (int j = 0; j < K; ++j) {
     if (j >= a.top_k) continue;
     const int64_t at = j * pixels + n;
-    const int written = best[j] < a.threshold ? a.background : label[j];
+    const int written = best[j] < a.threshold ? a.C : label[j];
     if (a.wide) {
       static_cast<int16_t*>(a.labels)[at] = static_cast<int16_t>(written);
     } else {
@@ -433,7 +433,7 @@ void label_map_cuda(
     const Tensor& logits, const Tensor& box, const Tensor& row_windows, const Tensor& row_counts,
     const Tensor& rows_lo, const Tensor& rows_weight, const Tensor& cols_lo, const Tensor& cols_weight,
     const Tensor& taps_y, const Tensor& taps_x, bool resized, int64_t activation, const std::optional<Tensor>& penalty,
-    double threshold, int64_t background, Tensor labels, std::optional<Tensor> scores) {
+    double threshold, Tensor labels, std::optional<Tensor> scores) {
   STD_TORCH_CHECK(logits.dim() == 4 && logits.is_contiguous(), "label_map: logits must be contiguous [W, C, h, w]");
   STD_TORCH_CHECK(labels.dim() == 3 && labels.is_contiguous(), "label_map: labels must be contiguous [k, H', W']");
   STD_TORCH_CHECK(logits.size(1) <= MOST_CLASSES, "label_map: the CUDA backend takes up to ", MOST_CLASSES, " classes");
@@ -460,7 +460,7 @@ void label_map_cuda(
   a.wide = labels.scalar_type() == ScalarType::Short;
   a.top_k = labels.size(0), a.out_h = labels.size(1), a.out_w = labels.size(2);
   a.scores = scores.has_value() ? scores->mutable_data_ptr<float>() : nullptr;
-  a.threshold = threshold, a.background = background;
+  a.threshold = threshold;
   const int64_t places = activation == SOFTMAX ? 1 : 0;
   Tensor norm = torch::stable::new_empty(logits, {places * a.windows, a.span_y, a.span_x}, ScalarType::Float);
   a.norm = static_cast<float*>(norm.mutable_data_ptr());
@@ -481,7 +481,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
   m.def(
       "label_map_cuda(Tensor logits, Tensor box, Tensor row_windows, Tensor row_counts, Tensor rows_lo, "
       "Tensor rows_weight, Tensor cols_lo, Tensor cols_weight, Tensor taps_y, Tensor taps_x, bool resized, "
-      "int activation, Tensor? penalty, float threshold, int background, Tensor(a!) labels, Tensor(b!)? scores) -> ()");
+      "int activation, Tensor? penalty, float threshold, Tensor(a!) labels, Tensor(b!)? scores) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastzs, CUDA, m) { m.impl("label_map_cuda", TORCH_BOX(&fastzs::label_map_cuda)); }

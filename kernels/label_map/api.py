@@ -17,7 +17,6 @@ from .compiled import why_not_cpu, why_not_cuda
 from .operator import score_dtype
 
 ACTIVATIONS = ("sigmoid", "softmax", "none")
-RESIZES = ("two-stage", "single")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INT16_LABELS = 1 << 15
 
@@ -41,9 +40,7 @@ def label_map(
     seen: Tensor | Sequence[int] | None = None,
     calibration: float = 0.1,
     threshold: float | None = None,
-    background: int | None = None,
     top_k: int = 1,
-    resize: str = "two-stage",
     return_scores: bool = False,
     impl: str = "auto",
 ) -> LabelMap:
@@ -58,7 +55,7 @@ def label_map(
     Args:
         logits: ``[W, C, h, w]`` fp32, bf16, fp16 or fp64, one map per window. A logit that is not finite
             makes its class NaN at the pixels interpolated from it. NaN scores count as ``-inf``: such a class
-            loses to every other, and where all are NaN class 0 (or the background) is the label. One warning
+            loses to every other, and where all are NaN the label is class 0 (or ``C``, below a threshold). One warning
             says so (on a GPU it is not looked for, that would wait for the device). Not differentiable.
         windows: ``[W, 4]`` int64 tensor or nested sequence of (top, left, height, width) in pixels of the
             resized picture, all of one height and width, inside the picture, and together covering it.
@@ -67,20 +64,16 @@ def label_map(
         activation: ``"sigmoid"``, ``"softmax"`` over the classes, or ``"none"``.
         seen: indices or ``[C]`` bool mask of the classes to calibrate.
         calibration: what is taken from the seen classes' scores, after the activation.
-        threshold: labels whose score is below it become ``background``; in 0..1, with ``activation="none"``
-            any.
-        background: the label used with ``threshold``, by default ``C``, one past the last class.
+        threshold: labels whose score is below it become ``C``, one past the last class; in 0..1, with
+            ``activation="none"`` any.
         top_k: how many labels per pixel, 1 to C. Above 1 the results are ``[k, H', W']``, best first.
-        resize: ``"two-stage"`` as published; ``"single"`` takes every output pixel straight from the
-            low-resolution maps at its centre, one bilinear step: cheaper, and not the same numbers when
-            ``output_size`` differs from ``image_size``.
         return_scores: also give the winning scores.
         impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. Devices without a backend of their own copy
             the logits to the host, where the compiled library (``"cpu"``) labels the picture.
 
     Returns:
-        :class:`LabelMap`: labels, uint8, or int16 where there are more than 255 labels (the background
-        counted); scores ``None`` unless asked for.
+        :class:`LabelMap`: labels, uint8, or int16 where there are more than 255 labels (``C``
+        counted, with a threshold); scores ``None`` unless asked for.
 
     Raises:
         ValueError: shapes, sizes or options do not fit; a window leaves the picture; a pixel has no window.
@@ -96,8 +89,6 @@ def label_map(
     out_height, out_width = (height, width) if output_size is None else _size("output_size", output_size)
     if activation not in ACTIVATIONS:
         raise ValueError(f"label_map: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
-    if resize not in RESIZES:
-        raise ValueError(f"label_map: resize={resize!r} is unknown; use one of {', '.join(RESIZES)}")
     if not 1 <= top_k <= classes:
         raise ValueError(f"label_map: top_k={top_k}; wanted 1 to the number of classes, {classes}")
     if not math.isfinite(calibration):
@@ -107,15 +98,9 @@ def label_map(
         if not (low <= threshold <= high and math.isfinite(threshold)):
             wanted = "a finite number" if activation == "none" else f"0 to 1 with activation={activation!r}"
             raise ValueError(f"label_map: threshold={threshold}; wanted {wanted}")
-        background = classes if background is None else background
-    elif background is not None:
-        raise ValueError(f"label_map: background={background} is used only with a threshold, and there is none")
-    last = max(classes - 1, -1 if background is None else background)
-    if (background or 0) < 0 or last >= INT16_LABELS:
-        raise ValueError(
-            f"label_map: {classes} classes and background={background}; labels are int16, so 0 to {INT16_LABELS - 1}"
-        )
-    count = classes + (background is not None and background >= classes)
+    count = classes + (threshold is not None)
+    if count > INT16_LABELS:
+        raise ValueError(f"label_map: expected at most {INT16_LABELS} labels, which are int16, got {count}")
     penalty = None if seen is None else _penalty(seen, float(calibration), classes, logits)
     labels, scores = torch.ops.fastzs.label_map(
         logits.detach(),
@@ -125,10 +110,8 @@ def label_map(
         activation,
         penalty,
         threshold,
-        background or 0,
         top_k,
-        resize,
-        count > 255 or last > 255,
+        count > 255,
         return_scores,
         choose("label_map", impl, reasons(logits, top_k)),
     )

@@ -45,11 +45,9 @@ def label_map_cpu(
         logits.contiguous(),
         torch.tensor(windows, dtype=torch.int64),
         *options.image_size,
-        options.resize == "single",
         ACTIVATION_CODES[options.activation],
         None if options.penalty is None else options.penalty.cpu(),
         options.threshold,
-        options.background,
         labels,
         scores,
     )
@@ -70,7 +68,6 @@ def label_map_cuda(
         ACTIVATION_CODES[options.activation],
         options.penalty,
         options.threshold,
-        options.background,
         labels,
         scores,
     )

@@ -24,9 +24,7 @@ def label_map(
     activation: str,
     penalty: Tensor | None,  # [C]
     threshold: float | None,
-    background: int,
     top_k: int,
-    resize: str,
     wide: bool,
     return_scores: bool,
     backend: str,
@@ -47,9 +45,7 @@ def label_map(
         activation,
         penalty,
         -math.inf if threshold is None else threshold,
-        background,
         top_k,
-        resize,
         torch.int16 if wide else torch.uint8,
         return_scores,
     )
@@ -65,9 +61,7 @@ def _fake(
     activation,
     penalty,
     threshold,
-    background,
     top_k,
-    resize,
     wide,
     return_scores,
     backend,
@@ -125,8 +119,7 @@ def check_windows(places: list[list[int]], height: int, width: int) -> None:
 library.define(
     "label_map",
     "(Tensor logits, Tensor windows, int[] image_size, int[] output_size, str activation, Tensor? penalty, "
-    "float? threshold, int background, int top_k, str resize, bool wide, bool return_scores, str backend) "
-    "-> (Tensor labels, Tensor scores)",
+    "float? threshold, int top_k, bool wide, bool return_scores, str backend) -> (Tensor labels, Tensor scores)",
     label_map,
 )
 library.register("label_map", _fake)

@@ -14,22 +14,15 @@ class Options:
     output_size: tuple[int, int]
     activation: str  # "sigmoid", "softmax" or "none"
     penalty: Tensor | None  # [C], taken from the scores
-    threshold: float  # minus infinity for none
-    background: int  # the label of what is below the threshold
+    threshold: float  # minus infinity for none; what is below it gets the label C
     top_k: int
-    resize: str  # "two-stage" or "single"
     label_dtype: torch.dtype  # uint8 or int16
     return_scores: bool
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Where the windows' scores are averaged: rows and columns."""
-        return self.image_size if self.resize == "two-stage" else self.output_size
-
-    @property
     def resized(self) -> bool:
-        """Whether there is a second bilinear step, from the grid to the output."""
-        return self.grid != self.output_size
+        """Whether there is a second bilinear step, from the resized image to the output."""
+        return self.image_size != self.output_size
 
     def empty(self, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """Labels ``[k, H', W']`` and, if asked for, scores alike, to be written."""

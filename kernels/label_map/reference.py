@@ -1,6 +1,6 @@
-"""The specification of ``label_map``, in plain PyTorch, in pieces small enough for any picture.
+"""The specification of ``label_map``, in plain PyTorch, in pieces small enough for any image.
 
-The output is computed tile by tile. A tile asks for the picture pixels its own bilinear step reads, and for
+The output is computed tile by tile. A tile asks for the image pixels its own bilinear step reads, and for
 each of the windows over them only for the part they share, so the largest tensor is ``[C, tile rows, tile
 columns]`` and no tensor has both all classes and all pixels.
 """
@@ -8,7 +8,7 @@ columns]`` and no tensor has both all classes and all pixels.
 import torch
 from torch import Tensor
 
-from .common import Taps, resize_taps, taps_at, window_spans
+from .common import Taps, resize_taps
 from .options import Options
 
 TILE_BYTES = 32 << 20  # all live tensors of a tile together
@@ -34,23 +34,17 @@ def activate(logits: Tensor, activation: str, penalty: Tensor | None) -> Tensor:
     return scores if penalty is None else scores - penalty[:, None, None]
 
 
-class Picture:
-    """Averaged scores of any rectangle of a grid over the picture, from the windows' low-resolution maps.
+class Averaged:
+    """Averaged scores of any rectangle of the resized image, from the windows' low-resolution maps."""
 
-    The grid is the picture's own pixels (``grid == image_size``), or for the single-step resize the
-    output's.
-    """
-
-    def __init__(self, logits: Tensor, windows, image_size, grid, activation: str, penalty: Tensor | None):
+    def __init__(self, logits: Tensor, windows, activation: str, penalty: Tensor | None):
         self.logits, self.activation, self.penalty = logits, activation, penalty
         h, w = logits.shape[2:]
-        # Of each window: first and last + 1 row of the grid, the same of columns, taps along both.
+        # Of each window: first and last + 1 row of the image, the same of columns, taps along both.
         self.places = []
         for top, left, height, width in windows:
-            top, bottom, y = window_spans(top, height, image_size[0], grid[0])
-            left, right, x = window_spans(left, width, image_size[1], grid[1])
-            rows, cols = taps_at(y * h / height - 0.5, h), taps_at(x * w / width - 0.5, w)
-            self.places.append((top, bottom, left, right, rows, cols))
+            rows, cols = resize_taps(h, height), resize_taps(w, width)
+            self.places.append((top, top + height, left, left + width, rows, cols))
 
     def band(self, top: int, bottom: int) -> list[int]:
         """The windows over rows ``top`` to ``bottom``."""
@@ -77,9 +71,9 @@ class Picture:
         return total.div_(visits)
 
 
-def tile_shape(classes: int, size, grid, itemsize: int) -> tuple[int, int]:
+def tile_shape(classes: int, size, image_size, itemsize: int) -> tuple[int, int]:
     """Rows and columns of an output tile: whole rows if some of them fit, else a square."""
-    reads = max(1.0, grid[0] / size[0]) * max(1.0, grid[1] / size[1])  # picture pixels per output pixel
+    reads = max(1.0, image_size[0] / size[0]) * max(1.0, image_size[1] / size[1])  # image pixels per output pixel
     pixels = max(1, int(TILE_BYTES / (LIVE_TENSORS * itemsize * classes * reads)))
     if pixels >= 4 * size[1]:
         return min(size[0], pixels // size[1]), size[1]
@@ -107,23 +101,23 @@ def label_map_reference(
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = torch.where(logits.isfinite(), logits, torch.nan)
     penalty = None if options.penalty is None else options.penalty.cpu().to(logits.dtype)
-    grid, output_size, resized = options.grid, options.output_size, options.resized
-    picture = Picture(logits, windows, options.image_size, grid, options.activation, penalty)
-    row_taps, col_taps = resize_taps(grid[0], output_size[0]), resize_taps(grid[1], output_size[1])
+    image_size, output_size, resized = options.image_size, options.output_size, options.resized
+    averaged = Averaged(logits, windows, options.activation, penalty)
+    row_taps, col_taps = (resize_taps(image_size[i], output_size[i]) for i in (0, 1))
     labels, values = options.empty(logits.device, logits.dtype)
-    tile_rows, tile_cols = tile_shape(logits.shape[1], output_size, grid, logits.element_size())
+    tile_rows, tile_cols = tile_shape(logits.shape[1], output_size, image_size, logits.element_size())
     for r0 in range(0, output_size[0], tile_rows):
         r1 = min(r0 + tile_rows, output_size[0])
         top, bottom = (int(row_taps.low[r0]), int(row_taps.high[r1 - 1]) + 1) if resized else (r0, r1)
-        band = picture.band(top, bottom)
+        band = averaged.band(top, bottom)
         for c0 in range(0, output_size[1], tile_cols):
             c1 = min(c0 + tile_cols, output_size[1])
             left, right = (int(col_taps.low[c0]), int(col_taps.high[c1 - 1]) + 1) if resized else (c0, c1)
-            scores = picture.scores(band, top, bottom, left, right)
+            scores = averaged.scores(band, top, bottom, left, right)
             if resized:
                 scores = interpolate(scores, row_taps.part(r0, r1, top), col_taps.part(c0, c1, left))
             value, label = best(scores, options.top_k)
-            label = torch.where(value < options.threshold, options.background, label)
+            label = torch.where(value < options.threshold, logits.shape[1], label)
             if values is not None:
                 values[:, r0:r1, c0:c1] = value
             labels[:, r0:r1, c0:c1] = label

@@ -44,7 +44,7 @@ def window_logits(logits_ptr, plane, nodes_y, nodes_x, y_lo, y_weight, x_lo, x_w
 
 
 # Sizes of pictures are of many values: a variant of the kernels for each kind of them would be compiled as they come.
-SIZES = ["classes", "nodes_y", "nodes_x", "span_y", "span_x", "out_h", "out_w", "most_windows", "background"]
+SIZES = ["classes", "nodes_y", "nodes_x", "span_y", "span_x", "out_h", "out_w", "most_windows"]
 
 
 @triton.jit(do_not_specialize=SIZES[:5])
@@ -95,8 +95,8 @@ def label_map_fwd_kernel(
     logits_ptr,  # [W, C, h, w]
     penalty_ptr,  # [C] fp32, or not read
     norm_ptr,  # [W, SPAN_Y, SPAN_X] fp32, or not read
-    windows_ptr,  # [W, 4] int32: first grid row and column, how many
-    row_windows_ptr,  # [H', MOST] int32: windows over the grid rows of each output row
+    windows_ptr,  # [W, 4] int32: first image row and column, how many
+    row_windows_ptr,  # [H', MOST] int32: windows over the image rows of each output row
     row_counts_ptr,  # [H'] int32: how many
     rows_lo_ptr,  # [W, SPAN_Y] int32
     rows_weight_ptr,  # [W, SPAN_Y] fp32
@@ -115,8 +115,7 @@ def label_map_fwd_kernel(
     out_w,
     most_windows,
     threshold,
-    background,
-    TAPS: tl.constexpr,  # 4: the second bilinear step; 1: the grid is the output
+    TAPS: tl.constexpr,  # 4: the second bilinear step; 1: the output has the image's size
     ACTIVATION: tl.constexpr,
     PENALTY: tl.constexpr,
     SCORES: tl.constexpr,
@@ -177,7 +176,7 @@ def label_map_fwd_kernel(
         better = top > best
         label = tl.where(better, lowest, label)
         best = tl.where(better, top, best)
-    label = tl.where(best < threshold, background, label)
+    label = tl.where(best < threshold, classes, label)
     tl.store(labels_ptr + r * out_w + x, label.to(labels_ptr.dtype.element_ty), mask=mask)
     if SCORES:
         tl.store(scores_ptr + r * out_w + x, best, mask=mask)
@@ -229,7 +228,6 @@ def label_map_triton(
             *options.output_size,
             most,
             options.threshold,
-            options.background,
             TAPS=4 if options.resized else 1,
             ACTIVATION=ACTIVATION_CODES[options.activation],
             PENALTY=options.penalty is not None,

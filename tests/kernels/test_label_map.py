@@ -77,12 +77,12 @@ BACKENDS = [
 SCORE_ERROR = 1e-6  # from fp32 logits, of the largest score or 1: measured 6.4e-7 (softmax on portable vectors)
 
 
-def assert_agrees(logits, windows, picture, output, top_k=1, single=False, impl="cpu", slack=SCORE_ERROR, **options):
+def assert_agrees(logits, windows, picture, output, top_k=1, impl="cpu", slack=SCORE_ERROR, **options):
     """Scores within ``slack`` of the fp64 reference's, and labels equal except where scores tie within it.
 
     Returns how many labels differ.
     """
-    options = {"output_size": output, "top_k": top_k, "resize": "single" if single else "two-stage", **options}
+    options = {"output_size": output, "top_k": top_k, **options}
     got = label_map(logits, windows, picture, return_scores=True, impl=impl, **options)
     want = label_map(logits.double(), windows, picture, return_scores=True, impl="reference", **options)
     assert got.labels.dtype == want.labels.dtype
@@ -107,14 +107,13 @@ def assert_agrees(logits, windows, picture, output, top_k=1, single=False, impl=
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
-@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
 @pytest.mark.parametrize(("picture", "crop", "stride", "size", "output"), CASES)
-def test_backend(picture, crop, stride, size, output, activation, single, impl):
+def test_backend(picture, crop, stride, size, output, activation, impl):
     for classes, top_k in ((1, 1), (7, 3), (40, 1), (40, 9)):
         logits, windows = random_case(picture, crop, stride, size, classes, torch.float32)
         seen = range(0, classes, 3)
-        assert_agrees(logits, windows, picture, output, top_k, single, impl, activation=activation, seen=seen)
+        assert_agrees(logits, windows, picture, output, top_k, impl, activation=activation, seen=seen)
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
@@ -143,7 +142,6 @@ def test_any_shape(impl, data):
         "seen": data.draw(st.none() | st.just(range(classes // 2))),
         "calibration": data.draw(st.sampled_from([0.1, 0.0, -0.3, 2.0])),
         "top_k": data.draw(st.integers(1, min(classes, 12))),
-        "single": data.draw(st.booleans()),
     }
     assert_agrees(logits, windows, picture, output, impl=impl, **options)
 
@@ -251,10 +249,8 @@ def test_threshold_and_background(impl):
     got = label_map(*args, threshold=0.5, impl=impl)
     assert got.scores is None
     assert got.labels.tolist() == [[2, 2, 2, 2, 0, 0, 0, 0]] * 2
-    assert label_map(*args, threshold=0.5, background=255, impl=impl).labels[0].tolist() == [255] * 4 + [0] * 4
-    got = label_map(*args, threshold=0.5, background=1000, top_k=2, impl=impl)
-    assert got.labels.dtype == torch.int16
-    assert got.labels[1, 0].tolist() == [1000] * 5 + [1] * 3  # the second class is above 0.5 only at the end
+    got = label_map(*args, threshold=0.5, top_k=2, impl=impl)
+    assert got.labels[1, 0].tolist() == [2] * 5 + [1] * 3  # the second class is above 0.5 only at the end
 
 
 @pytest.mark.parametrize("impl", BACKENDS)
@@ -372,7 +368,7 @@ def test_a_wait_is_seen():
 def test_tables_and_seen_classes_are_kept(monkeypatch):
     """The second picture of a size makes nothing on the host that would have to be copied."""
     logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
-    options = Options((40, 40), (40, 40), "sigmoid", None, -math.inf, 0, 1, "two-stage", torch.uint8, False)
+    options = Options((40, 40), (40, 40), "sigmoid", None, -math.inf, 1, torch.uint8, False)
     first, again = (tables.tables_of(logits, windows, options) for _ in range(2))
     assert all(a is b for a, b in zip(first, again, strict=True))
     other = tables.tables_of(logits[..., :3], windows, options)
@@ -410,7 +406,7 @@ def test_a_device_without_a_backend_of_its_own_takes_the_library(device, monkeyp
 @pytest.mark.skipif(compiled.MISSING is not None, reason=str(compiled.MISSING))
 def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypatch):
     logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
-    options = Options((40, 40), (40, 40), "sigmoid", torch.ones(9), -math.inf, 0, 1, "two-stage", torch.uint8, True)
+    options = Options((40, 40), (40, 40), "sigmoid", torch.ones(9), -math.inf, 1, torch.uint8, True)
     labels, scores = compiled.label_map_cpu(Elsewhere(logits, "meta"), windows, options)
     assert (labels.device.type, scores.device.type) == ("meta", "meta")
 
@@ -437,17 +433,17 @@ def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypa
         ({"image_size": (8,)}, ValueError, "image_size"),
         ({"output_size": (0, 8)}, ValueError, r"output_size=\(0, 8\)"),
         ({"activation": "relu"}, ValueError, "activation='relu'"),
-        ({"resize": "nearest"}, ValueError, "resize='nearest'"),
         ({"top_k": 0}, ValueError, "top_k=0"),
         ({"top_k": 4}, ValueError, "top_k=4"),
         ({"calibration": float("nan")}, ValueError, "calibration=nan"),
         ({"threshold": 1.5}, ValueError, "threshold=1.5; wanted 0 to 1"),
         ({"threshold": float("nan")}, ValueError, "threshold=nan"),
         ({"threshold": float("inf"), "activation": "none"}, ValueError, "finite"),
-        ({"background": 3}, ValueError, "only with a threshold"),
-        ({"threshold": 0.5, "background": -1}, ValueError, "background=-1"),
-        ({"threshold": 0.5, "background": 40000}, ValueError, "background=40000; labels are int16"),
-        ({"logits": torch.ones(2, 40000, 1, 1)}, ValueError, "40000 classes"),
+        (
+            {"logits": torch.ones(2, 40000, 1, 1)},
+            ValueError,
+            "expected at most 32768 labels, which are int16, got 40000",
+        ),
         ({"seen": [0, 3]}, ValueError, "seen names class 3"),
         ({"seen": [-1]}, ValueError, "seen names class -1"),
         ({"seen": torch.ones(4, dtype=torch.bool)}, ValueError, r"\(4,\); wanted \(3,\)"),
@@ -474,7 +470,7 @@ def test_bad_input(change, error, words):
 def test_opcheck(options, impl):
     logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
     args = (logits, torch.tensor(windows), [40, 40], [30, 50], "sigmoid", 0.1 * torch.ones(9),
-            options.get("threshold"), 9, options.get("top_k", 1), "two-stage", False,
+            options.get("threshold"), options.get("top_k", 1), False,
             options.get("return_scores", False), impl)  # fmt: skip
     torch.library.opcheck(torch.ops.fastzs.label_map, args)
 

@@ -17,16 +17,15 @@ backends = pytest.mark.parametrize(
 
 
 @backends
-@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
 @pytest.mark.parametrize(("picture", "crop", "stride", "size", "output"), CASES)
-def test_agrees(picture, crop, stride, size, output, activation, single, impl):
+def test_agrees(picture, crop, stride, size, output, activation, impl):
     for classes, top_k in ((1, 1), (7, 3), (300, 1), (40, 8)):
         if top_k > 1 and impl == "triton":
             continue
         logits, windows = random_case(picture, crop, stride, size, classes, torch.float32)
         seen = range(0, classes, 3)
-        assert_agrees(logits.cuda(), windows, picture, output, top_k, single, impl, activation=activation, seen=seen)
+        assert_agrees(logits.cuda(), windows, picture, output, top_k, impl, activation=activation, seen=seen)
 
 
 @backends

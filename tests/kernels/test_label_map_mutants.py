@@ -44,8 +44,8 @@ def agrees(ops) -> bool:
         if kind == "equal":
             logits[:, 2::2] = logits[:, :2].mean(1, keepdim=True)
         labels, scores = torch.empty(1, *output, dtype=torch.uint8), torch.empty(1, *output)
-        ops.label_map_cpu(logits, torch.tensor(windows), *picture, False, 0, penalty, -math.inf, 0, labels, scores)
-        options = Options(picture, output, "sigmoid", penalty.double(), -math.inf, 0, 1, "two-stage", torch.uint8, True)
+        ops.label_map_cpu(logits, torch.tensor(windows), *picture, 0, penalty, -math.inf, labels, scores)
+        options = Options(picture, output, "sigmoid", penalty.double(), -math.inf, 1, torch.uint8, True)
         wanted, best = label_map_reference(logits.double(), windows, options)
         assert best is not None
         if not (scores - best).abs().max() <= SCORE_ERROR:

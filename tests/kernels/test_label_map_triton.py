@@ -20,25 +20,23 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-CASES = [  # picture, crop, stride, map, output, activation, resize
-    ((8, 12), 8, 5, (3, 2), None, "sigmoid", "two-stage"),  # overlap, no second step
-    ((8, 12), 8, 5, (3, 2), None, "softmax", "two-stage"),
-    ((10, 9), 6, 4, (3, 2), (3, 67), "sigmoid", "two-stage"),  # overlaps both ways, wider than a tile
-    ((10, 9), 6, 4, (3, 2), (3, 7), "none", "two-stage"),
-    ((10, 9), 6, 4, (3, 2), (3, 7), "softmax", "two-stage"),
-    ((10, 9), 6, 4, (3, 2), (5, 7), "softmax", "single"),
-    ((9, 9), 9, 9, (1, 1), (1, 1), "sigmoid", "two-stage"),
-    ((30, 20), 16, 11, (5, 16), (4, 5), "sigmoid", "two-stage"),  # smaller output
-    ((30, 20), 16, 11, (5, 16), (4, 5), "sigmoid", "single"),
+CASES = [  # picture, crop, stride, map, output, activation
+    ((8, 12), 8, 5, (3, 2), None, "sigmoid"),  # overlap, no second step
+    ((8, 12), 8, 5, (3, 2), None, "softmax"),
+    ((10, 9), 6, 4, (3, 2), (3, 67), "sigmoid"),  # overlaps both ways, wider than a tile
+    ((10, 9), 6, 4, (3, 2), (3, 7), "none"),
+    ((10, 9), 6, 4, (3, 2), (3, 7), "softmax"),
+    ((9, 9), 9, 9, (1, 1), (1, 1), "sigmoid"),
+    ((30, 20), 16, 11, (5, 16), (4, 5), "sigmoid"),  # smaller output
 ]
 
 
 @interpreted
-@pytest.mark.parametrize(("picture", "crop", "stride", "size", "output", "activation", "resize"), CASES)
-def test_agrees(picture, crop, stride, size, output, activation, resize):
+@pytest.mark.parametrize(("picture", "crop", "stride", "size", "output", "activation"), CASES)
+def test_agrees(picture, crop, stride, size, output, activation):
     logits, windows = random_case(picture, crop, stride, size, 19, torch.float32)
     options = {"activation": activation, "seen": [0, 3, 17], "calibration": 0.3}
-    assert_agrees(logits, windows, picture, output, 1, resize == "single", "triton", **options)
+    assert_agrees(logits, windows, picture, output, 1, "triton", **options)
 
 
 @interpreted
@@ -55,9 +53,8 @@ def test_labels():
     assert label_map(logits, [(0, 0, 4, 4)], (4, 4), impl="triton").labels.unique().tolist() == [0]
     logits[:, [20, 33]] = 1.0
     assert label_map(logits, [(0, 0, 4, 4)], (4, 4), impl="triton").labels.unique().tolist() == [20]
-    got = label_map(logits, [(0, 0, 4, 4)], (4, 4), threshold=0.8, background=300, impl="triton")
-    assert got.labels.dtype == torch.int16
-    assert got.labels.unique().tolist() == [300]
+    got = label_map(logits, [(0, 0, 4, 4)], (4, 4), threshold=0.8, impl="triton")
+    assert got.labels.unique().tolist() == [40]
     for bad in (float("nan"), float("inf")):
         for activation in ("sigmoid", "softmax"):
             logits[0, 20, 0, 0] = bad
@@ -108,4 +105,4 @@ def test_a_broken_kernel_is_noticed(name, tmp_path, monkeypatch):
     spec.loader.exec_module(broken)
     monkeypatch.setattr(triton, "label_map_triton", broken.label_map_triton)
     with pytest.raises((AssertionError, RuntimeError)):  # RuntimeError: a label that is no class
-        test_agrees((10, 9), 6, 4, (3, 2), (3, 7), "sigmoid", "two-stage")
+        test_agrees((10, 9), 6, 4, (3, 2), (3, 7), "sigmoid")

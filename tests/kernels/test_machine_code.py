@@ -59,7 +59,7 @@ def smooth(dtype: torch.dtype, width: int, mode: str, classes: int = 171):
 def labels(dtype: torch.dtype, activation: str, output: tuple[int, int], classes: int = 171, scores: bool = False):
     seen = torch.zeros(classes) if activation != "none" else None
     wide = torch.int16 if scores else torch.uint8
-    options = Options((64, 96), output, activation, seen, -math.inf, 0, 1, "two-stage", wide, scores)
+    options = Options((64, 96), output, activation, seen, -math.inf, 1, wide, scores)
     logits = torch.empty(2, classes, 4, 4, dtype=dtype)
     label_map.label_map_triton(logits, [[0, 0, 64, 64], [0, 32, 64, 64]], options)
 

@@ -103,7 +103,7 @@ def same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 def compile_for_host(folder: Path, source: str, name: str, variants: Sequence[Sequence[Change]]) -> list[OnHost]:
     """The operator ``name`` of a source in csrc, for each variant with its changes."""
-    written = {"label_map_cuda": (15, 16)}.get(name, ())
+    written = {"label_map_cuda": (14, 15)}.get(name, ())
 
     def with_schema(text: str) -> str:
         if "_LIBRARY_FRAGMENT" not in text:  # it is declared by the CPU's source

@@ -25,14 +25,13 @@ def on_tensors_of_the_cpu(variants):
         yield
 
 
-@pytest.mark.parametrize("single", [False, True])
 @pytest.mark.parametrize("activation", ["sigmoid", "softmax", "none"])
 @pytest.mark.parametrize(("picture", "crop", "stride", "size", "output"), CASES)
-def test_agrees(picture, crop, stride, size, output, activation, single):
+def test_agrees(picture, crop, stride, size, output, activation):
     for classes, top_k in ((1, 1), (7, 3), (40, 1), (40, 8)):
         logits, windows = random_case(picture, crop, stride, size, classes, torch.float32)
         seen = range(0, classes, 3)
-        assert_agrees(logits, windows, picture, output, top_k, single, "cuda", activation=activation, seen=seen)
+        assert_agrees(logits, windows, picture, output, top_k, "cuda", activation=activation, seen=seen)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -67,7 +66,6 @@ def test_any_shape(data):
         "seen": data.draw(st.none() | st.just(range(classes // 2))),
         "calibration": data.draw(st.sampled_from([0.1, 0.0, -0.3, 2.0])),
         "top_k": data.draw(st.integers(1, min(classes, 8))),
-        "single": data.draw(st.booleans()),
     }
     assert_agrees(logits, windows, picture, output, impl="cuda", **options)
 
