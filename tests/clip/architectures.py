@@ -1,4 +1,4 @@
-"""open_clip's architectures, small enough to be built here: fewer blocks and words, everything else as it is.
+"""open_clip's architectures, small enough to be built here: fewer blocks, words and pixels, everything else as it is.
 
 ``python -m tests.clip.architectures`` writes the table that :mod:`tests.clip.test_architectures` holds against what
 happens.
@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import json
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,13 +53,21 @@ LAYERS_OF = {"mt5": {"num_layers": 1, "num_decoder_layers": 1}, "m2m_100": {"enc
 LAYERS_OF["m2m_100"] |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 40}
 
 
+def fewer_pixels(size: int, patch: int) -> int:
+    """The side of a small image of which as many pixels are left over as of the native one."""
+    return min(size, 6 * patch + size % patch)
+
+
 @contextlib.contextmanager
 def fewer_blocks() -> Iterator[None]:
-    """timm's models as open_clip makes them have few blocks."""
+    """timm's models as open_clip makes them have few blocks, and those with patches a small native image."""
     create = timm.create_model
 
     def small(name: str, **options: Any) -> nn.Module:
         few = next(few for start, few in FEWER_BLOCKS.items() if name.startswith(start))
+        patches = re.search(r"_patch(\d+)_.*?(\d+)$", name)
+        if patches and not name.startswith("swin"):
+            options["img_size"] = fewer_pixels(int(patches[2]), int(patches[1]))
         return create(name, **{**few, **options})
 
     with mock.patch.object(open_clip.timm_model.timm, "create_model", small):
@@ -66,9 +75,11 @@ def fewer_blocks() -> Iterator[None]:
 
 
 def small_config(name: str, folder: Path) -> dict:
-    """The configuration with two blocks in the image tower and one in the text tower, and a few hundred words."""
+    """The configuration with few pixels, two blocks in the image tower, one in the text tower, and few words."""
     config = copy.deepcopy(open_clip.get_model_config(name))
     vision, text = config["vision_cfg"], config["text_cfg"]
+    patch = re.search(r"_patch(\d+)_", vision.get("timm_model_name", ""))
+    vision["image_size"] = fewer_pixels(side(config), int(patch[1]) if patch else vision.get("patch_size") or 32)
     if "timm_model_name" not in vision:
         vision["layers"] = [1, 1, 1, 1] if isinstance(vision["layers"], list) else 2
     text.pop("hf_tokenizer_name", None)
