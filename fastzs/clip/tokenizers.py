@@ -148,6 +148,7 @@ def of_hub(text_cfg: dict, source: str) -> Tokenizer | None:
         hub.file(what, repository, ("tokenizer_config.json",))
         return _from_files(found.parent, text_cfg)
     need_transformers(f"{source}: its tokenizer ({repository})")
+    hub.file(what, repository, ("tokenizer_config.json", "config.json"))  # transformers would try for a minute
     try:
         made: Any = open_clip.tokenizer.HFTokenizer(
             repository, context_length=text_cfg.get("context_length", 77), **text_cfg.get("tokenizer_kwargs", {})

@@ -358,7 +358,6 @@ def test_text_towers_of_the_hub_need_transformers_and_say_so_at_once(monkeypatch
         clip.load("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 
-@pytest.mark.slow
 def test_a_tokenizer_that_cannot_be_had_is_missed_at_once(hub):
     with pytest.raises(WeightsError, match=r"ViT-B-16-SigLIP's tokenizer are not in the cache.*no network"):
         clip.load("ViT-B-16-SigLIP", "webli")
