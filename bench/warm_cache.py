@@ -47,7 +47,7 @@ def _smoothing(dtype: torch.dtype, classes: int, mode: str) -> None:
 
 def _mask_loss(dtype: torch.dtype, target: torch.dtype, with_nodes: bool) -> None:
     labels = torch.zeros(2, 512, 512, dtype=target)
-    mask_loss.mask_sums(torch.empty(2, 150, 32, 32, dtype=dtype), labels, 0.25, 2.0, 255, False, with_nodes)
+    mask_loss.mask_sums(torch.empty(2, 150, 32, 32, dtype=dtype), labels, 0.25, 2.0, 255, with_nodes)
 
 
 def _pixel_text(dtype: torch.dtype, classes: int) -> None:

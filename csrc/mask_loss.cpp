@@ -24,7 +24,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr int FOCAL = 0, PROB = 1, OVERLAP = 2, LABEL = 3, FIELDS = 3;
-constexpr int16_t NO_CLASS = INT16_MAX, SKIPPED = -1;
+constexpr int16_t NO_CLASS = INT16_MAX;
 constexpr int PAD = 16;  // rows of pixels are padded to the widest vector
 
 // For each pixel of an axis: the lower of the two nodes it interpolates, and the weight of the upper one.
@@ -50,7 +50,7 @@ struct Axis {
 
 struct Plane {
   const float* logits;     // [h, w]
-  const int16_t* label;    // [H, padded]: a class, NO_CLASS, or SKIPPED
+  const int16_t* label;    // [H, padded]: a class or NO_CLASS
   const Axis* rows;
   const Axis* columns;
   int64_t padded;          // W rounded up to PAD
@@ -59,7 +59,6 @@ struct Plane {
   float alpha, gamma;
   int cls;
   bool present;            // some pixel has this class
-  bool skip;               // some pixel is SKIPPED
   double* sums;            // [FIELDS], out
   float* nodes;            // [FIELDS, h, w], out, zeroed; null if no gradient is wanted
 };
@@ -91,7 +90,7 @@ FASTZS_INLINE void contract(const float* pixels, const Axis& columns, float* row
   }
 }
 
-template <int LANES, bool PRESENT, bool SKIP, bool SQUARE, bool NODES>
+template <int LANES, bool PRESENT, bool SQUARE, bool NODES>
 FASTZS_INLINE void plane_body(const Plane& a) {
   using V = Simd<LANES>;
   using F = typename V::F;
@@ -126,22 +125,17 @@ FASTZS_INLINE void plane_body(const Plane& a) {
         const F high = 1.0f / (1.0f + e), low = e * high;
         const F l = V::log1p_unit(e);
         const I negative = z < zero;
-        F p = negative ? low : high;
-        F q = negative ? high : low;  // 1 - p, without cancellation
-        F slope = low * high;
+        const F p = negative ? low : high;
+        const F q = negative ? high : low;  // 1 - p, without cancellation
+        const F slope = low * high;
 
         I is_class{};
         F u = z, s = p, c = q;
-        I counted{};
-        if (PRESENT || SKIP) {
-          const I label = V::load(a.label + y * a.padded + x);
-          if (PRESENT) {
-            is_class = label == a.cls;
-            u = is_class ? -z : z;
-            s = is_class ? q : p;
-            c = is_class ? p : q;
-          }
-          if (SKIP) counted = label != SKIPPED;
+        if (PRESENT) {
+          is_class = V::load(a.label + y * a.padded + x) == a.cls;
+          u = is_class ? -z : z;
+          s = is_class ? q : p;
+          c = is_class ? p : q;
         }
         const F softplus = l + (u > zero ? u : zero);
         F power;  // s^gamma
@@ -155,12 +149,6 @@ FASTZS_INLINE void plane_body(const Plane& a) {
         if (PRESENT) {
           value *= is_class ? V::splat(a.alpha) : V::splat(1 - a.alpha);
           g *= is_class ? V::splat(-a.alpha) : V::splat(1 - a.alpha);
-        }
-        if (SKIP) {
-          value = counted ? value : zero;
-          p = counted ? p : zero;
-          g = counted ? g : zero;
-          slope = counted ? slope : zero;
         }
         focal += value;
         prob += p;
@@ -225,32 +213,27 @@ FASTZS_INLINE void plane_body(const Plane& a) {
 template <int LANES>
 FASTZS_INLINE void plane_gradients(const Plane& a) {
   if (a.gamma == 2) {
-    if (a.skip) {
-      if (a.present) return plane_body<LANES, true, true, true, true>(a);
-      return plane_body<LANES, false, true, true, true>(a);
-    }
-    if (a.present) return plane_body<LANES, true, false, true, true>(a);
-    return plane_body<LANES, false, false, true, true>(a);
+    if (a.present) return plane_body<LANES, true, true, true>(a);
+    return plane_body<LANES, false, true, true>(a);
   }
-  if (a.present) return plane_body<LANES, true, true, false, true>(a);
-  return plane_body<LANES, false, true, false, true>(a);
+  if (a.present) return plane_body<LANES, true, false, true>(a);
+  return plane_body<LANES, false, false, true>(a);
 }
 
 template <int LANES>
 FASTZS_INLINE void plane_values(const Plane& a) {
-  if (a.gamma == 2) return plane_body<LANES, true, true, true, false>(a);
-  return plane_body<LANES, true, true, false, false>(a);
+  if (a.gamma == 2) return plane_body<LANES, true, true, false>(a);
+  return plane_body<LANES, true, false, false>(a);
 }
 
 FASTZS_MULTIVERSION(run_plane_gradients, plane_gradients, Plane)
 FASTZS_MULTIVERSION(run_plane_values, plane_values, Plane)
 
-// Fills label [B, H, padded], counts [B, C] and skips [B] from the target; returns a label that is neither a class
+// Fills label [B, H, padded] and counts [B, C] from the target; returns a label that is neither a class
 // nor ignore_index, or ignore_index where all are right.
 template <class T>
 int64_t read_labels(
-    const Tensor& target, int64_t C, int64_t ignore_index, bool skip, int64_t padded,
-    int16_t* label, int64_t* counts, char* skips) {
+    const Tensor& target, int64_t C, int64_t ignore_index, int64_t padded, int16_t* label, int64_t* counts) {
   const T* data = static_cast<const T*>(target.const_data_ptr());
   const int64_t B = target.size(0), H = target.size(1), W = target.size(2);
   const int64_t sb = target.stride(0), sy = target.stride(1), sx = target.stride(2);
@@ -265,13 +248,13 @@ int64_t read_labels(
           int64_t run = x + 1;
           while (run < W && static_cast<int64_t>(row[run * sx]) == value) ++run;
           int16_t code = NO_CLASS;
-          if (value == ignore_index) {
-            if (skip) code = SKIPPED, skips[b] = 1;
-          } else if (value >= 0 && value < C) {
-            code = static_cast<int16_t>(value);
-            counts[b * C + value] += run - x;
-          } else {
-            wrong = value;
+          if (value != ignore_index) {
+            if (value >= 0 && value < C) {
+              code = static_cast<int16_t>(value);
+              counts[b * C + value] += run - x;
+            } else {
+              wrong = value;
+            }
           }
           for (; x < run; ++x) out[x] = code;
         }
@@ -297,7 +280,7 @@ bool read_plane(const T* data, int64_t h, int64_t w, int64_t sy, int64_t sx, flo
 }
 
 std::tuple<Tensor, Tensor> mask_sums(
-    const Tensor& logits, const Tensor& target, double alpha, double gamma, int64_t ignore_index, bool skip,
+    const Tensor& logits, const Tensor& target, double alpha, double gamma, int64_t ignore_index,
     bool with_nodes) {
   const int64_t B = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
   const int64_t H = target.size(1), W = target.size(2), padded = (W + PAD - 1) / PAD * PAD;
@@ -307,11 +290,10 @@ std::tuple<Tensor, Tensor> mask_sums(
 
   std::vector<int16_t> label(B * H * padded);
   std::vector<int64_t> counts(B * C);
-  std::vector<char> skips(B);
   int64_t wrong = ignore_index;
   dispatch_integer(target, "mask_loss", [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-    wrong = read_labels<T>(target, C, ignore_index, skip, padded, label.data(), counts.data(), skips.data());
+    wrong = read_labels<T>(target, C, ignore_index, padded, label.data(), counts.data());
   });
   STD_TORCH_CHECK(wrong == ignore_index, "mask_loss: target holds label ", wrong, "; wanted labels in [0, ", C,
       ") or ignore_index=", ignore_index);
@@ -345,7 +327,7 @@ std::tuple<Tensor, Tensor> mask_sums(
         const Plane plane{
             plane_logits.data(), label.data() + b * H * padded, &rows, &columns, padded, W, scratch.data(),
             static_cast<float>(alpha), static_cast<float>(gamma), static_cast<int>(c), counts[n] > 0,
-            skips[b] != 0, plane_sums, node};
+            plane_sums, node};
         with_nodes ? run_plane_gradients(isa, plane) : run_plane_values(isa, plane);
         for (int f = 0; f < FIELDS; ++f) out[f] = static_cast<float>(plane_sums[f]);
       }
@@ -359,7 +341,7 @@ std::tuple<Tensor, Tensor> mask_sums(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastzs, m) {
   m.def(
-      "mask_sums(Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool skip, "
+      "mask_sums(Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, "
       "bool with_nodes) -> (Tensor sums, Tensor nodes)");
 }
 

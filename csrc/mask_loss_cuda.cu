@@ -110,7 +110,7 @@ __device__ float sum_over_lanes(float value) {
   return value;
 }
 
-template <class Label, bool SQUARE, bool SKIP, bool NODES>
+template <class Label, bool SQUARE, bool NODES>
 __global__ void __launch_bounds__(THREADS) mask_sums_fwd_kernel(Problem a) {
   constexpr float LOG2E = 1.4426950408889634f;
   const int band = blockIdx.y, image = blockIdx.z, lane = threadIdx.x % LANES;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(THREADS) mask_sums_fwd_kernel(Problem a) {
       const float z = fmaf(d, wy, t), size = fabsf(z);
       const float e = exp2_fast(size * -LOG2E);
       const float high = reciprocal_fast(1 + e), low = e * high;
-      float p = z < 0 ? low : high;
+      const float p = z < 0 ? low : high;
       // u = -z on the class and z off it: s = sigmoid(u), softplus(u)
       const bool off = (z < 0) != hit;  // u < 0
       const float s = off ? low : high, rest = off ? high : low;
@@ -155,15 +155,7 @@ __global__ void __launch_bounds__(THREADS) mask_sums_fwd_kernel(Problem a) {
       const float softplus = log1p + (off ? 0.0f : size);
       const float power = SQUARE ? s * s : exp2_fast(((off ? -size : 0.0f) - log1p) * (a.gamma * LOG2E));
       const float value = power * softplus;
-      float weight = hit ? a.alpha : 1 - a.alpha;
-      float dp = low * high;
-      if (SKIP) {
-        // a product, not a choice: what is not a number must show even where it is left out
-        const float keep = label == IGNORED<Label> ? 0.0f : 1.0f;
-        weight *= keep;
-        p *= keep;
-        dp *= keep;
-      }
+      const float weight = hit ? a.alpha : 1 - a.alpha, dp = low * high;
       focal += weight * value;
       prob += p;
       overlap += hit ? p : 0.0f;
@@ -262,25 +254,21 @@ __global__ void mask_sums_labels_kernel(Problem a, int64_t pixels) {
   }
 }
 
-template <class Label, bool SQUARE, bool SKIP>
+template <class Label, bool SQUARE>
 void launch_forward(const Problem& a, bool with_nodes, cudaStream_t stream) {
   const int64_t cells = a.C * static_cast<int64_t>(a.w + 1), per_block = THREADS / LANES;
   const dim3 grid((cells + per_block - 1) / per_block, a.h + 1, a.images);
   if (with_nodes) {
-    mask_sums_fwd_kernel<Label, SQUARE, SKIP, true><<<grid, THREADS, 0, stream>>>(a);
+    mask_sums_fwd_kernel<Label, SQUARE, true><<<grid, THREADS, 0, stream>>>(a);
   } else {
-    mask_sums_fwd_kernel<Label, SQUARE, SKIP, false><<<grid, THREADS, 0, stream>>>(a);
+    mask_sums_fwd_kernel<Label, SQUARE, false><<<grid, THREADS, 0, stream>>>(a);
   }
 }
 
 template <class Label>
-void launch_label(const Problem& a, bool skip, bool with_nodes, cudaStream_t stream) {
-  if (a.gamma == 2) {
-    if (skip) return launch_forward<Label, true, true>(a, with_nodes, stream);
-    return launch_forward<Label, true, false>(a, with_nodes, stream);
-  }
-  if (skip) return launch_forward<Label, false, true>(a, with_nodes, stream);
-  launch_forward<Label, false, false>(a, with_nodes, stream);
+void launch_label(const Problem& a, bool with_nodes, cudaStream_t stream) {
+  if (a.gamma == 2) return launch_forward<Label, true>(a, with_nodes, stream);
+  launch_forward<Label, false>(a, with_nodes, stream);
 }
 
 template <class Given>
@@ -295,7 +283,7 @@ void launch_labels(const Problem& a, int64_t images, bool bytes, cudaStream_t st
 }
 
 std::tuple<Tensor, Tensor> mask_sums_cuda(
-    const Tensor& logits, const Tensor& target, double alpha, double gamma, int64_t ignore_index, bool skip,
+    const Tensor& logits, const Tensor& target, double alpha, double gamma, int64_t ignore_index,
     bool with_nodes) {
   const int64_t B = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
   const int64_t H = target.size(1), W = target.size(2);
@@ -339,7 +327,7 @@ std::tuple<Tensor, Tensor> mask_sums_cuda(
   for (int64_t first = 0; first < B; first += chunk) {
     a.first_image = first;
     a.images = std::min(chunk, B - first);
-    bytes ? launch_label<uint8_t>(a, skip, with_nodes, stream) : launch_label<int32_t>(a, skip, with_nodes, stream);
+    bytes ? launch_label<uint8_t>(a, with_nodes, stream) : launch_label<int32_t>(a, with_nodes, stream);
     mask_sums_total_kernel<<<dim3(C, a.images), THREADS, 0, stream>>>(a, static_cast<float*>(sums.mutable_data_ptr()));
     if (with_nodes) {
       const unsigned blocks = (h * w + THREADS - 1) / THREADS;

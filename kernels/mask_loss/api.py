@@ -13,7 +13,7 @@ from ..pixel_text_logits.api import pixel_text_logits, product_dtype, validate
 from ..pixel_text_logits.api import reasons as logits_reasons
 from ..triton_runtime import why_not_triton
 from . import pixel_text as pixel_text  # registers the operator
-from .common import FOCAL, LABEL, OVERLAP, PROB, wide
+from .common import FOCAL, LABEL, OVERLAP, PROB
 from .compiled import MISSING
 from .reference import mask_sums_reference
 
@@ -35,7 +35,6 @@ def mask_loss(
     alpha: float = 0.25,
     gamma: float = 2.0,
     ignore_index: int = 255,
-    ignored: str = "negative",
     impl: str = "auto",
 ) -> MaskLoss:
     """Sigmoid focal loss and dice loss of logits interpolated bilinearly to the target's resolution.
@@ -55,9 +54,8 @@ def mask_loss(
             multiple of h and W of w is the usual case.
         alpha: weight of the pixels of the class, in [0, 1]; 1 - alpha weighs the others.
         gamma: focusing exponent, at least 0.
-        ignore_index: the label of pixels without a class. A class of that number cannot be expressed.
-        ignored: ``"negative"`` counts ignored pixels as background of every class (the published behaviour);
-            ``"skip"`` leaves them out of all sums, and the mean then runs over the other pixels of the image.
+        ignore_index: the label of pixels without a class, which count as background of every class, as published. A
+            class of that number cannot be expressed.
         impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`.
 
     Raises:
@@ -65,9 +63,8 @@ def mask_loss(
         ValueError: shapes or devices do not fit, a dimension is 0, or an option is out of range.
         RuntimeError: a label is out of range (on a GPU: a device-side assertion), or ``impl`` cannot run.
     """
-    _validate(logits, target, alpha, gamma, ignore_index, ignored)
-    skip = ignored == "skip"
-    options = (float(alpha), float(gamma), ignore_index, skip)
+    _validate(logits, target, alpha, gamma, ignore_index)
+    options = (float(alpha), float(gamma), ignore_index)
     with_nodes = torch.is_grad_enabled() and logits.requires_grad
     backend = choose("mask_loss", impl, _reasons(logits, target))
     if backend == "reference":
@@ -77,7 +74,7 @@ def mask_loss(
     else:
         sums, _ = torch.ops.fastzs.mask_sums(logits, target, *options, with_nodes)
 
-    return _losses(sums, _pixels(target, ignore_index, skip))
+    return _losses(sums, target.shape[1] * target.shape[2])
 
 
 @traced("ops.pixel_text_mask_loss")
@@ -90,7 +87,6 @@ def pixel_text_mask_loss(
     alpha: float = 0.25,
     gamma: float = 2.0,
     ignore_index: int = 255,
-    ignored: str = "negative",
     impl: str = "auto",
 ) -> MaskLoss:
     """:func:`mask_loss` of :func:`pixel_text_logits`: the loss of pixel features ``[B, D, h, w]`` in one call.
@@ -104,7 +100,7 @@ def pixel_text_mask_loss(
     dtype = product_dtype(features)
     (B, _, h, w), C = features.shape, text.shape[0]
     logits = features.new_empty((), dtype=dtype).expand(B, C, h, w)  # stands for them: shape, dtype and device
-    _validate(logits, target, alpha, gamma, ignore_index, ignored)
+    _validate(logits, target, alpha, gamma, ignore_index)
     backend = choose("mask_loss", impl, _reasons(logits, target))
     if backend == "reference":
         return mask_loss(
@@ -113,10 +109,8 @@ def pixel_text_mask_loss(
             alpha=alpha,
             gamma=gamma,
             ignore_index=ignore_index,
-            ignored=ignored,
             impl="reference",
         )
-    skip = ignored == "skip"
     sums, _ = torch.ops.fastzs.pixel_text_mask_sums(
         features,
         text.to(dtype),
@@ -125,19 +119,11 @@ def pixel_text_mask_loss(
         float(alpha),
         float(gamma),
         ignore_index,
-        skip,
         torch.is_grad_enabled() and (features.requires_grad or text.requires_grad),
         choose("pixel_text_logits", "auto", logits_reasons(features, dtype)),
         backend,
     )
-    return _losses(sums, _pixels(target, ignore_index, skip))
-
-
-def _pixels(target: torch.Tensor, ignore_index: int, skip: bool) -> int | torch.Tensor:
-    """How many pixels the mean of an image runs over; a tensor ``[B, 1]`` where that differs between images."""
-    if skip:
-        return (wide(target) != ignore_index).sum((1, 2)).clamp_min(1).unsqueeze(1)
-    return target.shape[1] * target.shape[2]
+    return _losses(sums, target.shape[1] * target.shape[2])
 
 
 def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None]:
@@ -164,7 +150,7 @@ def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None
 
 def _losses(
     sums: torch.Tensor,  # [B, C, 4]
-    pixels: int | torch.Tensor,  # broadcasts against [B, C]
+    pixels: int,  # of an image
 ) -> MaskLoss:
     """The two losses from the sums over pixels."""
     present = sums[..., LABEL].detach() > 0  # [B, C]
@@ -181,7 +167,7 @@ def _mean_over_ranks(count: torch.Tensor) -> torch.Tensor:
     return count / torch.distributed.get_world_size()
 
 
-def _validate(logits, target, alpha, gamma, ignore_index, ignored) -> None:
+def _validate(logits, target, alpha, gamma, ignore_index) -> None:
     for name, tensor, dims in (("logits", logits, "[B, C, h, w]"), ("target", target, "[B, H, W]")):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"mask_loss: {name} is {type(tensor).__name__}; wanted a tensor {dims}")
@@ -206,5 +192,3 @@ def _validate(logits, target, alpha, gamma, ignore_index, ignored) -> None:
         raise ValueError(f"mask_loss: alpha is {alpha}; wanted a number in [0, 1]")
     if not 0 <= gamma < math.inf:
         raise ValueError(f"mask_loss: gamma is {gamma}; wanted a finite number of at least 0")
-    if ignored not in ("negative", "skip"):
-        raise ValueError(f"mask_loss: ignored is {ignored!r}; wanted 'negative' or 'skip'")

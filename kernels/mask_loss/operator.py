@@ -12,7 +12,7 @@ from .. import library
 
 FIELDS = 3
 SCHEMA = (
-    "(Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool skip, bool with_nodes)"
+    "(Tensor logits, Tensor target, float alpha, float gamma, int ignore_index, bool with_nodes)"
     " -> (Tensor sums, Tensor nodes)"
 )
 
@@ -24,7 +24,7 @@ def logits_gradient(grad_sums: torch.Tensor, nodes: torch.Tensor) -> torch.Tenso
     return grad.squeeze(2).unflatten(2, nodes.shape[3:])
 
 
-def _fake(logits, target, alpha, gamma, ignore_index, skip, with_nodes):
+def _fake(logits, target, alpha, gamma, ignore_index, with_nodes):
     return fake_sums(logits, logits.shape, with_nodes)
 
 
@@ -47,7 +47,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_sums, _):
     grad_logits = torch.ops.fastzs.mask_sums_backward(grad_sums, *ctx.saved_tensors)
-    return grad_logits, None, None, None, None, None, None
+    return grad_logits, None, None, None, None, None
 
 
 def register(name: str) -> None:

@@ -14,17 +14,17 @@ from .operator import fake_sums, logits_gradient
 
 
 def _pixel_text_mask_sums(
-    features, text, target, scale, alpha, gamma, ignore_index, skip, with_nodes, logits_backend, loss_backend
+    features, text, target, scale, alpha, gamma, ignore_index, with_nodes, logits_backend, loss_backend
 ):
     with torch.autocast(features.device.type, enabled=False):
         if logits_backend == "reference":
             features = features.to(text.dtype)  # the other backends take two dtypes
         logits = logits_by(logits_backend)(features, text, scale)  # [B, C, h, w]
         mask_sums = torch.ops.fastzs.mask_sums_triton if loss_backend == "triton" else torch.ops.fastzs.mask_sums
-        return mask_sums(logits, target, alpha, gamma, ignore_index, skip, with_nodes)
+        return mask_sums(logits, target, alpha, gamma, ignore_index, with_nodes)
 
 
-def _fake(features, text, target, scale, alpha, gamma, ignore_index, skip, with_nodes, logits_backend, loss_backend):
+def _fake(features, text, target, scale, alpha, gamma, ignore_index, with_nodes, logits_backend, loss_backend):
     B, _, h, w = features.shape
     return fake_sums(features, (B, text.shape[0], h, w), with_nodes)
 
@@ -58,13 +58,13 @@ def _backward(ctx, grad_sums, _):
     grad_features, grad_text = torch.ops.fastzs.pixel_text_mask_sums_backward(
         grad_sums, *ctx.saved_tensors, ctx.scale, with_features, with_text, ctx.logits_backend
     )
-    return grad_features if with_features else None, grad_text if with_text else None, *[None] * 9
+    return grad_features if with_features else None, grad_text if with_text else None, *[None] * 8
 
 
 library.define(
     "pixel_text_mask_sums",
     "(Tensor features, Tensor text, Tensor target, float scale, float alpha, float gamma, int ignore_index, "
-    "bool skip, bool with_nodes, str logits_backend, str loss_backend) -> (Tensor sums, Tensor nodes)",
+    "bool with_nodes, str logits_backend, str loss_backend) -> (Tensor sums, Tensor nodes)",
     _pixel_text_mask_sums,
 )
 library.define(

@@ -16,14 +16,12 @@ def mask_sums_reference(
     alpha: float,
     gamma: float,
     ignore_index: int,
-    skip: bool,
 ) -> torch.Tensor:
     """Sums over the pixels of an image, for every class.
 
     With z the logits ``[B, C, h, w]`` interpolated to the pixels of the target ``[B, H, W]``, p = sigmoid(z) and
     y = 1 where the target is the class, else 0: the focal loss, p, p * y and y, summed to ``[B, C, 4]`` in fp32
-    (fp64 for fp64 logits). Pixels labelled ``ignore_index`` have y = 0 for every class; with ``skip`` they are
-    left out of all sums.
+    (fp64 for fp64 logits). Pixels labelled ``ignore_index`` have y = 0 for every class.
     """
     C = logits.shape[1]
     check_labels(target, C, ignore_index)
@@ -40,7 +38,4 @@ def mask_sums_reference(
     focal = torch.exp(gamma * F.logsigmoid(u)) * -F.logsigmoid(-u)
     focal = torch.where(y, alpha, 1 - alpha) * focal
     p = torch.sigmoid(z)
-    terms = torch.stack([focal, p, p * y, y.to(p.dtype)], -1)  # [B, C, H, W, 4]
-    if skip:
-        terms = terms * counted.unsqueeze(-1)
-    return terms.sum((2, 3))
+    return torch.stack([focal, p, p * y, y.to(p.dtype)], -1).sum((2, 3))

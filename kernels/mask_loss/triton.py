@@ -76,7 +76,6 @@ def mask_sums_fwd_kernel(
     CELLS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SQUARE: tl.constexpr,  # gamma is 2
-    SKIP: tl.constexpr,
     NODES: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -143,12 +142,6 @@ def mask_sums_fwd_kernel(
         g = slope * value + power * s  # d value / d u
         weight = tl.where(hit, alpha, 1.0 - alpha)
         dp = low * high
-        if SKIP:
-            # a product, not a choice: what is not a number must show even where it is left out
-            keep = tl.where(label != ignore_index, 1.0, 0.0)
-            weight *= keep
-            p *= keep
-            dp *= keep
         focal += weight * value
         prob += p
         overlap += tl.where(hit, p, 0.0)
@@ -230,7 +223,6 @@ def mask_sums(
     alpha: float,
     gamma: float,
     ignore_index: int,
-    skip: bool,
     with_nodes: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``mask_sums`` as in ``operator.py``."""
@@ -271,7 +263,6 @@ def mask_sums(
                 CELLS=cells,
                 COLUMNS=columns,
                 SQUARE=gamma == 2,
-                SKIP=skip,
                 NODES=with_nodes,
                 **options,
             )

@@ -66,7 +66,7 @@ def labels(dtype: torch.dtype, activation: str, output: tuple[int, int], classes
 
 def loss(dtype: torch.dtype, target: torch.dtype, gamma: float, with_nodes: bool, size: int = 64):
     at = torch.zeros(2, size, size, dtype=target)
-    mask_loss.mask_sums(torch.empty(2, 20, 4, 4, dtype=dtype), at, 0.25, gamma, 255, False, with_nodes)
+    mask_loss.mask_sums(torch.empty(2, 20, 4, 4, dtype=dtype), at, 0.25, gamma, 255, with_nodes)
 
 
 def cosines(dtype: torch.dtype, text: torch.dtype, classes: int, tokens: bool = False):

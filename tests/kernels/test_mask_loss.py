@@ -49,7 +49,7 @@ def case(B=2, C=4, h=3, w=4, s=4, ignored=0.2, dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"ignored": "skip"}, {"gamma": 0.0, "alpha": 1.0}, {"gamma": 1.5}],
+    [{}, {"gamma": 0.0, "alpha": 1.0}, {"gamma": 1.5}],
     ids=str,
 )
 def test_reference_gradcheck(options):
@@ -67,20 +67,6 @@ def test_plain_cross_entropy_is_a_special_case():
     expected = F.binary_cross_entropy_with_logits(logits, onehot, reduction="none").mean((2, 3)).sum() / 2
     pairs = onehot.amax((2, 3)).sum()  # of images and classes in them
     torch.testing.assert_close(loss.focal * pairs, expected, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("scale", [1, 2])
-def test_skip_equals_leaving_the_pixels_out(scale):
-    """Two images side by side, the right one ignored, are the left one where no pixel sees the right logits."""
-    logits, target = case(B=1, s=scale, ignored=0.1)
-    h, w = target.shape[1:]
-    wide_logits = torch.cat([logits, logits[..., -1:].expand(-1, -1, -1, 4)], 3)
-    wide_target = torch.cat([target, torch.full((1, h, w), 255)], 2)
-    loss = mask_loss(logits, target, ignored="skip", impl="reference")
-    wide = mask_loss(wide_logits, wide_target, ignored="skip", impl="reference")
-    torch.testing.assert_close(wide, loss, rtol=1e-12, atol=0)
-    negative = mask_loss(wide_logits, wide_target, impl="reference")
-    assert abs(negative.dice - loss.dice) > 1e-3
 
 
 def test_dice_is_over_the_pairs_present():
@@ -101,11 +87,9 @@ def test_everything_ignored():
     logits, target = case()
     target[:] = 255
     logits.requires_grad_()
-    loss = mask_loss(logits, target, ignored="skip", impl="reference")
-    assert tuple(loss) == (0, 0)
-    (grad,) = torch.autograd.grad(loss.focal + loss.dice, logits)
-    assert (grad == 0).all()
-    assert mask_loss(logits, target, impl="reference").focal > 0
+    loss = mask_loss(logits, target, impl="reference")
+    assert loss.dice == 0
+    assert loss.focal > 0
 
 
 def test_ignore_index_wins_over_a_class_of_that_number():
@@ -157,7 +141,6 @@ def test_normaliser_is_averaged_over_ranks(tmp_path):
         (lambda z, t: ((z, t), {"ignore_index": 2**31}), ValueError, "ignore_index is 2147483648"),
         (lambda z, t: ((z, t), {"gamma": -1.0}), ValueError, "gamma is -1.0"),
         (lambda z, t: ((z, t), {"gamma": float("nan")}), ValueError, "gamma is nan"),
-        (lambda z, t: ((z, t), {"ignored": "drop"}), ValueError, "ignored is 'drop'"),
         (lambda z, t: ((z, t), {"impl": "fast"}), ValueError, "impl='fast' is unknown"),
     ],
 )

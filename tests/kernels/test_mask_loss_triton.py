@@ -70,7 +70,7 @@ def test_anything(data):
         target = target.transpose(1, 2).contiguous().transpose(1, 2)
     target = target.to(data.draw(st.sampled_from([torch.uint8, torch.int16, torch.int32, torch.int64])))
     gamma = data.draw(st.sampled_from([2.0, 2.0, 0.0, 1.5]))
-    check(logits, target, ignored=data.draw(st.sampled_from(["negative", "skip"])), gamma=gamma)
+    check(logits, target, gamma=gamma)
 
 
 @interpreted
@@ -98,11 +98,10 @@ def test_extreme_logits(spread):
 
 
 @interpreted
-@pytest.mark.parametrize("ignored", ["negative", "skip"])
-def test_nan_shows(ignored):
+def test_nan_shows():
     logits, target = case(B=1, C=2, H=12, W=16)
     logits[0, 1, 1, 1] = torch.nan
-    loss = mask_loss(logits, target, impl="triton", ignored=ignored)
+    loss = mask_loss(logits, target, impl="triton")
     assert loss.focal.isnan()
     assert loss.dice.isnan()
 
@@ -133,7 +132,7 @@ def test_operator_agrees_with_its_declaration():
     logits, target = case(B=1, C=2, h=2, w=2, H=4, W=4)
     torch.library.opcheck(
         torch.ops.fastzs.mask_sums_triton.default,
-        (logits.requires_grad_(), target, 0.25, 2.0, 255, False, True),
+        (logits.requires_grad_(), target, 0.25, 2.0, 255, True),
     )
     compiled = torch.compile(lambda z: mask_loss(z, target, impl="triton"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(logits), mask_loss(logits, target, impl="triton"))
@@ -141,7 +140,6 @@ def test_operator_agrees_with_its_declaration():
 
 MUTATIONS = {
     "the ignore rule is dropped": ("& (label != ignore_index)", "", {}),
-    "ignored pixels are kept": ("keep = tl.where(label != ignore_index, 1.0, 0.0)", "keep = 1.0", {"ignored": "skip"}),
     "two corners are swapped": ("cell + 2 * size + 1", "cell + size + 1", {}),
     "the last column is dropped": (
         "inside = exists[:, None] & (x < end[:, None])",

@@ -15,7 +15,7 @@ COUNTED = [  # the host's part prints how many logits its kernels interpolated
     ),
 ]
 
-SUMS = "template <class Label, bool SQUARE, bool SKIP, bool NODES>\n__global__"
+SUMS = "template <class Label, bool SQUARE, bool NODES>\n__global__"
 
 MUTATIONS: dict[str, dict[str, list[Change]]] = {
     "mask_loss_cuda.cu": {
