@@ -106,6 +106,13 @@ class Questions:
                 )
         elif background != "none":
             raise ValueError(f"background must be 'none', 'threshold' or 'prompt', got {background!r}")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is compared with scores: expected 0 to 1, got {threshold}")
+        if threshold is not None and background != "threshold" and below is None:
+            raise ValueError(
+                f"threshold={threshold} is the score that background='threshold' asks for, but background is "
+                f"{background!r}; give background='threshold', or no threshold"
+            )
         if threshold is None:
             readout = self.model.readout
             threshold = 0.5 if readout is None else readout.threshold(len(vocabulary.phrases))

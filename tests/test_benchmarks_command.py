@@ -1,6 +1,7 @@
 """``fastzs evaluate --benchmarks`` and ``fastzs benchmarks`` on tiny copies of the eight data sets."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -108,6 +109,35 @@ def test_other_data_and_damaged_scores_are_scored_again(tmp_path, capsys):
     (out / "voc20.json").write_text("{")
     assert evaluate(tmp_path / "data", "voc20", "--output", str(out)) == 0
     assert capsys.readouterr().out == second
+
+
+def test_missing_data_are_named_before_anything_is_scored(data, tmp_path, capsys, monkeypatch):
+    shutil.copytree(data, tmp_path / "data")
+    monkeypatch.setattr("fastzs.evaluate.evaluate", lambda *_, **__: pytest.fail("scored"))
+    gone = sorted((tmp_path / "data").rglob("*_gtFine_label*.png"))[0]
+    gone.unlink()
+    shutil.rmtree(next((tmp_path / "data").rglob("ADEChallengeData2016")))
+    assert evaluate(tmp_path / "data", "all") == 2
+    problems = capsys.readouterr().err
+    assert gone.name in problems
+    assert "ade150: " in problems
+    assert "voc21" not in problems
+
+
+def test_an_own_operator_stitched_and_refined(data, tmp_path, capsys):
+    """A function in a file runs under all of it, and gives what the built-in operator gives that it computes."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def keys(block):\n"
+        "    weights = (block.k[:, :, block.prefix :] @ block.k.mT * block.scale).softmax(-1)\n"
+        "    return weights @ block.v\n"
+    )
+    rows = []
+    for operator in (f"{path}:keys", "kk"):
+        more = ["--operator", operator, "--windows", "stitched", "--refine", "pamr", "--precision", "fp32"]
+        assert evaluate(data, "context59", *more) == 0
+        rows.append(float(capsys.readouterr().out.splitlines()[2].split("|")[2]))
+    assert rows[0] == pytest.approx(rows[1], abs=0.1)  # pixels that tie within rounding
 
 
 @pytest.mark.slow

@@ -134,7 +134,9 @@ def test_background_modes(picture):
     [
         ({"background": "other"}, "'other'"),
         ({"background": "threshold", "names": ["cat"]}, "at least two"),
-        ({"background": "threshold", "threshold": 2.0}, "threshold"),
+        ({"background": "threshold", "threshold": 2.0}, "expected 0 to 1, got 2.0"),
+        ({"threshold": 0.5}, "background='threshold' asks for, but background is 'none'"),
+        ({"background": "prompt", "background_names": ["Cat"], "names": ["cat"]}, "is a class already: Cat"),
         ({"names": []}, "no class names"),
         ({"names": ["cat", "CAT"]}, "same name"),
     ],

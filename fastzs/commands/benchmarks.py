@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
     from fastzs.data.benchmarks import Benchmark
+    from fastzs.evaluate import AnyDataset
 
 HELP = "list the eight benchmarks and what their folders must hold"
 
@@ -74,11 +75,12 @@ def evaluate_all(config: Namespace, folder: Path | None) -> int:
     config.model = config.model or default_model(config.weights, config.checkpoint)
     if config.model not in SYSTEMS:
         raise ValueError(f"--benchmarks runs {', '.join(SYSTEMS)}, whose settings there are known; got {config.model}")
+    datasets = _opened(benchmarks, config.data, config.split)
     device = ranks.join(choose_device(config.device))
     try:
         scores = {}
-        for benchmark in benchmarks:
-            scores[benchmark.protocol] = _score(config, benchmark, folder, str(device))
+        for benchmark, dataset in zip(benchmarks, datasets, strict=True):
+            scores[benchmark.protocol] = _score(config, benchmark, dataset, folder, str(device))
         if ranks.rank() == 0:
             print(row(config.model, scores))
     finally:
@@ -105,21 +107,39 @@ def _scored(path: Path, key: dict[str, Any]) -> float | None:
         return None
 
 
-def _score(config: Namespace, benchmark: "Benchmark", folder: Path | None, device: str) -> float:
+def _opened(benchmarks: "list[Benchmark]", data: str, split: str) -> "list[AnyDataset]":
+    """The data sets of all benchmarks, so that what is missing is said before any is scored.
+
+    Raises:
+        DataError: says of each that cannot be used why.
+    """
+    from fastzs.data.datasets import open_dataset
+    from fastzs.data.masks import DataError
+
+    found, problems = [], []
+    for benchmark in benchmarks:
+        try:
+            found.append(open_dataset(benchmark.rules, os.path.expanduser(data), split))
+        except DataError as error:
+            problems.append(f"{benchmark.protocol}: {error}")
+    if problems:
+        raise DataError("\n".join(problems))
+    return found
+
+
+def _score(config: Namespace, benchmark: "Benchmark", dataset: "AnyDataset", folder: Path | None, device: str) -> float:
     """mIoU in percent."""
     import fastzs
     from fastzs import ranks
     from fastzs.commands.evaluate import progress
     from fastzs.commands.training_free import model_options
     from fastzs.data.benchmarks import LONG_SIDE
-    from fastzs.data.datasets import open_dataset
     from fastzs.evaluate import evaluate, report
     from fastzs.files import write_atomically
     from fastzs.identity import identity
     from fastzs.vocabulary import Vocabulary
 
     setting, rules = benchmark.of(config.model), benchmark.rules
-    dataset = open_dataset(rules, config.data, config.split)
     options: dict[str, Any] = {"batch_size": config.batch_size, "device": device, "precision": config.precision}
     options["windows"] = config.windows
     published = {"guide": "enlarged", "working_side": 1 << 20} | setting.options | model_options(config)

@@ -15,28 +15,38 @@ class Affinity(nn.Module):
     """A timm vision transformer that is shown what CLIP is shown.
 
     Args:
-        network: "dino", "dinov2", any name of timm's vision transformers, or a module or function that gives features
-            [B, C, h, w] of images [B, 3, H, W] normalised with its own ``mean`` and ``std``.
+        network: "dino", "dinov2", any name of timm's vision transformers; a module or function that gives features
+            [B, C, h, w] of images [B, 3, H, W] normalised with its own ``mean`` and ``std``; or features [C, h, w] that
+            one has already, of the one image that is asked for.
         mean, std: what the images that come in are normalised with.
 
     Raises:
+        ValueError: features that are not [C, h, w].
         WeightsError: timm does not know the name, or its weights cannot be fetched.
     """
 
-    def __init__(self, network: str | Callable[[Tensor], Tensor], mean: Sequence[float], std: Sequence[float]):
+    def __init__(self, network: str | Tensor | Callable[[Tensor], Tensor], mean: Sequence[float], std: Sequence[float]):
         super().__init__()
+        if isinstance(network, Tensor) and network.ndim != 3:
+            raise ValueError(f"affinity: expected features [C, h, w] of one image, got {list(network.shape)}")
         if isinstance(network, str):
             network = _timm(NAMES.get(network, network))
+        elif isinstance(network, Tensor):
+            network = nn.Parameter(network.detach().clone(), requires_grad=False)
         self.network: Any = network
         config = getattr(network, "pretrained_cfg", {})
-        own_mean = config.get("mean", getattr(network, "mean", mean))
-        own_std = config.get("std", getattr(network, "std", std))
+        own_mean, own_std = mean, std
+        if not isinstance(network, Tensor):
+            own_mean = config.get("mean", getattr(network, "mean", mean))
+            own_std = config.get("std", getattr(network, "std", std))
         self.factor = [theirs / own for theirs, own in zip(std, own_std, strict=True)]
         self.shift = [(a - b) / own for a, b, own in zip(mean, own_mean, own_std, strict=True)]
         self.patch = getattr(getattr(network, "patch_embed", None), "patch_size", (1,))[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """Features [B, C, h, w] after the network's last norm, of images [B, 3, H, W]."""
+        if isinstance(self.network, Tensor):
+            return self.network[None].to(images)
         factor, shift = (images.new_tensor(values)[:, None, None] for values in (self.factor, self.shift))
         images = images * factor + shift
         if hasattr(self.network, "forward_intermediates"):

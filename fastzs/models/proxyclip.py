@@ -17,6 +17,7 @@ from torch import Tensor
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.affinity import Affinity
 from fastzs.models.base import weights_digest
+from fastzs.models.maskclip import DenseFeatures
 from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree
 from fastzs.operators import LastBlock, identity_of
 from fastzs.ops import dense_attention
@@ -60,7 +61,7 @@ class ProxyCLIP(TrainingFree):
         self,
         clip: Clip,
         *,
-        affinity: str | Callable[[Tensor], Tensor] = "dino",
+        affinity: str | Tensor | Callable[[Tensor], Tensor] = "dino",
         beta: float = 1.2,
         gamma: float = 3.0,
         floor: float | None = None,
@@ -76,7 +77,7 @@ class ProxyCLIP(TrainingFree):
         self.affinity = Affinity(affinity, self.mean, self.std)
         self.fingerprint = f"{clip.fingerprint} {weights_digest(self.affinity)}"
         self.settings |= {
-            "affinity": identity_of(affinity),
+            "affinity": "features" if isinstance(affinity, Tensor) else identity_of(affinity),
             "beta": beta,
             "gamma": gamma,
             "floor": floor,
@@ -84,6 +85,19 @@ class ProxyCLIP(TrainingFree):
         }
         self.beta, self.gamma, self.floor, self.merge = beta, gamma, floor, merge
         self.multiple = math.lcm(self.visual.patch_size, self.affinity.patch) if multiple is None else multiple
+
+    def encode(self, images: Tensor, regions: Tensor | None = None) -> DenseFeatures:
+        """Features of every patch; not with features of a whole image as the affinity.
+
+        Raises:
+            ValueError: the affinity is a tensor.
+        """
+        if isinstance(self.affinity.network, Tensor):
+            raise ValueError(
+                "ProxyCLIP: the affinity is features of a whole image, but windows are taken one by one; use "
+                "windows='stitched', where crop=0 takes the image whole, or give a function"
+            )
+        return super().encode(images, regions)
 
     def last_block(
         self, tokens: Tensor, grid: Size, maps: dict[int, Tensor], fitted: Tensor, regions: Tensor | None

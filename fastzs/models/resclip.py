@@ -22,6 +22,7 @@ from torch import Tensor
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.base import Features
 from fastzs.models.training_free import CHECKPOINTS, Settings, TrainingFree, watched
+from fastzs.operators import LastBlock, operator
 from fastzs.ops import pixel_text_logits, refine
 from fastzs.readout import Readout
 from fastzs.registry import register
@@ -29,6 +30,13 @@ from fastzs.trace import traced
 
 BLOCKS = (5, 6, 7, 8)
 PAIRS = {"naclip": ("kk",), "clearclip": ("qq",), "sclip": ("qq", "kk"), "vanilla": ("qk",)}
+
+
+@operator("mean", blocks=BLOCKS)
+def mean_attention(block: LastBlock) -> Tensor:
+    """A_c alone: patches attend as they do on average in blocks 5 to 8."""
+    maps = torch.stack(list(block.maps.values())).mean(0)
+    return maps[:, :, block.prefix :] @ block.v
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,11 @@ class TrainingFree(SegmentationModel):
 
     Args:
         clip: weights, see :func:`fastzs.clip.load`.
-        dense: the last block's operator: a kind of :func:`fastzs.ops.dense_attention`, the name of an operator that was
-            registered with :func:`fastzs.operators.operator`, FILE.py:FUNCTION, or a function, see there.
+        dense: the last block's operator: a kind of :func:`fastzs.ops.dense_attention`; "mean", the mean attention of
+            blocks 5 to 8, one half of ResCLIP's; the name of an operator that was registered with
+            :func:`fastzs.operators.operator`; FILE.py:FUNCTION; or a function, see there.
         gaussian: standard deviation of "kk+gaussian", in patches.
+        key_weight: a of "procrustes"; published: 0.08, and 0.3 on Cityscapes and ADE20K.
         residual, ffn: keep the last block's residual connection and its MLP.
         refine: "pamr", "laplacian" or "none", see :class:`fastzs.readout.Readout`.
         scale: of the cosines in the softmax that gives scores.
@@ -95,6 +97,7 @@ class TrainingFree(SegmentationModel):
         *,
         dense: str | Callable[[LastBlock], Tensor] | None = None,
         gaussian: float = 5.0,
+        key_weight: float = 0.08,
         residual: bool | None = None,
         ffn: bool | None = None,
         refine: Refinement | None = None,
@@ -121,7 +124,7 @@ class TrainingFree(SegmentationModel):
                 )
         elif not isinstance(self.kind, str):
             raise ValueError(f"{clip.backbone} has no transformer block at its end, so no operator can replace it")
-        self.gaussian = gaussian
+        self.gaussian, self.key_weight = gaussian, key_weight
         self.residual = not ours.bare if residual is None else residual
         self.ffn = not ours.bare if ffn is None else ffn
         self.multiple = ours.multiple if multiple is None else multiple
@@ -131,6 +134,7 @@ class TrainingFree(SegmentationModel):
         self.settings = {  # what decides beside the readout, for the key of a result
             "dense": operators.identity_of(self.kind),
             "gaussian": gaussian,
+            "key_weight": key_weight,
             "residual": self.residual,
             "ffn": self.ffn,
             "multiple": self.multiple,
@@ -214,7 +218,8 @@ class TrainingFree(SegmentationModel):
         q, k, v = tower.projections(tokens, grid)
         cells = None if regions is None else at_size(regions, grid)
         if isinstance(self.kind, str):
-            attended = dense_attention(q, k, v, self.kind, grid, std=self.gaussian, regions=cells)
+            options = {"std": self.gaussian, "key_weight": self.key_weight, "regions": cells}
+            attended = dense_attention(q, k, v, self.kind, grid, **options)
         else:
             attended = self.kind(LastBlock(tokens, q, k, v, grid, maps, regions=cells))
         return tower.read(tower.finish(tokens, attended, self.residual, self.ffn), grid)

@@ -14,9 +14,11 @@ from . import operator as operator  # registers the Triton backend
 from . import proxy, reference
 from . import regions as within
 from .compiled import why_not_cpu
+from .procrustes import turned
 
-Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian", "proxy"]
+Kind = Literal["identity", "qk", "qq", "kk", "vv", "qq+kk", "kk+gaussian", "procrustes", "proxy"]
 KINDS: tuple[str, ...] = get_args(Kind)
+PROCRUSTES = "kind='procrustes' has no kernel of its own"
 REGIONS = "only the reference takes regions"
 
 
@@ -33,6 +35,7 @@ def dense_attention(
     beta: float = 1.2,
     gamma: float = 3.0,
     floor: float | None = None,
+    key_weight: float = 0.08,
     regions: Tensor | None = None,  # [B, h, w], with "proxy" [B, H', W']
     impl: str = "auto",
 ) -> Tensor:  # [B, H, h * w, d], with "proxy" [B, H, H' * W', d]
@@ -47,10 +50,13 @@ def dense_attention(
     ``kk``, ``vv``   softmax(k k^T), softmax(v v^T)                                CLIP Surgery, NACLIP's base
     ``qq+kk``        softmax(q q^T) + softmax(k k^T)                               SCLIP, ECCV 2024
     ``kk+gaussian``  softmax(k k^T + Gaussian of the distance between patches)     NACLIP, WACV 2025
+    ``procrustes``   softmax(q (k R)^T + key_weight k k^T), R turns k to q         PEARL, CVPR 2026
     ``proxy``        softmax(gamma (S - beta mean S)), negative scores masked      ProxyCLIP, ECCV 2024
     ===============  ============================================================  ==========================
 
     The products are scaled by d^-1/2. Keys are all tokens; rows are the patches only.
+
+    In "procrustes" k k^T is of keys without their mean; see :mod:`fastzs.kernels.dense_attention.procrustes`.
 
     With "proxy", S holds the cosines of another network's features, rows and keys are its patches, and CLIP's values
     are interpolated to its grid (bilinear, ``align_corners=False``); q and k are not used, all heads share the weights.
@@ -65,18 +71,21 @@ def dense_attention(
         affinity: ``[B, D, H', W']``, the features of "proxy", of any length and floating dtype, finite.
         beta, gamma: of "proxy": shift and scale of the cosines. Published values work from 1.0 to 1.6 and 2 to 5.
         floor: of "proxy": weights are cosines of at least this.
+        key_weight: of "procrustes", at least 0; published: 0.08, for Cityscapes and ADE20K 0.3.
         regions: integers on the rows' grid. A patch sees only the patches of its own region, and the tokens before the
             patches; one of a region of 0 or below sees everything. Only the reference takes them, a region at a time.
         impl: backend, see :mod:`fastzs.kernels.dispatch`. The compiled library (``"cpu"``: heads of a multiple of 8 up
             to 128) and Triton compute fp32, bf16 and fp16 where no gradient is wanted, in memory [B, h * w, H, d], so
-            that joining the heads is a view. ``"torch"`` is PyTorch's attention, for kinds other than "proxy" and
-            "kk+gaussian". "proxy" has no Triton kernel; the library computes it in fp32 and needs
-            ``H * d`` to be a multiple of 32; the reference goes through the rows in blocks, never ``[N, N]``.
+            that joining the heads is a view. ``"torch"`` is PyTorch's attention, for kinds other than "proxy",
+            "procrustes" and "kk+gaussian". "procrustes" has the reference only, which calls PyTorch's attention.
+            "proxy" has no Triton kernel; the library computes it in fp32 and needs ``H * d`` to be a multiple of 32;
+            the reference goes through the rows in blocks, never ``[N, N]``.
 
     Raises:
         RuntimeError: ``impl`` cannot run here.
         ValueError: unknown ``kind``, shapes, dtypes or devices that disagree, fewer tokens than patches, ``std`` not
-            positive, an ``affinity`` that does not fit or has NaN (looked for on CPUs), ``regions`` that do not fit.
+            positive, ``key_weight`` negative, an ``affinity`` that does not fit or has NaN (looked for on CPUs),
+            ``regions`` that do not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"dense_attention: kind={kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -94,6 +103,8 @@ def dense_attention(
         raise ValueError(f"dense_attention: {q.shape[-2]} tokens are fewer than the {grid[0]} x {grid[1]} patches")
     if std <= 0:
         raise ValueError(f"dense_attention: std must be positive, got {std}")
+    if key_weight < 0:
+        raise ValueError(f"dense_attention: expected a key_weight of at least 0, got {key_weight}")
     if kind == "proxy":
         affinity = proxy.check(v, affinity, gamma)
         if regions is not None:
@@ -105,10 +116,21 @@ def dense_attention(
         return run(v, affinity, grid, beta, gamma, floor)
     if affinity is not None or floor is not None:
         raise ValueError(f"dense_attention: affinity and floor are used only by kind='proxy', got kind={kind!r}")
+    prefix, scale = q.shape[2] - grid[0] * grid[1], q.shape[3] ** -0.5
+    if kind == "procrustes":
+        choose("dense_attention", impl, {name: PROCRUSTES for name in ("cpu", "torch", "triton")} | {"reference": None})
+        pairs = [turned(q, k, prefix, key_weight)]
+        if regions is None:
+            (a, b), rows = pairs[0], slice(prefix, None)
+            return F.scaled_dot_product_attention(a[:, :, rows], b, v.to(a.dtype), scale=scale).to(v.dtype)
+    else:
+        pairs = {"qk": [(q, k)], "qq": [(q, q)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
     if regions is not None:
         within.check(regions, len(v), grid, v.device)
-        choose("dense_attention", impl, {"cpu": REGIONS, "torch": REGIONS, "triton": REGIONS, "reference": None})
-        return within.plain(q, k, v, kind, grid, std, regions)
+        choose("dense_attention", impl, {name: REGIONS for name in ("cpu", "torch", "triton")} | {"reference": None})
+        if kind == "identity":
+            return v[:, :, prefix:]
+        return within.plain(pairs, v, grid, scale, std if kind == "kk+gaussian" else None, regions)
     # PyTorch's own attention, on GPUs cuDNN's or flash attention, wherever nothing is added to the scores
     masked = "PyTorch's attention would need the Gaussian as a matrix" if kind == "kk+gaussian" else None
     reasons = {"cpu": why_not_cpu(q, k, v), "torch": masked, "triton": _why_not_triton(q, k, v), "reference": None}
@@ -116,13 +138,12 @@ def dense_attention(
     if backend == "reference":
         return reference.dense_attention(q, k, v, kind, grid, std)
     if kind == "identity":
-        return v[..., q.shape[-2] - grid[0] * grid[1] :, :]
-    pairs = {"qk": [(q, k)], "qq": [(q, q)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
+        return v[:, :, prefix:]
     if backend == "torch":
-        rows = slice(q.shape[-2] - grid[0] * grid[1], None)
+        rows = slice(prefix, None)
         parts = (F.scaled_dot_product_attention(a[..., rows, :], b, v) for a, b in pairs)
     elif backend == "cpu":
-        options = (*grid, q.shape[-1] ** -0.5, std if kind == "kk+gaussian" else 0.0)
+        options = (*grid, scale, std if kind == "kk+gaussian" else 0.0)
         parts = (torch.ops.fastzs.dense_attention(a, b, v, *options) for a, b in pairs)
     else:
         bias = std if kind == "kk+gaussian" else None

@@ -28,26 +28,33 @@ def members(regions: Tensor) -> list[tuple[Tensor, Tensor]]:
     return [(own, own if region else everything) for region, own in found]
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, kind: str, grid: tuple[int, int], std: float, regions: Tensor) -> Tensor:
-    """Every kind but "proxy"; the tokens before the patches are seen by all."""
-    prefix = q.shape[2] - grid[0] * grid[1]
-    if kind == "identity":
-        return v[:, :, prefix:]
-    pairs = {"qk": [(q, k)], "qq": [(q, q)], "vv": [(v, v)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
+def plain(
+    pairs: list[tuple[Tensor, Tensor]],
+    v: Tensor,
+    grid: tuple[int, int],
+    scale: float,
+    std: float | None,
+    regions: Tensor,
+) -> Tensor:
+    """The sum over ``pairs`` of queries and keys of softmax(scale q k^T) v, with ``std`` NACLIP's Gaussian inside.
+
+    The tokens before the patches are seen by all.
+    """
+    prefix = v.shape[2] - grid[0] * grid[1]
     out = torch.empty_like(v[:, :, prefix:])
-    first = torch.arange(prefix, device=q.device)
+    first = torch.arange(prefix, device=v.device)
     for image, one in enumerate(regions):
         for own, seen in members(one):
             keys = torch.cat([first, prefix + seen])
-            weights = q.new_zeros(())
+            weights = pairs[0][0].new_zeros(())
             for a, b in pairs:
-                scores = a[image][:, prefix + own] @ b[image][:, keys].mT * q.shape[-1] ** -0.5
-                if kind == "kk+gaussian":
+                scores = a[image][:, prefix + own] @ b[image][:, keys].mT * scale
+                if std is not None:
                     down = own[:, None] // grid[1] - seen // grid[1]
                     across = own[:, None] % grid[1] - seen % grid[1]
                     scores[:, :, prefix:] += torch.exp(-(down**2 + across**2).to(scores.dtype) / (2 * std**2))
                 weights = weights + scores.softmax(-1)
-            out[image][:, own] = weights @ v[image][:, keys]
+            out[image][:, own] = (weights @ v[image][:, keys].to(weights.dtype)).to(v.dtype)
     return out
 
 

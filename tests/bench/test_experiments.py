@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.experiments import camvid, page, shapes
+from bench.experiments import camvid, operators, page, shapes
 from bench.experiments.variants import OneStage, WithoutAlignment, WithoutBridge
 from fastzs.data.datasets import ShapesDataset
 from fastzs.vocabulary import Vocabulary, text_vectors
@@ -99,6 +99,37 @@ def test_a_row_runs_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(SystemExit):
         shapes.main(["--rows", "clip_rq"])
+
+
+def test_boundary_iou_by_distances(monkeypatch):
+    """Pixels with another label within two, rows and columns apart; both scores counted pixel by pixel."""
+    monkeypatch.setattr(operators, "BAND", 2)
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(3, (2, 3), generator=generator).repeat_interleave(6, 0).repeat_interleave(5, 1)
+    labels = truth.roll(1, 1)
+    near = [
+        torch.tensor(
+            [[(x[max(i - 2, 0) : i + 3, max(j - 2, 0) : j + 3] != x[i, j]).any() for j in range(15)] for i in range(12)]
+        )
+        for x in (truth, labels)
+    ]
+    counts = operators.Counts()
+    counts.add(truth, labels)
+    everywhere = torch.ones_like(near[0])
+    for found, (a, b) in zip(counts.scores(), [(everywhere, everywhere), near], strict=True):
+        masks = [((truth == c) & a, (labels == c) & b) for c in truth.unique()]
+        ious = [((one & two).sum() / (one | two).sum()).item() for one, two in masks]
+        assert found == pytest.approx(100 * sum(ious) / len(ious))
+        assert 0 < found < 100
+
+
+@pytest.mark.slow
+def test_operators_run(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["operators", "--scenes", "1", "--seeds", "1", "--no-page"])
+    operators.main()
+    printed = capsys.readouterr().out
+    assert printed.count("± 0.0") == 6 * len(operators.ROWS)
+    assert "PAMR changes the boundary IoU by" in printed
 
 
 @pytest.mark.slow

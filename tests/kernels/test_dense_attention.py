@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fastzs.kernels.dense_attention.procrustes import turned
 from fastzs.kernels.dense_attention.reference import neighbour_bias
 from fastzs.ops import dense_attention
 
@@ -65,7 +66,7 @@ def test_bad_inputs_are_named(qkv):
         dense_attention(q, k, v, "qq", GRID, impl="cuda")
 
 
-@pytest.mark.parametrize("kind", ["qk", "qq+kk", "kk+gaussian", "identity", "proxy"])
+@pytest.mark.parametrize("kind", ["qk", "qq+kk", "kk+gaussian", "procrustes", "identity", "proxy"])
 def test_regions_by_a_mask(qkv, kind):
     """Every pair that is of one region, or whose row is of none, and the token before the patches."""
     q, k, v = qkv
@@ -88,10 +89,10 @@ def test_regions_by_a_mask(qkv, kind):
         seen = allowed[:, 0] & ((scores >= 0) | torch.eye(15, dtype=torch.bool))
         wanted = scores.masked_fill(~seen, -torch.inf).softmax(-1)[:, None] @ v[:, :, 1:]
     else:
-        pairs = {"qk": [(q, k)], "qq+kk": [(q, q), (k, k)]}.get(kind, [(k, k)])
-        wanted = sum(F.scaled_dot_product_attention(a[:, :, 1:], b, v, attn_mask=bias) for a, b in pairs)
+        pairs = {"qk": [(q, k)], "qq+kk": [(q, q), (k, k)], "procrustes": [turned(q, k, 1, 0.08)]}.get(kind, [(k, k)])
+        wanted = sum((a[:, :, 1:] @ b.mT * 8**-0.5 + bias).softmax(-1) @ v for a, b in pairs)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match=r"expected regions \[2, 3, 5\] of integers"):
         dense_attention(q, k, v, kind, GRID, regions=regions[:1], **options)
-    with pytest.raises(RuntimeError, match="only the reference takes regions"):
+    with pytest.raises(RuntimeError, match=r"only the reference takes regions|'procrustes' has no kernel"):
         dense_attention(q, k, v, kind, GRID, regions=regions, impl="cpu", **options)

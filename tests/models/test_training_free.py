@@ -1,5 +1,6 @@
 """The training-free systems on the built-in weights; parity with the published code is in tests/parity."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 import fastzs.operators as operators
 from fastzs import clip
 from fastzs.clip import WeightsError
-from fastzs.models.pearl import polar, procrustes
+from fastzs.features import FeaturesError
+from fastzs.kernels.dense_attention.procrustes import polar, procrustes
+from fastzs.models.pearl import PEARL
 from fastzs.models.proxyclip import ProxyCLIP
 from fastzs.models.resclip import ResCLIP, agreement
 from fastzs.models.training_free import NACLIP, SCLIP, ClearCLIP
 from fastzs.segmenter import Segmenter
 from tests.parity.golden import read
 from tests.parity.training_free import build
+from tests.tiny import VISION, tiny_clip
 
 NAMES = ["blue moon", {"pink cross": ["pink heart"]}, "orange ring"]
 
@@ -118,6 +122,26 @@ def test_resclip_wants_ten_blocks(shapes):
         ResCLIP(shapes)
 
 
+def test_the_mean_of_earlier_attention_and_turned_keys_are_operators():
+    """ "mean" against the definition; "procrustes" in NACLIP gives what it gives in PEARL."""
+    tower = VISION | {"layers": 11}
+    model, image = NACLIP(tiny_clip(tower), dense="mean").double().eval(), torch.rand(1, 3, 24, 40, dtype=torch.float64)
+    maps = []
+    tokens, grid = model.visual.trunk(
+        image, lambda i, t, q, k, v: maps.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1)) if 5 <= i <= 8 else None
+    )
+    attended = (sum(maps) / 4)[:, :, 1:] @ model.visual.projections(tokens, grid)[2]
+    wanted = model.visual.read(model.visual.finish(tokens, attended, False, False), grid)
+    torch.testing.assert_close(model.encode(image).patches, wanted)
+    pearl = PEARL(tiny_clip()).double().eval()
+    naclip = NACLIP(tiny_clip(), dense="procrustes").double().eval()
+    naclip.visual.load_state_dict(pearl.visual.state_dict())
+    torch.testing.assert_close(naclip.encode(image).patches, pearl.encode(image).patches)
+    weighted = NACLIP(tiny_clip(), dense="procrustes", key_weight=0.5).double().eval()
+    weighted.visual.load_state_dict(pearl.visual.state_dict())
+    assert (weighted.encode(image).patches - pearl.encode(image).patches).abs().max() > 1e-4
+
+
 def test_agreement_is_weaker_across_another_label():
     labels = torch.tensor([[0, 1, 0, 0]])
     found = agreement(labels, True, torch.float64)
@@ -164,6 +188,49 @@ def test_an_own_operator_sees_the_other_networks_features(shapes, image):
     assert coarse.shape[2:] == (10, 12)
     with pytest.raises(ValueError, match="expected the operator 'proxy' or a function, got 'kk'"):
         ProxyCLIP(shapes, affinity=network, dense="kk")
+
+
+def test_features_one_has_already_are_an_affinity(shapes, image):
+    features = torch.rand(5, 9, 11, generator=torch.Generator().manual_seed(0))
+    model = ProxyCLIP(shapes, affinity=features, multiple=8)
+    whole = Segmenter(model, short_side=0, crop=0, windows="stitched")
+    assert whole.encode(image).windows.patches.shape[2:] == (9, 11)
+    assert whole(image, NAMES).labels.shape == (70, 90)
+    with pytest.raises(ValueError, match="the affinity is features of a whole image"):
+        Segmenter(model, short_side=64, crop=48)(image, NAMES)
+    with pytest.raises(ValueError, match=r"expected features \[C, h, w\] of one image, got \[9, 11\]"):
+        ProxyCLIP(shapes, affinity=features[0])
+    other = Segmenter(ProxyCLIP(shapes, affinity=features + 1, multiple=8), crop=0, windows="stitched")
+    with pytest.raises(FeaturesError, match="of another model"):
+        other.label(whole.encode(image), NAMES)
+
+
+def test_features_under_another_operator_are_refused(shapes, image):
+    def one(block):
+        return block.v[:, :, block.prefix :]
+
+    def two(block):
+        return -block.v[:, :, block.prefix :]
+
+    first, second = (Segmenter(NACLIP(shapes, dense=dense), short_side=64, crop=48) for dense in (one, two))
+    with pytest.raises(FeaturesError, match="of another model"):
+        second.label(first.encode(image), NAMES)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [SCLIP, ClearCLIP, NACLIP, PEARL, partial(ProxyCLIP, affinity=lambda images: images[:, :, ::4, ::4], multiple=8)],
+)
+@pytest.mark.parametrize("size", [(1, 1), (30, 41)])
+def test_small_and_plain_images(kind, size, shapes):
+    """One pixel, and one colour: labels and finite scores, refined and not."""
+    image = torch.full((3, *size), 90, dtype=torch.uint8)
+    model = kind(shapes)
+    for refine in ("none", "pamr", "laplacian"):
+        model.readout = replace(model.readout, refine=refine)
+        found = Segmenter(model, short_side=32, crop=24, stride=16)(image, NAMES, scores=True)
+        assert found.labels.shape == size
+        assert found.scores.isfinite().all()
 
 
 def test_an_affinity_that_cannot_be_had_is_named(shapes):

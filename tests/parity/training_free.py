@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fastzs.clip import Clip
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD
+from fastzs.kernels.dense_attention.procrustes import polar, procrustes
 from fastzs.kernels.dense_attention.reference import neighbour_bias
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD
-from fastzs.models.pearl import PEARL, polar, procrustes
+from fastzs.models.pearl import PEARL
 from fastzs.models.proxyclip import ProxyCLIP
 from fastzs.models.resclip import ResCLIP
 from fastzs.models.training_free import NACLIP, SCLIP, ClearCLIP, TrainingFree
