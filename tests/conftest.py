@@ -12,7 +12,8 @@ import pytest
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the option
 def pytest_cmdline_main(config):
     whole = config.args_source is config.ArgsSource.TESTPATHS
-    if not whole or config.option.usepdb or config.option.collectonly:
+    a_worker = hasattr(config, "workerinput")  # which has the arguments of the process that started it
+    if a_worker or not whole or config.option.usepdb or config.option.collectonly:
         return
     if getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)  # each process holds PyTorch: a gigabyte
