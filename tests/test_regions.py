@@ -6,9 +6,13 @@ import torch
 from PIL import Image
 
 from fastzs.cli import main
+from fastzs.data.datasets import ShapesDataset
+from fastzs.data.protocols import protocol
+from fastzs.evaluate import evaluate
 from fastzs.models import NACLIP, PEARL, ClearCLIP, MaskCLIP, ProxyCLIP
 from fastzs.regions import RegionsError, find, merged, share_labels
 from fastzs.segmenter import Segmenter
+from fastzs.vocabulary import Vocabulary
 from tests.tiny import VISION, tiny_clip
 
 NAMES = ["cat", "dog", "tree"]
@@ -143,6 +147,19 @@ def test_labels_of_an_image_with_regions(windows, image, halves, tmp_path):
     assert all(torch.equal(one.labels, found.labels) for one in files)
     plain = Segmenter(MaskCLIP(tiny_clip()), short_side=40)  # no attention to restrict: labels only
     assert len(plain(image, NAMES, regions=lambda pixels: halves).labels[halves == 2].unique()) == 1
+
+
+def test_regions_of_a_data_set(tmp_path):
+    """Files go by the data set's names; the region is the whole image, so it gets one label."""
+    dataset, rules = ShapesDataset("val", 3, 32), protocol("shapes")
+    for i, name in enumerate(dataset.names):
+        Image.fromarray(np.full((32, 32), 0 if i == 1 else 9, np.uint8)).save(tmp_path / f"{name}.png")
+    vectors = torch.randn(len(rules.classes), 24, generator=torch.Generator().manual_seed(0))
+    asked = Vocabulary(rules.classes, embeddings=vectors)
+    kinds = []
+    segmenter = Segmenter(NACLIP(tiny_clip()), short_side=32, crop=0, batch_size=2)
+    evaluate(segmenter, dataset, rules, asked, regions=tmp_path, step=lambda n, i, x: kinds.append(len(x.unique())))
+    assert kinds[0] == kinds[2] == 1 < kinds[1]
 
 
 def test_the_command(image, tmp_path, monkeypatch):

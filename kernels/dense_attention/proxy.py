@@ -2,6 +2,11 @@
 
 The reference goes through the rows in blocks; csrc/proxy_attention.cpp computes a block's weights from packed features
 and draws them together on the values' grid. Neither has all N x N of them in memory.
+
+There is no Triton kernel. On a GPU the reference is two matrix products for each block of rows, which cuBLAS computes
+at the device's rate, and a block's weights are all that it keeps. A fused kernel could not hold the similarities' 768
+channels and the values' 768 columns, which share one set of weights, in a program's registers; it would compute the
+similarities again for each group of columns.
 """
 
 import torch
