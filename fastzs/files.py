@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -136,6 +137,25 @@ def _check_kind(status: os.stat_result, path: str | os.PathLike) -> None:
     kind = stat.S_IFMT(status.st_mode)
     if kind != stat.S_IFREG:
         raise OSError(errno.EINVAL, f"is {KINDS.get(kind, 'something else')}, not a file", os.fspath(path))
+
+
+def file_state(path: Path) -> list[int] | None:
+    """Size and time of change, which tell a file from another one put in its place; None if it is gone."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content.
+
+    Raises:
+        OSError: as :func:`open_file`.
+    """
+    with open_file(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_text(path: str | os.PathLike) -> str:

@@ -16,7 +16,7 @@ from fastzs import ranks
 
 A = TypeVar("A")
 B = TypeVar("B")
-BLOCK = 8  # items that an actor takes at a time, unless there are few: their results arrive together
+BLOCK = 32  # items that an actor takes at a time, unless there are few: their results arrive together
 
 
 class Actors:
@@ -90,8 +90,8 @@ class Actors:
         except RayError as error:
             raise ValueError(f"Ray cannot run the model: {_first_line(error)}") from error
 
-    def map(self, function: Callable[[A], B], items: Sequence[A]) -> Iterator[B]:
-        """``function(item)`` of every item, in the order in which they are done.
+    def map(self, function: Callable[[list[A]], Iterator[B]], items: Sequence[A]) -> Iterator[B]:
+        """``function(some)`` of all items, some at a time; what it gives, in the order in which they are done.
 
         Each actor gets its own copy of ``function`` once and keeps it. Ray starts an actor that dies anew and gives it
         the same items again.
@@ -108,8 +108,9 @@ class Actors:
         # Pickled, since Ray's tables hold neither paths nor texts that are not UTF-8.
         rows = [{"item": pickle.dumps(item)} for item in items]
         blocks = max(-(-len(items) // BLOCK), min(len(items), 4 * self.count))
-        results = ray.data.from_items(rows, override_num_blocks=blocks).map(
+        results = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
             actor,
+            batch_size=None,  # a block
             fn_constructor_args=(os.getcwd(), function),
             compute=ray.data.ActorPoolStrategy(size=self.count),
             **self.needs,
@@ -124,12 +125,13 @@ class Actors:
 class _Actor:
     """What runs in an actor."""
 
-    def __init__(self, folder: str, function: Callable[[Any], Any]):
+    def __init__(self, folder: str, function: Callable[[list[Any]], Iterator[Any]]):
         os.chdir(folder)  # paths are as on the command line
         self.function = function
 
-    def __call__(self, row: dict[str, bytes]) -> dict[str, bytes]:
-        return {"result": pickle.dumps(self.function(pickle.loads(row["item"])))}
+    def __call__(self, block: dict[str, Sequence[bytes]]) -> dict[str, list[bytes]]:
+        results = self.function([pickle.loads(item) for item in block["item"]])
+        return {"result": [pickle.dumps(result) for result in results]}
 
 
 def _in_folder(folder: str, function: Callable[[], B]) -> B:

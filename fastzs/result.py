@@ -4,6 +4,7 @@ import difflib
 import io
 import json
 import os
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,9 @@ class Segmentation:
             image = Image.fromarray(self.labels.numpy().astype(np.uint16))
         text = PngImagePlugin.PngInfo()
         text.add_text(NAMES_KEY, json.dumps(self.names))
-        write_atomically(output_path(path), _encoded(image, format="PNG", pnginfo=text))
+        # Label maps are long runs of one value; the general search for repetitions takes several times as long.
+        encoded = _encoded(image, format="PNG", pnginfo=text, compress_type=zlib.Z_RLE)
+        write_atomically(output_path(path), encoded)
 
     def save_scores(self, path: str | os.PathLike) -> None:
         """Write :attr:`scores` as a grey PNG of 16 bits: 0 to 65535 for 0 to 1, rounded.

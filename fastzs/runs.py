@@ -1,39 +1,25 @@
 """Segment many images into one folder: unique names, a manifest to resume from, and a record of the run."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from fastzs.errors import FastzsError
-from fastzs.files import open_file, replacing, write_atomically
-from fastzs.pictures import ImageError, is_result
-from fastzs.result import Segmentation
-from fastzs.trace import traced
+from fastzs.files import file_digest, file_state, replacing, write_atomically
+from fastzs.outputs import EXTRAS, OutputError
+from fastzs.pictures import is_result
+from fastzs.pipeline import Attempt, Stages, Task, flow
 
 MANIFEST = "manifest{}.jsonl"
 RECORD = "run{}.json"
 COCO = "coco.json"
 COCO_HEAD = b'{"info": {"description": "label maps of fastzs"}'
-# What can be written beside a label map, and how its name ends.
-EXTRAS = {
-    "overlay": "_overlay.jpg",
-    "coco": "_coco.json",
-    "scores": "_scores.png",
-    "probabilities": "_probabilities.npz",
-}
 LONGEST = 255 - max(map(len, EXTRAS.values()))  # bytes of a name, as most file systems have it, less the ending
-FULL = {errno.ENOSPC, errno.EDQUOT}
-
-
-class OutputError(FastzsError):
-    """A result cannot be written; the message names the file and the reason."""
 
 
 @dataclass
@@ -56,24 +42,6 @@ class Outcome:
     def complete(self) -> bool:
         """Whether every picture came out, now or before."""
         return self.skipped + self.done == self.found
-
-
-class Attempt(NamedTuple):
-    """How one picture went, as plain values, since it may come from another process.
-
-    Attributes:
-        picture: its path.
-        state: its size and time of change, from before it was read; None if it was not there.
-        digest: SHA-256 of its content, or "" where it could not be read.
-        problem: why it did not come out, or None.
-        ends: what ends the run.
-    """
-
-    picture: Path
-    state: list[int] | None
-    digest: str = ""
-    problem: str | None = None
-    ends: OutputError | None = None
 
 
 class Manifest:
@@ -116,7 +84,7 @@ class Manifest:
     def has(self, picture: Path, settings: str, endings: Iterable[str]) -> bool:
         """Whether the files with these endings were written for this picture, unchanged since, and are there."""
         line = self.lines.get(os.path.abspath(picture))
-        if line is None or line["settings"] != settings or line["state"] != _state(picture):
+        if line is None or line["settings"] != settings or line["state"] != file_state(picture):
             return False
         wanted = [line["name"] + ending for ending in endings]
         return all(file in line["files"] and (self.folder / file).is_file() for file in wanted)
@@ -250,9 +218,12 @@ def write_record(folder: Path, record: dict[str, Any], share: tuple[int, int] = 
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
 
 
+Work = Callable[[list[Task]], Iterator[Attempt]]
+
+
 def segment_pictures(
     pictures: list[Path],
-    segment: Callable[[Path], Segmentation],
+    stages: Stages,
     folder: Path,
     settings: str,
     *,
@@ -261,13 +232,13 @@ def segment_pictures(
     step: Callable[[Path, str | None], None] = lambda picture, problem: None,
     outcome: Outcome | None = None,
     share: tuple[int, int] = (0, 1),
-    through: Callable[[Callable[[tuple[Path, Path, list[Path]]], Attempt], list], Iterable[Attempt]] = map,
+    through: Callable[[Work, list[Task]], Iterable[Attempt]] = lambda work, tasks: work(tasks),
 ) -> Outcome:
     """Segment the images that are not done yet, and write ``NAME.png`` and the files that ``also`` asks for.
 
     Args:
         pictures: files, the same for all processes.
-        segment: gives the result for one of them.
+        stages: read and label them.
         folder: an existing output folder, see :func:`fastzs.locks.hold`.
         settings: hash of everything that decides the results, see :func:`settings_hash`.
         also: what to write beside the label map, of :data:`EXTRAS`; ``"coco"`` also writes ``coco.json`` for all the
@@ -276,8 +247,9 @@ def segment_pictures(
         step: called after each picture, with what went wrong or None.
         outcome: kept up to date on the way, so that an interrupted caller has it.
         share: this process's number and how many there are; each takes every so many-th picture.
-        through: what calls a function for each item and gives the results in any order, such as ``map`` or
-            :meth:`fastzs.ray_engine.Actors.map`; ``segment`` is part of that function.
+        through: calls a function with the images that are to be done, or with some of them at a time, and gives what
+            comes of them in any order, such as :meth:`fastzs.ray_engine.Actors.map`; ``stages`` is part of that
+            function.
 
     Raises:
         OutputError: a file cannot be written; the manifest holds the images that are done. Any problem of a picture is
@@ -297,15 +269,14 @@ def segment_pictures(
     start(outcome)
     manifest.void(todo)
 
-    def job(picture: Path) -> tuple[Path, Path, list[Path]]:
+    def task(picture: Path) -> Task:
         name, line = names[picture], manifest.lines.get(os.path.abspath(picture))
         wanted = {name + ending for ending in endings}
         # An overlay of other settings would be taken for one of these.
         stale = [folder / file for file in (line["files"] if line else ()) if file not in wanted]
-        return picture, folder / name, stale
+        return Task(picture, folder / name, stale)
 
-    work = partial(_attempt, segment, tuple(also))
-    for attempt in through(work, [job(picture) for picture in todo]):
+    for attempt in through(partial(flow, stages, tuple(also)), [task(picture) for picture in todo]):
         picture = attempt.picture
         if attempt.ends is not None:
             raise attempt.ends
@@ -323,65 +294,6 @@ def segment_pictures(
     return outcome
 
 
-def _attempt(
-    segment: Callable[[Path], Segmentation], also: Collection[str], job: tuple[Path, Path, list[Path]]
-) -> Attempt:
-    """Segment a picture and write its files, named by a path without ending, after removing the stale ones."""
-    picture, target, stale = job
-    state = _state(picture)
-    try:
-        result, digest = segment(picture), _digest(picture)
-        for path in stale:
-            path.unlink(missing_ok=True)
-        _write_result(result, picture, target, also)
-    except OutputError as error:
-        return Attempt(picture, state, problem=str(error), ends=OutputError(str(error)))
-    except ImageError as error:
-        named = str(picture) in str(error)
-        return Attempt(picture, state, problem=str(error) if named else f"{picture}: {error}")
-    except Exception as error:  # its traceback would hold on to the model's tensors
-        return Attempt(picture, state, problem=f"{picture}: {_sentence(error)}")
-    return Attempt(picture, state, digest)
-
-
-@traced("predict.save")
-def _write_result(result: Segmentation, picture: Path, target: Path, also: Collection[str]) -> None:
-    path, begun = Path(f"{target}.png"), False
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        result.save(path)
-        begun = True
-        for extra in (extra for extra in EXTRAS if extra in also):
-            path = Path(f"{target}{EXTRAS[extra]}")
-            if extra == "overlay":
-                result.overlay(path)
-            elif extra == "coco":
-                write_atomically(path, json.dumps(coco_dataset(result, picture)).encode())
-            elif extra == "scores":
-                result.save_scores(path)
-            else:
-                result.save_probabilities(path)
-    except BaseException as error:
-        for ending in (".png", *EXTRAS.values()) if begun else ():  # a picture has all of its files or none
-            with contextlib.suppress(OSError):
-                Path(f"{target}{ending}").unlink(missing_ok=True)
-        if not isinstance(error, OSError) or error.errno is None:  # from an encoder, about this picture
-            raise
-        if error.errno in FULL or not _writable(target.parent):
-            raise OutputError(f"cannot write {path}: {error.strerror}") from error
-        raise ImageError(f"{picture}: cannot write {path}: {error.strerror}") from error
-
-
-def _writable(folder: Path) -> bool:
-    """Whether another file can be written there, so that a failure was about that one's name or size."""
-    try:
-        write_atomically(folder / "probe", b"0" * 4096)
-        (folder / "probe").unlink()
-    except OSError:
-        return False
-    return True
-
-
 def _remove_coco(path: Path) -> None:
     """Remove the ``coco.json`` of an earlier run, which does not hold what this one has made."""
     try:
@@ -393,16 +305,6 @@ def _remove_coco(path: Path) -> None:
         pass
     except OSError as error:
         raise OutputError(f"cannot remove {path}, which is of an earlier run: {error.strerror}") from error
-
-
-def coco_dataset(result: Segmentation, picture: Path, image_id: int = 1) -> dict[str, Any]:
-    """A COCO data set of one picture, as ``pycocotools.coco.COCO`` reads it; class ``i`` is category ``i + 1``."""
-    height, width = result.labels.shape
-    return {
-        "images": [{"id": image_id, "file_name": str(picture), "height": height, "width": width}],
-        "categories": [{"id": i + 1, "name": name} for i, name in enumerate(result.names) if i != result.background],
-        "annotations": result.to_coco(image_id=image_id),
-    }
 
 
 def _join_coco(folder: Path, settings: str) -> None:
@@ -437,27 +339,13 @@ def _coco_parts(folder: Path, settings: str) -> list[str]:
     return sorted(file for file in files if (folder / file).is_file())
 
 
-def _state(picture: Path) -> list[int] | None:
-    """Size and time of change, which tell a picture from another one put in its place; None if it is gone."""
-    try:
-        status = picture.stat()
-    except OSError:
-        return None
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _digest(picture: Path) -> str:
-    with open_file(picture) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _is_same(picture: Path, line: dict[str, Any]) -> bool:
     """Whether a picture is the one of a line: the same size, and the same time of change or content."""
-    state = _state(picture)
+    state = file_state(picture)
     if state is None or line["state"] is None or state[0] != line["state"][0]:
         return False
     try:
-        return state == line["state"] or _digest(picture) == line["digest"]
+        return state == line["state"] or file_digest(picture) == line["digest"]
     except OSError:
         return False
 
@@ -487,8 +375,3 @@ def _short(stem: str) -> str:
             part = data[: LONGEST - len(mark) - 8].decode("utf-8", "ignore") + mark  # 8 for "-2" and the like
         parts.append(part)
     return os.sep.join(parts)
-
-
-def _sentence(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

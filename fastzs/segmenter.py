@@ -238,7 +238,7 @@ class Segmenter:
         Raises:
             ImageError, RegionsError, ValueError: as when the segmenter is called.
         """
-        view = self._view(image, regions)
+        view = self.view(image, regions)
         if self.windows == "stitched":
             windows = self._stitched(view, self.batch_size)
         else:
@@ -292,7 +292,6 @@ class Segmenter:
         """Names and settings in the model's terms, for :meth:`answers`; see :meth:`fastzs.question.Questions.ask`."""
         return self._questions.ask(names, **settings)
 
-    @torch.inference_mode()
     def answers(
         self,
         images: Iterable[ImageLike],
@@ -303,9 +302,16 @@ class Segmenter:
         regions: Regions | None = None,
     ) -> Iterator[Answer]:
         """The answers to one question for many images, in their order; see :meth:`__call__`."""
+        return self.answer_views(self._views(images, on_error, regions), question, batch_size=batch_size)
+
+    @torch.inference_mode()
+    def answer_views(
+        self, views: Iterable[View], question: Question, *, batch_size: int | None = None
+    ) -> Iterator[Answer]:
+        """The answers for images that :meth:`view` has read, in their order."""
         batch_size = batch_size or self.batch_size
-        for views in batches(self._views(images, on_error, regions), batch_size):
-            for view, parts in self._maps(views, question, batch_size):
+        for some in batches(iter(views), batch_size):
+            for view, parts in self._maps(some, question, batch_size):
                 with span("predict.picture"):
                     found = answer(self.model, view.image, view.size, view.windows, parts, question, view.regions)
                 yield found.ordinary()
@@ -313,7 +319,7 @@ class Segmenter:
     def _views(self, images: Iterable[ImageLike], on_error: OnError, regions: Regions | None) -> Iterator[View]:
         for i, image in enumerate(images):
             try:
-                yield self._view(image, regions)
+                yield self.view(image, regions)
             except (FastzsError, ValueError) as error:
                 problem = error if isinstance(image, str | PathLike) else ImageError(f"image {i}: {error}")
                 if on_error == "raise":
@@ -342,7 +348,12 @@ class Segmenter:
                     maps[i].append(logits[None])
         yield from zip(views, maps, strict=True)
 
-    def _view(self, image: ImageLike, regions: Regions | None) -> View:
+    def view(self, image: ImageLike, regions: Regions | None = None) -> View:
+        """An image as the model sees it; in any thread.
+
+        Raises:
+            ImageError, RegionsError, ValueError: as when the segmenter is called.
+        """
         with span("predict.preprocess"):
             original = read_picture(image)
             resized = self._resize(original)

@@ -25,6 +25,10 @@ class View(NamedTuple):
     regions: Tensor | None = None  # int64 [H, W], of the image as it was read
 
     @property
+    def nbytes(self) -> int:
+        return self.image.nbytes + (0 if self.resized is self.image else self.resized.nbytes)
+
+    @property
     def size(self) -> tuple[int, int]:
         return (self.resized.shape[1], self.resized.shape[2])
 

@@ -75,8 +75,9 @@ def test_what_cannot_be_done_is_said(pictures, tmp_path, capsys, options, messag
 
 def test_an_actor_works_in_the_folder_of_the_command(pictures, monkeypatch):
     monkeypatch.chdir(os.getcwd())  # so that it is restored
-    actor = _Actor(str(pictures), os.path.abspath)
-    assert pickle.loads(actor({"item": pickle.dumps("0.png")})["result"]) == str(pictures / "0.png")
+    actor = _Actor(str(pictures), lambda names: map(os.path.abspath, names))
+    block = actor({"item": [pickle.dumps("0.png"), pickle.dumps("1.png")]})
+    assert [pickle.loads(result) for result in block["result"]] == [str(pictures / "0.png"), str(pictures / "1.png")]
 
 
 def test_a_cluster_that_is_not_there(pictures, tmp_path, capsys, monkeypatch):

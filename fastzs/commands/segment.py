@@ -15,10 +15,13 @@ from jsonargparse import ArgumentParser, Namespace
 from fastzs.commands.classes import given_classes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from fastzs.locks import Hold
     from fastzs.ray_engine import Actors
     from fastzs.result import Segmentation
     from fastzs.segmenter import Segmenter
+    from fastzs.views import View
     from fastzs.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -103,7 +106,7 @@ def parser() -> ArgumentParser:
 
 @dataclass
 class Job:
-    """What is done with every picture; plain values until it is first called, so that other processes can have it."""
+    """What is done with every picture; plain values until the model is needed, so that other processes can have it."""
 
     load: dict[str, Any]  # arguments of fastzs.load
     vocabulary: "Vocabulary"
@@ -114,13 +117,18 @@ class Job:
     max_pixels: int | None = None
     regions: str | None = None  # see fastzs.regions.find
 
-    def __call__(self, picture: Path) -> "Segmentation":
+    def read(self, picture: Path) -> "View":
+        """One image, in any thread."""
         if self.max_pixels is not None:
             from PIL import Image
 
             Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2  # Pillow's error comes at twice its warning
-        regions = {} if self.regions is None else {"regions": self.regions}
-        return self.segmenter(picture, self.vocabulary, **self.asked, **regions)
+        return self.segmenter.view(picture, self.regions)
+
+    def label(self, images: "Iterable[View]") -> "Iterator[Segmentation]":
+        """The results of some images, windows of several in one batch."""
+        question = self.segmenter.question(self.vocabulary, **self.asked)
+        return (answer.result(question) for answer in self.segmenter.answer_views(images, question))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -178,8 +186,8 @@ def run(config: Namespace) -> int:
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.files import output_path
     from fastzs.locks import hold
+    from fastzs.outputs import EXTRAS
     from fastzs.pictures import find_pictures
-    from fastzs.runs import EXTRAS
     from fastzs.vocabulary import Vocabulary
 
     output = output_path(config.output)
@@ -289,7 +297,7 @@ def _segment(
                 step=step,
                 outcome=outcome,
                 share=share,
-                through=map if actors is None else actors.map,
+                **({} if actors is None else {"through": actors.map}),
             )
     except BaseException as error:
         # On a full disk not even this can be written, and the first problem is the one to tell.
