@@ -17,7 +17,7 @@ def pytest_cmdline_main(config):
         return
     if getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)  # each process holds PyTorch: a gigabyte
-        config.option.dist = "worksteal"  # tests that lie together share fixtures, until a process runs out of work
+        config.option.dist = "loadfile"  # a file's tests share what their fixtures compile
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 

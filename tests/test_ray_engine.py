@@ -110,7 +110,7 @@ def test_without_ray_the_extra_is_named(monkeypatch):
 
 def test_a_job_travels_without_its_model():
     load = {"model": "maskclip", "weights": "shapes", "checkpoint": None, "device": "cpu"}
-    job = Job(load, Vocabulary(["disc"]), "prompt", 0.5)
+    job = Job(load, Vocabulary(["disc", "star"]), "threshold", 0.5)
     assert job.facts()["device"]["device"] == "cpu"
     assert "segmenter" in vars(job)
     there = pickle.loads(pickle.dumps(job))
