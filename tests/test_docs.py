@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from PIL import Image
+
+import fastzs
+from tests.tiny import tiny_clip
 
 ROOT = Path(__file__).parents[1]
 # what the built-in model calls by the names that the README asks a photograph for
@@ -46,6 +51,39 @@ def test_workflows_may_only_read(path):
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["permissions"] == {"contents": "read"}
 
 
+CALLS = """
+seg = fastzs.load("naclip", backbone="ViT-B-16", weights="openai")
+result = seg("street.jpg", ["road", "car"])
+results = seg(["a.jpg", "b.jpg"], ["road", "car"], batch_size=8)
+features = seg.encode("street.jpg")
+a = seg.label(features, ["road", "car"])
+b = seg.label(features, ["asphalt", "vehicle", "sky"])
+dense = features.dense
+"""
+
+
+def test_the_calls_of_the_readme(tmp_path, monkeypatch):
+    """Literally as they stand there, but for the weights: a random CLIP that takes milliseconds."""
+    shown = blocks("README.md")
+    missing = [line for line in CALLS.split("\n") if not re.search(rf"^{re.escape(line)}( |$)", shown, re.MULTILINE)]
+    assert missing == ['result = seg("street.jpg", ["road", "car"])']  # there with more names
+    asked = []
+    monkeypatch.setattr(fastzs.clip, "load", lambda **given: asked.append(given) or tiny_clip())
+    monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
+    for name, colour in (("street.jpg", "blue"), ("a.jpg", "red"), ("b.jpg", "green")):
+        Image.new("RGB", (40, 32), colour).save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    made: dict = {"fastzs": fastzs}
+    exec(CALLS, made)
+    assert asked == [{"backbone": "ViT-B-16", "weights": "openai"}]
+    assert made["result"].names == made["a"].names == ("road", "car")
+    assert torch.equal(made["result"].labels, made["a"].labels)
+    assert made["b"].names == ("asphalt", "vehicle", "sky")
+    assert [tuple(result.labels.shape) for result in made["results"]] == [(32, 40)] * 2
+    norms = made["dense"].norm(dim=0)
+    torch.testing.assert_close(norms, torch.ones_like(norms))
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("sphinx", reason="needs the extra docs")
@@ -63,6 +101,8 @@ def test_what_is_shown_runs(page, tmp_path, monkeypatch):
     (tmp_path / "docs" / "pictures").mkdir(parents=True)
     shutil.copy(scene, tmp_path / "docs" / "pictures")
     shutil.copy(scene, tmp_path / "street.jpg")
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(scene, tmp_path / name)
     (tmp_path / "photos").mkdir()
     shutil.copy(scene, tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
