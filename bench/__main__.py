@@ -3,6 +3,7 @@
 pytest bench --benchmark-only --benchmark-json run.json
 python -m bench report run.json            # bench/results/MACHINE.md with plots, and the table of docs/performance.md
 python -m bench compare old.json new.json  # what changed beyond noise
+python -m bench headlines                  # the chart of the README, from the tables of bench/results
 python -m bench gpu-report out/gpu         # the page of bash bench/gpu.sh, and which tiles it would change
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from .compare import compare
 from .gpu_report import gpu_report
+from .headlines import headlines
 from .report import PAGE, RESULTS, report
 from .rows import read
 
@@ -27,12 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
     both = commands.add_parser("compare", help="what changed between two runs")
     both.add_argument("old", type=Path)
     both.add_argument("new", type=Path)
+    commands.add_parser("headlines", help="the chart of the README")
     hour = commands.add_parser("gpu-report", help="the page of bash bench/gpu.sh")
     hour.add_argument("folder", type=Path)
     given = parser.parse_args(arguments)
     try:
         if given.what == "report":
             print(report(given.files, given.command, given.folder, None if given.no_page else PAGE))
+        elif given.what == "headlines":
+            print(headlines())
         elif given.what == "gpu-report":
             print(gpu_report(given.folder))
         else:

@@ -1,12 +1,14 @@
 """Tables and comparisons of bench runs, from rows made up here."""
 
 import json
+import re
 
 import pytest
 
 from bench import report as pages
 from bench.__main__ import main
 from bench.compare import compare
+from bench.headlines import CHART, PAGES, ratios
 from bench.rows import faster, read
 
 
@@ -111,3 +113,20 @@ def test_files_that_are_no_bench_run_are_named(tmp_path, capsys):
     path.write_text("[]")
     assert main(["report", str(path), "--no-page"]) == 2
     assert f"{path} is not the JSON of a bench run" in capsys.readouterr().err
+
+
+def test_the_chart_of_the_readme_has_what_the_tables_have(tmp_path):
+    """``python -m bench headlines`` draws it anew."""
+    drawn = CHART.read_text(encoding="utf-8")
+    shown = [text for text in re.findall(r"<text [^>]*>([^<]*)</text>", drawn) if re.fullmatch(r"[\d.]+", text)]
+    for page in PAGES:
+        machine, times = ratios(page)
+        assert machine in drawn
+        assert {f"{time:g}" for time in times} <= {*shown}
+    page = tmp_path / "machine.md"
+    page.write_text("# machine\n\n| problem | times faster than published |\n|---|---|\n| op | **0.5** |\n")
+    with pytest.raises(ValueError, match=r"machine\.md: has no figure of 'label_map"):
+        ratios(page)
+    page.write_text("# machine\n")
+    with pytest.raises(ValueError, match="expected a table"):
+        ratios(page)
