@@ -20,7 +20,7 @@ from fastzs.demo.answers import Answer, Answers
 from fastzs.demo.gate import Gate, too_large
 from fastzs.demo.view import shown_image, shown_map
 from fastzs.errors import FastzsError
-from fastzs.runs import coco_dataset
+from fastzs.outputs import coco_dataset
 
 HOST = "127.0.0.1"
 IMAGES = 8  # that are sent at once
