@@ -13,7 +13,7 @@ def why_too_old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= OLDEST:
         return None
-    return f"{device} has compute capability {capability[0]}.{capability[1]}; wanted {OLDEST[0]}.{OLDEST[1]} or later"
+    return f"{device} has compute capability {capability[0]}.{capability[1]}; expected {OLDEST[0]}.{OLDEST[1]} or later"
 
 
 def check_alike(op: str, tensors: Mapping[str, Tensor]) -> None:
@@ -21,6 +21,6 @@ def check_alike(op: str, tensors: Mapping[str, Tensor]) -> None:
     q = next(iter(tensors.values()))
     for name, tensor in tensors.items():
         if not tensor.is_floating_point() or tensor.dtype != q.dtype:
-            raise TypeError(f"{op}: {name} is {tensor.dtype}; wanted {q.dtype} as q, a floating dtype")
+            raise TypeError(f"{op}: {name} is {tensor.dtype}; expected {q.dtype} as q, a floating dtype")
         if tensor.device != q.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, q on {q.device}")

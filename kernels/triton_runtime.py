@@ -35,7 +35,7 @@ def why_not_triton(what: str, device: torch.device) -> str | None:
     if device.type == "cpu" and interpreted():
         return None
     if device.type != "cuda":
-        return f"{what} on {device}; wanted cuda, or cpu with TRITON_INTERPRET=1"
+        return f"{what} on {device}; expected cuda, or cpu with TRITON_INTERPRET=1"
     return why_too_old(device) or _why_broken(device.index)
 
 

@@ -60,7 +60,7 @@ class PromptedVisionTransformer(VisionTransformer):
         deep = layers - 1 if deep_prompts is None else deep_prompts
         if prompts < 0 or not 0 <= deep < layers:
             raise ValueError(
-                f"prompts={prompts}, deep_prompts={deep_prompts}; wanted at least 0, and 0 to {layers - 1} layers"
+                f"prompts={prompts}, deep_prompts={deep_prompts}; expected at least 0, and 0 to {layers - 1} layers"
             )
         self.prompts = prompts
         self.bridge = None if bridge is None else (bridge[0], bridge[1])

@@ -252,7 +252,7 @@ def check(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str
     missing = sorted(set(wanted) - set(state))
     unexpected = sorted(set(state) - set(wanted))
     wrong = [
-        f"{k} is {list(state[k].shape)}, wanted {list(wanted[k].shape)}"
+        f"{k} is {list(state[k].shape)}, expected {list(wanted[k].shape)}"
         for k in wanted
         if k in state and state[k].shape != wanted[k].shape
     ]

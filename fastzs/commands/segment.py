@@ -182,7 +182,7 @@ def run(config: Namespace) -> int:
             f"{config.background}; give --background threshold, or no --threshold"
         )
     if not 0 <= (config.threshold or 0) <= 1:
-        raise ValueError(f"--threshold {config.threshold} is compared with scores; wanted 0 to 1")
+        raise ValueError(f"--threshold {config.threshold} is compared with scores; expected 0 to 1")
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.files import output_path
     from fastzs.locks import hold

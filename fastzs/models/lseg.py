@@ -189,7 +189,7 @@ class LSeg(TrainedModel):
         self.hooks = tuple(hooks or (depth * (i + 1) // 4 - 1 for i in range(4)))
         if len(self.hooks) != 4 or len(reassemble) != 4 or not all(0 <= i < depth for i in self.hooks):
             raise ValueError(
-                f"LSeg: wanted four hooks among the tower's {depth} blocks and four widths, got hooks={self.hooks}, "
+                f"LSeg: expected four hooks among the tower's {depth} blocks and four widths, got hooks={self.hooks}, "
                 f"reassemble={tuple(reassemble)}"
             )
         self.pretrained = Encoder(tower, width, reassemble, readout)
@@ -361,7 +361,7 @@ def _timm_tower(name: str, sizes: Mapping[str, Any] | None, pretrained: bool) ->
         try:
             named: Any = timm.create_model(name, pretrained=pretrained, num_classes=0)
         except RuntimeError as error:
-            raise WeightsError(f"LSeg: image={name!r}: {error}; wanted a ViT by timm's name, or 'clip'") from error
+            raise WeightsError(f"LSeg: image={name!r}: {error}; expected a ViT by timm's name, or 'clip'") from error
         except Exception as error:
             raise WeightsError(
                 f"LSeg: the weights of {name} could not be fetched ({type(error).__name__}); give pretrained=False to "

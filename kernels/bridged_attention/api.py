@@ -70,7 +70,7 @@ def bridged_attention(
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape:
         raise ValueError(
             f"bridged_attention: q, k and v are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
-            "wanted one shape [B, H, L, d]"
+            "expected one shape [B, H, L, d]"
         )
     if q.shape[2] != layout.length:
         raise ValueError(
@@ -84,7 +84,7 @@ def bridged_attention(
         if pk.shape != pv.shape or not fits:
             raise ValueError(
                 f"bridged_attention: prompt_kv is {list(pk.shape)}, {list(pv.shape)}; "
-                f"wanted [1 or {q.shape[0]}, {wanted[0]}, P, {wanted[1]}] for both"
+                f"expected [1 or {q.shape[0]}, {wanted[0]}, P, {wanted[1]}] for both"
             )
     split = None
     if layout.bridge is not None and q.device.type != "cpu":
@@ -116,8 +116,8 @@ def _why_not_triton(q: Tensor) -> str | None:
     if reason := why_not_triton("q is", q.device):
         return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
-    return None if q.shape[3] <= 128 else f"heads have size {q.shape[3]}; wanted at most 128"
+        return f"q is {q.dtype}; expected float32, bfloat16 or float16"
+    return None if q.shape[3] <= 128 else f"heads have size {q.shape[3]}; expected at most 128"
 
 
 __all__ = ["TokenLayout", "bridged_attention"]

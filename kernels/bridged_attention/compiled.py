@@ -24,7 +24,7 @@ def why_not_blocked(q: Tensor) -> str | None:
     if q.device.type != "cpu":
         return f"q is on {q.device}"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
+        return f"q is {q.dtype}; expected float32, bfloat16 or float16"
     if q.shape[3] not in HEAD_SIZES:
-        return f"heads have size {q.shape[3]}; wanted a multiple of 8 up to {HEAD_SIZES[-1]}"
+        return f"heads have size {q.shape[3]}; expected a multiple of 8 up to {HEAD_SIZES[-1]}"
     return None

@@ -34,7 +34,7 @@ class TokenLayout:
         if self.prefix < 0 or min(self.grid) < 1 or min(self.bridge or (1, 1)) < 1:
             raise ValueError(
                 f"token layout: prefix {self.prefix}, grid {self.grid}, bridge {self.bridge}; "
-                "wanted a prefix of at least 0, every other count at least 1"
+                "expected a prefix of at least 0, every other count at least 1"
             )
         if self.bridge and (self.bridge[0] > self.grid[0] or self.bridge[1] > self.grid[1]):
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 def why_not_xformers(q: Tensor) -> str | None:
     """Why xformers cannot take these queries ``[B, H, L, d]``, or None; what an import would tell is not asked here."""
     if q.device.type != "cuda":
-        return f"xformers has no attention for {q.device}; wanted cuda"
+        return f"xformers has no attention for {q.device}; expected cuda"
     return None if _installed() else "xformers is not installed"
 
 

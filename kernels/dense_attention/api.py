@@ -97,7 +97,7 @@ def dense_attention(
     for name, tensor in (("k", k), ("v", v)):
         if (tensor.dtype, tensor.device) != (q.dtype, q.device):
             raise ValueError(
-                f"dense_attention: {name} is {tensor.dtype} on {tensor.device}; wanted {q.dtype} on {q.device} as q"
+                f"dense_attention: {name} is {tensor.dtype} on {tensor.device}; expected {q.dtype} on {q.device} as q"
             )
     if q.shape[-2] < grid[0] * grid[1]:
         raise ValueError(f"dense_attention: {q.shape[-2]} tokens are fewer than the {grid[0]} x {grid[1]} patches")
@@ -158,8 +158,8 @@ def _why_not_triton(*tensors: Tensor) -> str | None:
     if reason := why_not_triton("q is", q.device):
         return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"q is {q.dtype}; wanted float32, bfloat16 or float16"
+        return f"q is {q.dtype}; expected float32, bfloat16 or float16"
     if q.shape[3] > 128:
-        return f"heads have size {q.shape[3]}; wanted at most 128"
+        return f"heads have size {q.shape[3]}; expected at most 128"
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return "the kernel has no gradient, and one is wanted" if wanted else None
+    return "the kernel has no gradient, and one is needed" if wanted else None

@@ -18,7 +18,7 @@ MISSING = why_missing("dense_attention", "cpu")
 def why_not_cpu(*tensors: Tensor) -> str | None:
     """None if it can take these queries, keys and values ``[B, H, L, d]``, else the reason."""
     wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return why_not_blocked(tensors[0]) or ("it has no gradient, and one is wanted" if wanted else MISSING)
+    return why_not_blocked(tensors[0]) or ("it has no gradient, and one is needed" if wanted else MISSING)
 
 
 def _fake(q, k, v, h, w, scale, std):

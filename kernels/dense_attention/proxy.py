@@ -47,11 +47,11 @@ def why_not_cpu(v: Tensor, affinity: Tensor) -> str | None:
     if v.device.type != "cpu":
         return f"v is on {v.device}"
     if v.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"v is {v.dtype}; wanted float32, bfloat16 or float16"
+        return f"v is {v.dtype}; expected float32, bfloat16 or float16"
     if v.shape[1] * v.shape[3] % 32:
-        return f"heads together have {v.shape[1] * v.shape[3]} channels; wanted a multiple of 32"
+        return f"heads together have {v.shape[1] * v.shape[3]} channels; expected a multiple of 32"
     if torch.is_grad_enabled() and (v.requires_grad or affinity.requires_grad):
-        return "it has no gradient, and one is wanted"
+        return "it has no gradient, and one is needed"
     return MISSING
 
 

@@ -33,11 +33,11 @@ def dropout(x: Tensor, rate: float, *, relu: bool = False, impl: str = "auto") -
         RuntimeError: ``impl`` cannot run here.
     """
     if not x.is_floating_point():
-        raise TypeError(f"dropout: x is {x.dtype}; wanted a floating dtype")
+        raise TypeError(f"dropout: x is {x.dtype}; expected a floating dtype")
     if x.ndim == 0:
-        raise ValueError("dropout: x has no dimension; wanted [..., C]")
+        raise ValueError("dropout: x has no dimension; expected [..., C]")
     if not 0 <= rate < 1:
-        raise ValueError(f"dropout: rate={rate}; wanted 0 to below 1")
+        raise ValueError(f"dropout: rate={rate}; expected 0 to below 1")
     reasons = {"cpu": why_not_cpu(x), "torch": None, "reference": None}
     if rate == 0:  # PyTorch gives x itself
         reasons = {"torch": None, **reasons}

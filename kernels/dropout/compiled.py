@@ -15,7 +15,7 @@ def why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"x is {x.dtype}; wanted float32, bfloat16 or float16"
+        return f"x is {x.dtype}; expected float32, bfloat16 or float16"
     return MISSING
 
 

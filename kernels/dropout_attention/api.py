@@ -45,12 +45,12 @@ def dropout_attention(
     if not fits:
         raise ValueError(
             f"dropout_attention: q, k and v are {list(q.shape)}, {list(k.shape)}, {list(v.shape)}; "
-            "wanted [B, H, Q, d] and twice [B, H, N, d]"
+            "expected [B, H, Q, d] and twice [B, H, N, d]"
         )
     if k.shape[2] == 0:
         raise ValueError(f"dropout_attention: k and v are {list(k.shape)}; expected at least 1 key")
     if not 0 <= dropout < 1:
-        raise ValueError(f"dropout_attention: dropout={dropout}; wanted 0 to below 1")
+        raise ValueError(f"dropout_attention: dropout={dropout}; expected 0 to below 1")
     backend = choose("dropout_attention", impl, {"cpu": why_not_cpu(q), "torch": None, "reference": None})
     if backend == "torch":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=float(dropout))

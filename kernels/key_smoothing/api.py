@@ -52,20 +52,20 @@ def key_smoothing(
     if keys.ndim != 3 or probs.ndim != 3 or keys.shape[0] != probs.shape[0] or keys.shape[1] != probs.shape[2]:
         raise ValueError(
             f"key_smoothing: keys has shape {tuple(keys.shape)} and probs {tuple(probs.shape)}; "
-            "wanted [B, N, D] and [B, C, N]"
+            "expected [B, N, D] and [B, C, N]"
         )
     if 0 in keys.shape or 0 in probs.shape:
         raise ValueError(f"key_smoothing: keys {tuple(keys.shape)} or probs {tuple(probs.shape)} is empty")
     if not (keys.is_floating_point() and probs.is_floating_point()):
-        raise TypeError(f"key_smoothing: keys is {keys.dtype} and probs {probs.dtype}; wanted floating point")
+        raise TypeError(f"key_smoothing: keys is {keys.dtype} and probs {probs.dtype}; expected floating point")
     if keys.device != probs.device:
-        raise ValueError(f"key_smoothing: keys is on {keys.device} and probs on {probs.device}; wanted one device")
+        raise ValueError(f"key_smoothing: keys is on {keys.device} and probs on {probs.device}; expected one device")
     if mode not in MODES:
         raise ValueError(f"key_smoothing: mode={mode!r} is unknown; use one of {', '.join(MODES)}")
     if mode == "paper" and threshold != 1.0:
         raise ValueError(f"key_smoothing: threshold={threshold} belongs to mode='official'; mode is 'paper'")
     if not math.isfinite(threshold):
-        raise ValueError(f"key_smoothing: threshold={threshold}; wanted a finite number")
+        raise ValueError(f"key_smoothing: threshold={threshold}; expected a finite number")
     backend = choose("key_smoothing", impl, _reasons(keys, probs))
     with torch.autocast(keys.device.type, enabled=False):
         if backend == "triton":
@@ -113,9 +113,9 @@ def _why_not_triton(keys: Tensor, probs: Tensor) -> str | None:
         return reason
     for name, tensor in (("keys", keys), ("probs", probs)):
         if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"{name} is {tensor.dtype}; wanted float32, bfloat16 or float16"
+            return f"{name} is {tensor.dtype}; expected float32, bfloat16 or float16"
     if keys.shape[2] > WIDEST_TRITON:
-        return f"the keys are {keys.shape[2]} wide; wanted at most {WIDEST_TRITON}"
+        return f"the keys are {keys.shape[2]} wide; expected at most {WIDEST_TRITON}"
     return None
 
 
@@ -137,7 +137,7 @@ def prompt_denoising(scores: Tensor, threshold: float) -> Tensor:
         ValueError: the shape or the threshold does not fit.
     """
     if scores.ndim != 3 or scores.shape[2] == 0:
-        raise ValueError(f"prompt_denoising: scores has shape {tuple(scores.shape)}; wanted [B, C, N], N at least 1")
+        raise ValueError(f"prompt_denoising: scores has shape {tuple(scores.shape)}; expected [B, C, N], N at least 1")
     if not math.isfinite(threshold):
-        raise ValueError(f"prompt_denoising: threshold={threshold}; wanted a finite number")
+        raise ValueError(f"prompt_denoising: threshold={threshold}; expected a finite number")
     return prompt_denoising_reference(scores, threshold)

@@ -81,23 +81,23 @@ def label_map(
         RuntimeError: ``impl`` cannot run here.
     """
     if logits.ndim != 4 or 0 in logits.shape:
-        raise ValueError(f"label_map: logits has shape {tuple(logits.shape)}; wanted [W, C, h, w], none of them 0")
+        raise ValueError(f"label_map: logits has shape {tuple(logits.shape)}; expected [W, C, h, w], none of them 0")
     if logits.dtype not in DTYPES:
-        raise TypeError(f"label_map: logits is {logits.dtype}; wanted float32, bfloat16, float16 or float64")
+        raise TypeError(f"label_map: logits is {logits.dtype}; expected float32, bfloat16, float16 or float64")
     classes = logits.shape[1]
     height, width = _size("image_size", image_size)
     out_height, out_width = (height, width) if output_size is None else _size("output_size", output_size)
     if activation not in ACTIVATIONS:
         raise ValueError(f"label_map: activation={activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
     if not 1 <= top_k <= classes:
-        raise ValueError(f"label_map: top_k={top_k}; wanted 1 to the number of classes, {classes}")
+        raise ValueError(f"label_map: top_k={top_k}; expected 1 to the number of classes, {classes}")
     if not math.isfinite(calibration):
-        raise ValueError(f"label_map: calibration={calibration}; wanted a finite number")
+        raise ValueError(f"label_map: calibration={calibration}; expected a finite number")
     if threshold is not None:
         low, high = (-math.inf, math.inf) if activation == "none" else (0.0, 1.0)
         if not (low <= threshold <= high and math.isfinite(threshold)):
             wanted = "a finite number" if activation == "none" else f"0 to 1 with activation={activation!r}"
-            raise ValueError(f"label_map: threshold={threshold}; wanted {wanted}")
+            raise ValueError(f"label_map: threshold={threshold}; expected {wanted}")
     count = classes + (threshold is not None)
     if count > INT16_LABELS:
         raise ValueError(f"label_map: expected at most {INT16_LABELS} labels, which are int16, got {count}")
@@ -133,13 +133,13 @@ def _why_not_triton(logits: Tensor, top_k: int) -> str | None:
         return reason
     if logits.dtype == torch.float64:
         return "the logits are float64"
-    return f"top_k is {top_k}; wanted 1" if top_k > 1 else None
+    return f"top_k is {top_k}; expected 1" if top_k > 1 else None
 
 
 def _size(name: str, size: Sequence[int]) -> tuple[int, int]:
     height, width = (int(n) for n in size) if len(size) == 2 else (0, 0)
     if height < 1 or width < 1:
-        raise ValueError(f"label_map: {name}={tuple(size)}; wanted (height, width), both at least 1")
+        raise ValueError(f"label_map: {name}={tuple(size)}; expected (height, width), both at least 1")
     return height, width
 
 
@@ -156,7 +156,7 @@ def _penalty(seen: Tensor | Sequence[int], calibration: float, classes: int, log
             return _kept_penalty(tuple(int(n) for n in seen), calibration, classes, dtype, logits.device)
     if seen.dtype == torch.bool:
         if seen.shape != (classes,):
-            raise ValueError(f"label_map: the seen mask has shape {tuple(seen.shape)}; wanted ({classes},)")
+            raise ValueError(f"label_map: the seen mask has shape {tuple(seen.shape)}; expected ({classes},)")
         return calibration * seen.to(logits.device, dtype)
     if seen.device.type == "cpu" and not torch.compiler.is_compiling():
         return _kept_penalty(tuple(seen.flatten().tolist()), calibration, classes, dtype, logits.device)
@@ -170,7 +170,7 @@ def _penalty_of(
 ) -> Tensor:
     wrong = [n for n in seen if not 0 <= n < classes]
     if wrong:
-        raise ValueError(f"label_map: seen names class {wrong[0]}; wanted 0 to {classes - 1}")
+        raise ValueError(f"label_map: seen names class {wrong[0]}; expected 0 to {classes - 1}")
     chosen = set(seen)
     return torch.tensor([calibration if n in chosen else 0.0 for n in range(classes)], dtype=dtype).to(device)
 
@@ -184,10 +184,10 @@ def _windows(windows: Tensor | Sequence[Sequence[int]], count: int) -> Tensor:
     try:
         given = torch.as_tensor(windows)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"label_map: windows is no table of numbers: {error}; wanted [{count}, 4]") from error
+        raise ValueError(f"label_map: windows is no table of numbers: {error}; expected [{count}, 4]") from error
     if given.is_floating_point() or given.shape != (count, 4):
         raise ValueError(
-            f"label_map: windows is {given.dtype} of shape {tuple(given.shape)}; wanted integers of shape "
+            f"label_map: windows is {given.dtype} of shape {tuple(given.shape)}; expected integers of shape "
             f"[{count}, 4], one (top, left, height, width) for each of the logits' windows"
         )
     return given.to("cpu", torch.int64)

@@ -29,7 +29,7 @@ def why_not_cuda(logits: Tensor, top_k: int) -> str | None:
     if logits.dtype == torch.float64:
         return "the logits are float64"
     if top_k > MOST_K:
-        return f"top_k is {top_k}; wanted up to {MOST_K}"
+        return f"top_k is {top_k}; expected up to {MOST_K}"
     return MISSING_CUDA or why_too_old(logits.device)
 
 

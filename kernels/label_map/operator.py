@@ -87,7 +87,7 @@ def check_windows(places: list[list[int]], height: int, width: int) -> None:
         if [window_height, window_width] != places[0][2:]:
             raise ValueError(
                 f"label_map: window {n} is {window_height} x {window_width}, the first {places[0][2]} x "
-                f"{places[0][3]}; wanted one size for all"
+                f"{places[0][3]}; expected one size for all"
             )
         inside = top >= 0 and left >= 0 and top + window_height <= height and left + window_width <= width
         if window_height < 1 or window_width < 1 or not inside:

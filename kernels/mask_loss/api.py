@@ -133,18 +133,18 @@ def _reasons(logits: torch.Tensor, target: torch.Tensor) -> dict[str, str | None
     if device != "cpu":
         cpu = f"the logits are on {device}"
     elif logits.shape[1] >= 32767:
-        cpu = f"there are {logits.shape[1]} classes; wanted fewer than 32767"
+        cpu = f"there are {logits.shape[1]} classes; expected fewer than 32767"
     if device != "cuda":
         cuda = f"the logits are on {device}"
     elif max(*logits.shape[2:], *target.shape[1:]) >= 65535:
-        cuda = f"{list(logits.shape[2:])} or {list(target.shape[1:])} is too large; wanted less than 65535"
+        cuda = f"{list(logits.shape[2:])} or {list(target.shape[1:])} is too large; expected less than 65535"
     elif cuda is None:
         cuda = why_too_old(logits.device)
     triton = why_not_triton("the logits are", logits.device)
     if triton is None and target.shape[2] > 128 * logits.shape[3]:
-        triton = f"{logits.shape[3]} columns become {target.shape[2]}; wanted at most 128 times as many"
+        triton = f"{logits.shape[3]} columns become {target.shape[2]}; expected at most 128 times as many"
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        cpu = cuda = triton = f"the logits are {logits.dtype}; wanted float32, bfloat16 or float16"
+        cpu = cuda = triton = f"the logits are {logits.dtype}; expected float32, bfloat16 or float16"
     return {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": None}
 
 
@@ -170,25 +170,25 @@ def _mean_over_ranks(count: torch.Tensor) -> torch.Tensor:
 def _validate(logits, target, alpha, gamma, ignore_index) -> None:
     for name, tensor, dims in (("logits", logits, "[B, C, h, w]"), ("target", target, "[B, H, W]")):
         if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"mask_loss: {name} is {type(tensor).__name__}; wanted a tensor {dims}")
+            raise TypeError(f"mask_loss: {name} is {type(tensor).__name__}; expected a tensor {dims}")
         if tensor.dim() != dims.count(",") + 1 or tensor.numel() == 0:
             raise ValueError(
-                f"mask_loss: {name} has shape {list(tensor.shape)}; wanted {dims} with every size at least 1"
+                f"mask_loss: {name} has shape {list(tensor.shape)}; expected {dims} with every size at least 1"
             )
     if not logits.is_floating_point():
-        raise TypeError(f"mask_loss: logits are {logits.dtype}; wanted float32, bfloat16 or float16")
+        raise TypeError(f"mask_loss: logits are {logits.dtype}; expected float32, bfloat16 or float16")
     if target.dtype not in TARGET_DTYPES:
-        raise TypeError(f"mask_loss: target is {target.dtype}; wanted uint8, int16, int32 or int64")
+        raise TypeError(f"mask_loss: target is {target.dtype}; expected uint8, int16, int32 or int64")
     if logits.shape[0] != target.shape[0]:
         raise ValueError(
             f"mask_loss: logits {list(logits.shape)} and target {list(target.shape)} differ in batch size; "
-            "wanted [B, C, h, w] and [B, H, W]"
+            "expected [B, C, h, w] and [B, H, W]"
         )
     if logits.device != target.device:
         raise ValueError(f"mask_loss: logits are on {logits.device}, target is on {target.device}")
     if not -(2**31) <= ignore_index < 2**31:
-        raise ValueError(f"mask_loss: ignore_index is {ignore_index}; wanted a 32-bit integer")
+        raise ValueError(f"mask_loss: ignore_index is {ignore_index}; expected a 32-bit integer")
     if not 0 <= alpha <= 1:
-        raise ValueError(f"mask_loss: alpha is {alpha}; wanted a number in [0, 1]")
+        raise ValueError(f"mask_loss: alpha is {alpha}; expected a number in [0, 1]")
     if not 0 <= gamma < math.inf:
-        raise ValueError(f"mask_loss: gamma is {gamma}; wanted a finite number of at least 0")
+        raise ValueError(f"mask_loss: gamma is {gamma}; expected a finite number of at least 0")

@@ -33,5 +33,5 @@ def check_labels(target: torch.Tensor, C: int, ignore_index: int) -> None:
     elif wrong.any():
         label = target[wrong][0].item()
         raise RuntimeError(
-            f"mask_loss: target holds label {label}; wanted labels in [0, {C}) or ignore_index={ignore_index}"
+            f"mask_loss: target holds label {label}; expected labels in [0, {C}) or ignore_index={ignore_index}"
         )

@@ -19,7 +19,7 @@ def why_not_cpu(x: Tensor) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {x.dtype}; wanted float32 or bfloat16"
+        return f"x is {x.dtype}; expected float32 or bfloat16"
     if x.requires_grad and torch.is_grad_enabled():
         return "it has no gradient"
     return MISSING

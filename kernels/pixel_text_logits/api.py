@@ -73,7 +73,7 @@ def reasons(features: torch.Tensor, dtype: torch.dtype) -> dict[str, str | None]
     triton = why_not_triton("the features are", features.device)
     for seen in (features.dtype, dtype):
         if seen not in (torch.float32, torch.bfloat16, torch.float16):
-            cpu = cuda = triton = f"the features are {seen}; wanted float32, bfloat16 or float16"
+            cpu = cuda = triton = f"the features are {seen}; expected float32, bfloat16 or float16"
     return {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": None}
 
 
@@ -82,17 +82,17 @@ def validate(features: torch.Tensor, text: torch.Tensor, scale: float) -> None:
     for name, tensor, dims in (("features", features, "[B, D, h, w]"), ("text", text, "[C, D]")):
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             seen = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"pixel_text_logits: {name} is {seen}; wanted a floating-point tensor {dims}")
+            raise TypeError(f"pixel_text_logits: {name} is {seen}; expected a floating-point tensor {dims}")
         if tensor.dim() != dims.count(",") + 1:
-            raise ValueError(f"pixel_text_logits: {name} has shape {list(tensor.shape)}; wanted {dims}")
+            raise ValueError(f"pixel_text_logits: {name} has shape {list(tensor.shape)}; expected {dims}")
     if features.shape[1] != text.shape[1] or text.shape[1] == 0:
         raise ValueError(
             f"pixel_text_logits: features {list(features.shape)} have {features.shape[1]} channels and text "
-            f"{list(text.shape)} has {text.shape[1]}; wanted [B, D, h, w] and [C, D] with the same D > 0"
+            f"{list(text.shape)} has {text.shape[1]}; expected [B, D, h, w] and [C, D] with the same D > 0"
         )
     if features.device != text.device:
         raise ValueError(f"pixel_text_logits: features are on {features.device}, text is on {text.device}")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"pixel_text_logits: scale is {type(scale).__name__}; wanted a number")
+        raise TypeError(f"pixel_text_logits: scale is {type(scale).__name__}; expected a number")
     if not math.isfinite(scale):
-        raise ValueError(f"pixel_text_logits: scale is {scale}; wanted a finite number")
+        raise ValueError(f"pixel_text_logits: scale is {scale}; expected a finite number")

@@ -18,7 +18,7 @@ def why_not_cpu(logits: Tensor, dilations: tuple[int, ...]) -> str | None:
     if logits.dtype == torch.float64:
         return "the logits are float64"
     if len(dilations) > MOST_DILATIONS:
-        return f"there are {len(dilations)} dilations; wanted at most {MOST_DILATIONS}"
+        return f"there are {len(dilations)} dilations; expected at most {MOST_DILATIONS}"
     return MISSING
 
 

@@ -137,7 +137,7 @@ def test_weights_that_do_not_fit_name_the_keys(folder, tmp_path):
     cases = {
         "missing: proj": {k: v for k, v in tensors.items() if k != "visual.proj"},
         "unexpected: extra": tensors | {"visual.extra": torch.zeros(1)},
-        r"of another shape: proj is \[32, 8\], wanted \[32, 16\]": tensors | {"visual.proj": torch.zeros(32, 8)},
+        r"of another shape: proj is \[32, 8\], expected \[32, 16\]": tensors | {"visual.proj": torch.zeros(32, 8)},
         "NaN or infinite values in proj": tensors | {"visual.proj": torch.full((32, 16), torch.nan)},
         "NaN or infinite values in conv1.weight": tensors
         | {"visual.conv1.weight": tensors["visual.conv1.weight"].index_fill(0, torch.tensor(3), torch.inf)},

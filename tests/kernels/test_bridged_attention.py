@@ -235,13 +235,13 @@ def test_bad_inputs():
     x, y, p = torch.zeros(2, 3, 6, 8), torch.zeros(2, 3, 7, 8), torch.zeros(3, 3, 4, 8)
     with pytest.raises(ValueError, match=r"7 tokens, but the layout has .*: 6"):
         bridged_attention(y, y, y, layout)
-    with pytest.raises(ValueError, match="wanted one shape"):
+    with pytest.raises(ValueError, match="expected one shape"):
         bridged_attention(x, x, x[..., :4], layout)
-    with pytest.raises(TypeError, match=r"v is torch\.float64; wanted torch\.float32"):
+    with pytest.raises(TypeError, match=r"v is torch\.float64; expected torch\.float32"):
         bridged_attention(x, x, x.double(), layout)
     with pytest.raises(ValueError, match="k is on meta"):
         bridged_attention(x, x.to("meta"), x, layout)
-    with pytest.raises(ValueError, match=r"wanted \[1 or 2, 3, P, 8\]"):
+    with pytest.raises(ValueError, match=r"expected \[1 or 2, 3, P, 8\]"):
         bridged_attention(x, x, x, layout, prompt_kv=(p, p))
     with pytest.raises(RuntimeError, match="no such backend"):
         bridged_attention(x, x, x, layout, impl="cuda")

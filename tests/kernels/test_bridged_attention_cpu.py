@@ -225,7 +225,11 @@ def test_second_derivative_raises():
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "reason"),
-    [(torch.float64, 32, r"q is torch\.float64"), (f32, 36, "size 36"), (f32, 136, "size 136; wanted a multiple of 8")],
+    [
+        (torch.float64, 32, r"q is torch\.float64"),
+        (f32, 36, "size 36"),
+        (f32, 136, "size 136; expected a multiple of 8"),
+    ],
 )
 def test_what_it_cannot_take_goes_elsewhere(dtype, dim, reason, monkeypatch):
     monkeypatch.delenv("FASTZS_IMPL", raising=False)
@@ -250,4 +254,4 @@ def test_auto_takes_what_was_measured_best(wide, taken, monkeypatch):
     (choice,) = choices
     assert choice.backend == taken
     assert set(choice.reasons) == {"cpu", "split", "reference", "triton", "xformers"}
-    assert choice.reasons["xformers"] == "xformers has no attention for cpu; wanted cuda"
+    assert choice.reasons["xformers"] == "xformers has no attention for cpu; expected cuda"

@@ -211,13 +211,13 @@ def test_auto(dtype, rate, taken, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"x": torch.ones(3).int()}, TypeError, "x is torch.int32; wanted a floating dtype"),
+        ({"x": torch.ones(3).int()}, TypeError, "x is torch.int32; expected a floating dtype"),
         ({"x": torch.tensor(1.0)}, ValueError, "x has no dimension"),
-        ({"rate": 1.0}, ValueError, "rate=1.0; wanted 0 to below 1"),
+        ({"rate": 1.0}, ValueError, "rate=1.0; expected 0 to below 1"),
         ({"rate": -0.1}, ValueError, "rate=-0.1"),
         ({"rate": float("nan")}, ValueError, "rate=nan"),
         ({"impl": "triton"}, RuntimeError, "no such backend"),
-        ({"x": torch.ones(3).double(), "impl": "cpu"}, RuntimeError, "x is torch.float64; wanted float32"),
+        ({"x": torch.ones(3).double(), "impl": "cpu"}, RuntimeError, "x is torch.float64; expected float32"),
         ({"x": torch.ones(3, device="meta"), "impl": "cpu"}, RuntimeError, "x is on meta"),
     ],
 )

@@ -205,13 +205,13 @@ def test_evaluation_leaves_the_generator_alone(impl):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"k": torch.ones(2, 3, 5, 8)}, ValueError, r"\[2, 3, 4, 8\], \[2, 3, 5, 8\], \[2, 3, 4, 8\]; wanted"),
+        ({"k": torch.ones(2, 3, 5, 8)}, ValueError, r"\[2, 3, 4, 8\], \[2, 3, 5, 8\], \[2, 3, 4, 8\]; expected"),
         ({"q": torch.ones(3, 4, 8)}, ValueError, r"\[3, 4, 8\]"),
-        ({"v": torch.ones(2, 3, 4, 8).half()}, TypeError, "v is torch.float16; wanted torch.float32"),
+        ({"v": torch.ones(2, 3, 4, 8).half()}, TypeError, "v is torch.float16; expected torch.float32"),
         ({"q": torch.ones(2, 3, 4, 8).int()}, TypeError, "q is torch.int32"),
         ({"k": torch.ones(2, 3, 4, 8, device="meta")}, ValueError, "k is on meta, q on cpu"),
         (dict.fromkeys("kv", torch.ones(2, 3, 0, 8)), ValueError, r"\[2, 3, 0, 8\]; expected at least 1 key"),
-        ({"dropout": 1.0}, ValueError, "dropout=1.0; wanted 0 to below 1"),
+        ({"dropout": 1.0}, ValueError, "dropout=1.0; expected 0 to below 1"),
         ({"dropout": -0.1}, ValueError, "dropout=-0.1"),
         ({"dropout": float("nan")}, ValueError, "dropout=nan"),
         ({"impl": "triton"}, RuntimeError, "no such backend"),

@@ -220,7 +220,7 @@ def test_prompt_denoising():
     ("change", "error", "words"),
     [
         ({"keys": torch.ones(2, 5, 4)}, ValueError, r"keys has shape \(2, 5, 4\) and probs \(1, 3, 5\)"),
-        ({"keys": torch.ones(1, 6, 4)}, ValueError, "wanted \\[B, N, D\\]"),
+        ({"keys": torch.ones(1, 6, 4)}, ValueError, "expected \\[B, N, D\\]"),
         ({"keys": torch.ones(1, 5, 0)}, ValueError, "empty"),
         ({"keys": torch.ones(1, 5, 4, dtype=torch.int64)}, TypeError, "int64"),
         ({"mode": "both"}, ValueError, "mode='both'"),

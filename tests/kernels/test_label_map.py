@@ -417,12 +417,12 @@ def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypa
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"logits": torch.ones(2, 3, 4)}, ValueError, r"\(2, 3, 4\); wanted \[W, C, h, w\]"),
+        ({"logits": torch.ones(2, 3, 4)}, ValueError, r"\(2, 3, 4\); expected \[W, C, h, w\]"),
         ({"logits": torch.ones(2, 0, 4, 4)}, ValueError, "none of them 0"),
         ({"logits": torch.ones(2, 3, 4, 4, dtype=torch.int32)}, TypeError, "int32"),
         ({"windows": [(0, 0, 8, 8)]}, ValueError, r"\[2, 4\]"),
         ({"windows": [(0.0, 0.0, 8.0, 8.0)] * 2}, ValueError, "float32"),
-        ({"windows": [(0, 0, 8, 8), (0, 4, 8)]}, ValueError, r"label_map: windows .*wanted \[2, 4\]"),
+        ({"windows": [(0, 0, 8, 8), (0, 4, 8)]}, ValueError, r"label_map: windows .*expected \[2, 4\]"),
         ({"windows": [(0, 0, 8, 8), (0, 4, 8, 6)]}, ValueError, "window 1 is 8 x 6, the first 8 x 8"),
         ({"windows": [(0, 0, 8, 8), (0, 5, 8, 8)]}, ValueError, "window 1 .top 0, left 5.* 8 x 12"),
         ({"windows": [(0, -1, 8, 8), (0, 4, 8, 8)]}, ValueError, "left -1"),
@@ -436,7 +436,7 @@ def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypa
         ({"top_k": 0}, ValueError, "top_k=0"),
         ({"top_k": 4}, ValueError, "top_k=4"),
         ({"calibration": float("nan")}, ValueError, "calibration=nan"),
-        ({"threshold": 1.5}, ValueError, "threshold=1.5; wanted 0 to 1"),
+        ({"threshold": 1.5}, ValueError, "threshold=1.5; expected 0 to 1"),
         ({"threshold": float("nan")}, ValueError, "threshold=nan"),
         ({"threshold": float("inf"), "activation": "none"}, ValueError, "finite"),
         (
@@ -446,7 +446,7 @@ def test_the_library_copies_logits_from_another_device_and_labels_to_it(monkeypa
         ),
         ({"seen": [0, 3]}, ValueError, "seen names class 3"),
         ({"seen": [-1]}, ValueError, "seen names class -1"),
-        ({"seen": torch.ones(4, dtype=torch.bool)}, ValueError, r"\(4,\); wanted \(3,\)"),
+        ({"seen": torch.ones(4, dtype=torch.bool)}, ValueError, r"\(4,\); expected \(3,\)"),
         ({"impl": "gpu"}, ValueError, "impl='gpu'"),
         ({"impl": "cpu", "logits": torch.ones(2, 3, 4, 4).double()}, RuntimeError, "float64"),
     ],

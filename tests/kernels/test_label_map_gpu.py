@@ -65,5 +65,5 @@ def test_bitwise_repeatable(impl):
 
 @pytest.mark.skipif(compiled.MISSING_CUDA is not None, reason=str(compiled.MISSING_CUDA))
 def test_too_many_ranks():
-    with pytest.raises(RuntimeError, match="top_k is 9; wanted up to 8"):
+    with pytest.raises(RuntimeError, match="top_k is 9; expected up to 8"):
         label_map(torch.zeros(1, 9, 2, 2, device="cuda"), [(0, 0, 4, 4)], (4, 4), top_k=9, impl="cuda")

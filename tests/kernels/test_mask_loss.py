@@ -126,8 +126,8 @@ def test_normaliser_is_averaged_over_ranks(tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda z, t: ((z[0], t), {}), ValueError, r"logits has shape \[4, 3, 4\]; wanted \[B, C, h, w\]"),
-        (lambda z, t: ((z, t[0]), {}), ValueError, r"target has shape \[12, 16\]; wanted \[B, H, W\]"),
+        (lambda z, t: ((z[0], t), {}), ValueError, r"logits has shape \[4, 3, 4\]; expected \[B, C, h, w\]"),
+        (lambda z, t: ((z, t[0]), {}), ValueError, r"target has shape \[12, 16\]; expected \[B, H, W\]"),
         (lambda z, t: ((z[:0], t[:0]), {}), ValueError, r"logits has shape \[0, 4, 3, 4\].*at least 1"),
         (lambda z, t: ((z[:, :0], t), {}), ValueError, r"logits has shape \[2, 0, 3, 4\].*at least 1"),
         (lambda z, t: ((z, t[:, :0]), {}), ValueError, r"target has shape \[2, 0, 16\].*at least 1"),
@@ -154,7 +154,7 @@ def test_bad_input(change, error, words):
 def test_label_out_of_range(label):
     logits, target = case()
     target[1, 2, 3] = label
-    with pytest.raises(RuntimeError, match=f"target holds label {label}; wanted labels in"):
+    with pytest.raises(RuntimeError, match=f"target holds label {label}; expected labels in"):
         mask_loss(logits, target, impl="reference")
 
 

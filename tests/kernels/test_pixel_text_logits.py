@@ -106,8 +106,8 @@ def test_empty_batch_and_no_classes():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda f, t: (f[0], t), ValueError, r"features has shape \[12, 3, 4\]; wanted \[B, D, h, w\]"),
-        (lambda f, t: (f, t[0]), ValueError, r"text has shape \[12\]; wanted \[C, D\]"),
+        (lambda f, t: (f[0], t), ValueError, r"features has shape \[12, 3, 4\]; expected \[B, D, h, w\]"),
+        (lambda f, t: (f, t[0]), ValueError, r"text has shape \[12\]; expected \[C, D\]"),
         (lambda f, t: (f, t[:, :7]), ValueError, r"12 channels and text \[5, 7\] has 7"),
         (lambda f, t: (f[:, :0], t[:, :0]), ValueError, "same D > 0"),
         (lambda f, t: (f.long(), t), TypeError, "features is torch.int64"),

@@ -24,7 +24,7 @@ def test_in_the_interpreter():
 
 @pytest.mark.skipif(INTERPRETED, reason="there is an interpreter")
 def test_cpu_tensors_need_the_interpreter():
-    with pytest.raises(RuntimeError, match="the features are on cpu; wanted cuda"):
+    with pytest.raises(RuntimeError, match="the features are on cpu; expected cuda"):
         pixel_text_logits(*inputs(), impl="triton")
 
 
@@ -150,7 +150,7 @@ def test_autocast_multiplies_in_float16():
 
 @interpreted
 def test_double_features_are_refused():
-    with pytest.raises(RuntimeError, match=r"the features are torch.float64; wanted float32"):
+    with pytest.raises(RuntimeError, match=r"the features are torch.float64; expected float32"):
         pixel_text_logits(*inputs(dtype=torch.float64), impl="triton")
 
 

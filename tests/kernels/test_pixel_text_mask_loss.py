@@ -152,7 +152,7 @@ def test_second_derivative_raises():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (lambda f, t, y: (f[0], t, y), ValueError, r"features has shape \[16, 3, 4\]; wanted \[B, D, h, w\]"),
+        (lambda f, t, y: (f[0], t, y), ValueError, r"features has shape \[16, 3, 4\]; expected \[B, D, h, w\]"),
         (lambda f, t, y: (f, t[:, :7], y), ValueError, r"16 channels and text \[5, 7\] has 7"),
         (lambda f, t, y: (f, t[:0], y), ValueError, r"logits has shape \[2, 0, 3, 4\].*at least 1"),
         (lambda f, t, y: (f[:0], t, y[:0]), ValueError, r"logits has shape \[0, 5, 3, 4\].*at least 1"),
