@@ -6,6 +6,7 @@ import importlib.util
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
@@ -236,6 +237,18 @@ def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
         ) from error
     except Exception as error:  # of broken headers; see _from_pil
         raise ImageError(f"{name}: cannot be read: {error}") from error
+
+
+def limit_pixels(most: int) -> None:
+    """Read images of at most ``most`` pixels in this process, without a word about large ones among them.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+    if most < 1:
+        raise ValueError(f"max_pixels must be at least 1, got {most}")
+    Image.MAX_IMAGE_PIXELS = (most + 1) // 2  # Pillow's error comes at twice its warning
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def know_heif(name: str) -> None:

@@ -14,9 +14,9 @@ class ProgressBar:
     """
 
     def __init__(self, title: str, unit: str, *, shown: bool = True):
-        self.unit = unit
+        self.title, self.unit = title, unit
         self.bar = Progress(
-            TextColumn(title, markup=False),
+            TextColumn("{task.fields[title]}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -35,7 +35,7 @@ class ProgressBar:
 
     def start(self, total: int) -> None:
         """Begin with 0 of ``total``."""
-        self.task = self.bar.add_task("", total=total, rate="")
+        self.task = self.bar.add_task("", total=total, rate="", title=self.title)
 
     def advance(self, steps: int = 1) -> None:
         """Count ``steps`` as done."""

@@ -91,8 +91,13 @@ class Questions:
             ValueError: names or settings that do not fit.
         """
         vocabulary = names if isinstance(names, Vocabulary) else Vocabulary(names)
+        if background_names is not None and background != "prompt":
+            raise ValueError(
+                f"background_names is what background='prompt' looks for, but background is {background!r}"
+            )
         if background == "prompt":
-            vocabulary = vocabulary.with_class("background", background_names or background_words(self.model))
+            words = background_words(self.model) if background_names is None else background_names
+            vocabulary = vocabulary.with_class("background", words)
         elif background == "threshold":
             if self.model.activation in ("softmax", "cosine") and len(vocabulary.phrases) == 1:
                 raise ValueError(

@@ -35,7 +35,7 @@ def started() -> tuple[int, int]:
     if world > 1 and missing:
         raise ValueError(
             f"the environment says that this is process {rank} of {world} (RANK, WORLD_SIZE), so most of the "
-            f"work would be left to the others, but {' and '.join(missing)} of torchrun is not there; "
+            f"work would be left to the others, but torchrun would also have set {' and '.join(missing)}; "
             "start the command with torchrun, or unset RANK and WORLD_SIZE"
         )
     return rank, world

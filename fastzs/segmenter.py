@@ -99,11 +99,6 @@ class Segmenter:
         self.batch_size = batch_size
         self.long_side: int | None = None
         self.antialias = True
-        parameter = next(model.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        scale = torch.tensor(model.std, device=self.device) * 255
-        self._mean = (torch.tensor(model.mean, device=self.device) * 255)[:, None, None]
-        self._scale = scale[:, None, None]
         self._questions = Questions(model)
         self.optimized = False
         self._loaded = self._writes()
@@ -138,6 +133,16 @@ class Segmenter:
         """Undo :meth:`optimize`, for torch.compile for instance."""
         unpack(self.model)
         self.optimized = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's parameters."""
+        return next(self.model.parameters()).dtype
 
     @property
     def precision(self) -> str:
@@ -395,7 +400,10 @@ class Segmenter:
         return {"regions": torch.stack(list(regions)).to(self.device)} if regions and self.model.takes_regions else {}
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return ((images.to(self.device, torch.float32) - self._mean) / self._scale).to(self.dtype)
+        mean, std = (
+            torch.tensor(some, device=self.device)[:, None, None] for some in (self.model.mean, self.model.std)
+        )
+        return ((images.to(self.device, torch.float32) - mean * 255) / (std * 255)).to(self.dtype)
 
     def _decode(self, features: Features, question: Question) -> Tensor:
         """Class maps of windows, fp32 [W, C, h, w]."""

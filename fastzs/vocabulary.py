@@ -150,7 +150,7 @@ class Vocabulary:
         for row, vector in enumerate(vectors.numpy()):
             other = first.setdefault(vector.tobytes(), row)
             if self.groups[other] != self.groups[row]:
-                one, two = (_short(self.phrases[i]) for i in (other, row))
+                one, two = (f"class {self.groups[i]}, {_short(self.phrases[i])}," for i in (other, row))
                 raise ValueError(
                     f"vocabulary: the text tower reads {one} and {two} as the same text, so the second could "
                     "never win; shorten them, or tell them apart at their beginning"
@@ -166,6 +166,8 @@ class Vocabulary:
         """
         if isinstance(phrases, str):
             raise ValueError(f"vocabulary: expected a list of names for {name!r}, got the single text {phrases!r}")
+        if not phrases:
+            raise ValueError(f"vocabulary: expected names for {name!r}, got none")
         if self.embeddings is not None:
             raise ValueError(f"vocabulary: {name!r} cannot be added to embeddings given as an array; add its row there")
         taken = {normal_name(phrase) for phrase in (*self.names, *self.phrases)}
@@ -239,6 +241,8 @@ def _named(entries: Iterable[Any] | Mapping[Any, Any]) -> Iterator[tuple[str, Se
             entries = list(entries.values())
         else:
             entries = [entries]
+    if isinstance(entries, set | frozenset):
+        raise ValueError("vocabulary: expected a list of names, got a set, which has no order; use sorted(...)")
     for entry in entries:
         if not isinstance(entry, str | Mapping):
             raise ValueError(

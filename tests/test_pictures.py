@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastzs.pictures import ImageError, find_pictures, read_picture, split_batch
+from fastzs.pictures import ImageError, find_pictures, limit_pixels, read_picture, split_batch
 from fastzs.result import Segmentation
 
 OLD = pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow below 13 cannot read the YCbCr TIFF that it writes")
@@ -231,6 +231,19 @@ def test_decompression_bomb_guard(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
     with pytest.raises(ImageError, match=r"bomb\.png: has more than .* pixels, the most that is read"):
         read_picture(tmp_path / "bomb.png")
+
+
+def test_a_limit_on_pixels_is_without_a_warning(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.new("1", (300, 300)).save(tmp_path / "large.png")
+    limit_pixels(90_000)
+    assert read_picture(tmp_path / "large.png").shape == (3, 300, 300)
+    assert not recwarn.list
+    limit_pixels(89_000)
+    with pytest.raises(ImageError, match="more than 89,000 pixels"):
+        read_picture(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        limit_pixels(0)
 
 
 def test_8192_squared_is_within_the_guard():

@@ -138,6 +138,8 @@ def test_background_modes(picture):
         ({"threshold": 0.5}, "background='threshold' asks for, but background is 'none'"),
         ({"background": "prompt", "background_names": ["Cat"], "names": ["cat"]}, "is a class already: Cat"),
         ({"names": []}, "no class names"),
+        ({"background_names": ["sky"]}, "what background='prompt' looks for, but background is 'none'"),
+        ({"background": "prompt", "background_names": []}, "expected names for 'background', got none"),
         ({"names": ["cat", "CAT"]}, "same name"),
     ],
 )
@@ -171,6 +173,15 @@ def test_bf16_agrees_with_fp32_up_to_its_rounding(picture):
     a, b = exact(picture, NAMES, scores=True), rounded(picture, NAMES, scores=True)
     assert (a.labels == b.labels).float().mean() > 0.9  # measured: 0.98
     assert b.scores.dtype == torch.float32
+
+
+def test_a_model_that_is_cast_later_is_what_it_says(picture):
+    seg = segmenter()
+    wanted = seg(picture, NAMES, scores=True)
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.bfloat16, 0.1)):
+        seg.model.to(dtype)
+        assert (seg.dtype, seg.precision) == (dtype, str(dtype).removeprefix("torch."))
+        torch.testing.assert_close(seg(picture, NAMES, scores=True).scores, wanted.scores, atol=tolerance, rtol=0)
 
 
 def test_auto_precision_is_what_the_machine_multiplies():

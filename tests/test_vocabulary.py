@@ -43,6 +43,7 @@ def test_names_synonyms_and_groups():
         (["dining  table", "dining table"], "same name"),
         (["cat", {"animal": ["CAT"]}], "same name"),
         ("cat", "single string"),
+        ({"cat", "dog"}, "got a set, which has no order"),
     ],
 )
 def test_bad_names_are_refused(entries, message):
@@ -280,7 +281,9 @@ class TestShapesOfNames:
         monkeypatch.setenv("FASTZS_CACHE", str(tmp_path))
         tower = clip.load("ViT-B-32", "random")
         start = "a very long story " * 40
-        with pytest.raises(ValueError, match=r"reads 'a very long .*' and 'a very long .*' as the same text"):
+        with pytest.raises(
+            ValueError, match=r"reads class 0, 'a very long .*', and class 1, 'a very long .*', as the same text"
+        ):
             Vocabulary([f"{start} of cats", f"{start} of dogs"]).embed(tower)
         assert "the text tower reads only the beginning of 'a photo of a a very long" in caplog.text
         Vocabulary([f"{start} of cats", "dogs"]).embed(tower)

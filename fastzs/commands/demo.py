@@ -45,13 +45,12 @@ def run(config: Namespace) -> int:
     for name in ("max_megabytes", "max_pixels"):
         if not config[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {config[name]}")
-    from PIL import Image
-
     from fastzs.demo.answers import Answers
     from fastzs.demo.page import mount
     from fastzs.demo.server import HOST, application, listen, serve
+    from fastzs.pictures import limit_pixels
 
-    Image.MAX_IMAGE_PIXELS = (config.max_pixels + 1) // 2  # Pillow's error comes at twice its warning
+    limit_pixels(config.max_pixels)
     listening = listen(config.port)  # before the model, so that a busy port is said at once
     names = ("backbone", "weights", "checkpoint", "device", "precision")
     answers = Answers(config.model, **{name: config[name] for name in names})

@@ -120,9 +120,9 @@ class Job:
     def read(self, picture: Path) -> "View":
         """One image, in any thread."""
         if self.max_pixels is not None:
-            from PIL import Image
+            from fastzs.pictures import limit_pixels
 
-            Image.MAX_IMAGE_PIXELS = (self.max_pixels + 1) // 2  # Pillow's error comes at twice its warning
+            limit_pixels(self.max_pixels)
         return self.segmenter.view(picture, self.regions)
 
     def label(self, images: "Iterable[View]") -> "Iterator[Segmentation]":
@@ -183,6 +183,8 @@ def run(config: Namespace) -> int:
         )
     if not 0 <= (config.threshold or 0) <= 1:
         raise ValueError(f"--threshold {config.threshold} is compared with scores; expected 0 to 1")
+    if config.max_pixels is not None and config.max_pixels < 1:
+        raise ValueError(f"--max-pixels must be at least 1, got {config.max_pixels}")
     # Before the model, so that what is asked for wrongly is said at once.
     from fastzs.files import output_path
     from fastzs.locks import hold

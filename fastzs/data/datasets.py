@@ -23,8 +23,6 @@ from typing import NamedTuple, Self
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -37,8 +35,10 @@ from fastzs.data.masks import DataError, Labels, Meaning, read_mask
 from fastzs.data.protocols import WIDE_IGNORE, Protocol
 from fastzs.files import check_file, read_text, write_atomically
 from fastzs.pictures import HEIF, SUFFIXES, ImageError, know_heif, read_picture, visible_files
+from fastzs.progress import ProgressBar
 
 Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
+QUIET = 2000  # images that are checked without a progress bar
 TOLD = 5  # problems that a message names; the rest are counted
 
 
@@ -145,15 +145,12 @@ class PairsDataset(Dataset[Sample]):
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             # one after the other in the order of the pairs, decoded at the same time
             results = pool.map(partial(self._problem, used=used), self.pairs)
-            steps = track(
-                results,
-                f"checking {self.what}",
-                total=len(self.pairs),
-                console=Console(stderr=True),
-                disable=len(self.pairs) < 2000,
-                transient=True,
-            )
-            problems = [problem for problem in steps if problem]
+            problems = []
+            with ProgressBar(f"checking {self.what}", "image", shown=len(self.pairs) >= QUIET) as progress:
+                progress.start(len(self.pairs))
+                for problem in results:
+                    problems += [problem] if problem else []
+                    progress.advance()
         if problems:
             raise DataError(_report(self.what, "pictures or masks cannot be used", problems))
         if doubt := self.labels.doubt(used):

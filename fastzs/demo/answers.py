@@ -157,7 +157,7 @@ class Answers:
                 features,
                 entries,
                 background=background,
-                threshold=threshold or None,
+                threshold=threshold or None if background == "threshold" else None,
                 scores=True,
             )
             seconds = time.perf_counter() - begun
