@@ -322,6 +322,7 @@ print(peak_megabytes(run, "cpu"))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("impl", "classes", "nodes", "bound"), [("reference", 300, 8, 100), ("cpu", 300, 8, 10), ("cpu", 847, 32, 10)]
 )
