@@ -208,7 +208,7 @@ def test_an_image_is_encoded_once_and_labelled_with_many_names(picture, monkeypa
                 got = seg.label(features, names, scores=True, background="prompt")
                 assert got.names == want.names
                 assert torch.equal(got.labels, want.labels)
-                assert torch.equal(got.scores, want.scores)
+                torch.testing.assert_close(got.scores, want.scores)  # a PyTorch product may round by its alignment
                 assert torch.equal(got.image, picture)
 
 
