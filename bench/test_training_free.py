@@ -7,43 +7,77 @@ windows stitched before the last block, which then runs once over 588 patches in
 """
 
 import functools
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-import fastzs
+from fastzs.loading import load
+from fastzs.segmenter import Segmenter
+from fastzs.vocabulary import Vocabulary
+
+from .rivals import Contest, Rival, compete
 
 SIZE = (375, 500)
 # what is compared -> settings of NACLIP
-WAYS = {"not refined": {"refine": "none"}, "refined": {}, "refined, stitched": {"windows": "stitched"}}
+WAYS: dict[str, dict[str, Any]] = {
+    "not refined": {"refine": "none"},
+    "refined": {},
+    "refined, stitched": {"windows": "stitched"},
+}
 
 
 @functools.cache
-def segmenter(way: str, precision: str = "fp32") -> fastzs.Segmenter:
-    return fastzs.load("naclip", weights="random", precision=precision, **WAYS[way])
+def segmenter(way: str, exact: bool = False) -> Segmenter:
+    """With the same random weights each time; ``exact``: in fp64."""
+    made = load("naclip", weights="random", precision="fp32", optimize=not exact, **WAYS[way])
+    return Segmenter(made.model.double(), windows=made.windows) if exact else made
 
 
 @functools.cache
-def vocabulary(names: int) -> fastzs.Vocabulary:
+def vocabulary(names: int) -> Vocabulary:
     rows = torch.randn(names, segmenter("refined").model.text_dim, generator=torch.Generator().manual_seed(0))
     embeddings = torch.nn.functional.normalize(rows, dim=1)
-    return fastzs.Vocabulary([f"class {i}" for i in range(names)], embeddings=embeddings)
+    return Vocabulary([f"class {i}" for i in range(names)], embeddings=embeddings)
 
 
-@functools.cache
-def image() -> torch.Tensor:
+def image(seed: int, dtype: torch.dtype) -> tuple[Tensor]:
     """Blocks of colour with noise, so that there are edges to follow."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 12, 16, generator=generator)
     pixels = torch.nn.functional.interpolate(coarse, SIZE, mode="nearest")[0]
-    return (255 * (pixels + 0.05 * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)).to(torch.uint8)
+    return ((255 * (pixels + 0.05 * torch.randn(pixels.shape, generator=generator)).clamp(0, 1)).to(torch.uint8),)
 
 
-@pytest.mark.parametrize("way", WAYS)
+def scores(way: str, names: int, pixels: Tensor, exact: bool = False) -> list[Tensor]:
+    """Of every pixel's label; labels alone would differ where two names tie within rounding."""
+    found = segmenter(way, exact)(pixels, vocabulary(names), scores=True).scores
+    assert found is not None
+    return [found]
+
+
+def contest(names: int) -> Contest:
+    def rival(way: str) -> Rival:
+        return Rival(
+            lambda pixels: segmenter(way)(pixels, vocabulary(names)).labels,
+            answer=lambda pixels: scores(way, names, pixels)[0],
+            judge=lambda pixels: scores(way, names, pixels, exact=True),
+        )
+
+    return Contest(
+        f"naclip, {names} names, {SIZE[1]} x {SIZE[0]} to labels, cpu",
+        "cpu",
+        image,
+        {way: rival(way) for way in WAYS},
+        lambda pixels: scores("refined", names, pixels, exact=True),
+        pictures=1,
+        info={"op": "naclip", "classes": names},
+        seconds=15.0,
+    )
+
+
+@pytest.mark.parametrize("rival", WAYS)
 @pytest.mark.parametrize("names", [21, 171])
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.full)])
-def test_naclip(benchmark, precision, names, way):
-    benchmark.group = f"naclip, {names} names, {SIZE[1]} x {SIZE[0]} to labels, {precision}, cpu"
-    benchmark.extra_info.update(op="naclip", rival=way, classes=names)
-    seg, asked = segmenter(way, precision), vocabulary(names)
-    benchmark.pedantic(lambda: seg(image(), asked), rounds=5, warmup_rounds=1)
+def test_naclip(benchmark, names, rival):
+    compete(benchmark, rival, contest, names)
