@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     What cannot be printed (a closed pipe, a full disk, letters beyond ASCII) costs no result.
 
     Returns:
-        Exit code: 0 if everything asked for came out, 1 if some pictures did not or standard output is full, 2 if the
+        Exit code: 0 if everything asked for came out, 1 if some images did not or standard output is full, 2 if the
         command could not be carried out (one sentence on stderr says why), 130 after an interrupt, 143 after a SIGTERM.
     """
     with lenient_streams() as out:

@@ -1,6 +1,6 @@
 """Score a model, or somebody's label maps, on a data set under a protocol.
 
-The processes of ``torchrun`` share the pictures out, none twice, and add their confusion matrices, so that any number
+The processes of ``torchrun`` share the images out, none twice, and add their confusion matrices, so that any number
 of them gives exactly the same figures.
 """
 
@@ -69,8 +69,8 @@ def evaluate(
         threshold: of a training-free system: pixels with a lower score get label 0, the background; 0: none do.
         regions: "slic", "felzenszwalb", or a folder with a PNG of regions for each name of the data set, see
             :func:`fastzs.regions.find`.
-        workers: processes that read pictures ahead.
-        step: called after each of this process's pictures with its name, the picture uint8 [3, H, W] and the labels
+        workers: processes that read images ahead.
+        step: called after each of this process's images with its name, the image uint8 [3, H, W] and the labels
             [H, W] under the first constant.
 
     Returns:
@@ -101,7 +101,7 @@ def evaluate(
             truths.append((index, truth))
             yield picture
 
-    def regions_of(picture: Tensor) -> Tensor:  # asked for each picture as soon as it is read
+    def regions_of(picture: Tensor) -> Tensor:  # asked for each image as soon as it is read
         assert regions is not None
         return find(regions, picture, names[truths[-1][0]])
 
@@ -204,7 +204,7 @@ def report(matrix: ConfusionMatrix, protocol: Protocol) -> dict[str, Any]:
 
 
 def save_overlay(folder: Path, name: str, picture: Tensor, labels: Tensor, protocol: Protocol) -> None:
-    """Draw labels [H, W] over a picture uint8 [3, H, W] into ``folder/NAME.jpg``.
+    """Draw labels [H, W] over an image uint8 [3, H, W] into ``folder/NAME.jpg``.
 
     Raises:
         OSError: it cannot be written.
@@ -219,7 +219,7 @@ def save_overlay(folder: Path, name: str, picture: Tensor, labels: Tensor, proto
 
 
 def _samples(dataset: AnyDataset, workers: int) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """This process's pictures and truths as plain tensors, with their indices."""
+    """This process's images and truths as plain tensors, with their indices."""
     indices = range(ranks.rank(), len(dataset), ranks.world())
     loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers, generator=torch.Generator())
     for index, (picture, truth) in zip(indices, loader, strict=True):

@@ -1,8 +1,8 @@
 """Zero-shot scores one class at a time: each unseen class alone against "others".
 
 Source: PASCAL-5i (Shaban et al., "One-Shot Learning for Semantic Segmentation", BMVC 2017) as LSeg (Li et al., ICLR
-2022) scores it without examples: a model trained without a fold's classes is asked, for every picture and every class
-of the fold in it, for the two names "others" and that class. A class's IoU is taken over all its pictures; mIoU is the
+2022) scores it without examples: a model trained without a fold's classes is asked, for every image and every class
+of the fold in it, for the two names "others" and that class. A class's IoU is taken over all its images; mIoU is the
 mean over the fold's classes. The folds are the protocols ``pascal5i-0`` to ``pascal5i-3``.
 """
 
@@ -24,7 +24,7 @@ class FoldScores:
     """Fractions of 1, or None where no pixel or class defines them.
 
     Attributes:
-        iou: of each class of the fold, None if no picture holds it.
+        iou: of each class of the fold, None if no image holds it.
         mIoU: their mean.
         FBIoU: mean of the IoU of the classes and that of "others", over all questions together.
     """
@@ -47,12 +47,12 @@ def evaluate_fold(
 
     Args:
         segmenter: the model; each image is encoded once and asked for each of its classes.
-        dataset: pictures and labels, see :mod:`fastzs.data.datasets`. Pixels of 255 are not scored, so the background
-            has to be a class of its own, as in PASCAL-5i. Processes of ``torchrun`` share the pictures out.
+        dataset: images and labels, see :mod:`fastzs.data.datasets`. Pixels of 255 are not scored, so the background
+            has to be a class of its own, as in PASCAL-5i. Processes of ``torchrun`` share the images out.
         classes: names among the data set's.
         others: the name of everything that is not the class.
         templates: named prompt templates of both names; the model's own if omitted.
-        step: called after each of this process's pictures.
+        step: called after each of this process's images.
 
     Raises:
         ValueError: a class is not among the data set's.

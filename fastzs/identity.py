@@ -26,7 +26,7 @@ def identity(
     options: dict[str, Any],
     regions: str | None = None,
 ) -> dict[str, Any]:
-    """All that decides the labels of a picture, as plain values.
+    """All that decides the labels of an image, as plain values.
 
     Args:
         background, threshold: as the segmenter is called with.

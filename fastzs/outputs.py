@@ -54,7 +54,7 @@ def write_result(result: Segmentation, picture: Path, target: Path, also: Collec
         for ending in (".png", *EXTRAS.values()) if begun else ():
             with contextlib.suppress(OSError):
                 Path(f"{target}{ending}").unlink(missing_ok=True)
-        if not isinstance(error, OSError) or error.errno is None:  # from an encoder, about this picture
+        if not isinstance(error, OSError) or error.errno is None:  # from an encoder, about this image
             raise
         if error.errno in FULL or not _writable(target.parent):
             raise OutputError(f"cannot write {path}: {error.strerror}") from error
@@ -72,7 +72,7 @@ def _writable(folder: Path) -> bool:
 
 
 def coco_dataset(result: Segmentation, picture: Path, image_id: int = 1) -> dict[str, Any]:
-    """A COCO data set of one picture, as ``pycocotools.coco.COCO`` reads it; class ``i`` is category ``i + 1``."""
+    """A COCO data set of one image, as ``pycocotools.coco.COCO`` reads it; class ``i`` is category ``i + 1``."""
     height, width = result.labels.shape
     return {
         "images": [{"id": image_id, "file_name": str(picture), "height": height, "width": width}],

@@ -1,4 +1,4 @@
-"""Colours of labels, and a picture with its labels and a legend drawn on it."""
+"""Colours of labels, and an image with its labels and a legend drawn on it."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -7,7 +7,7 @@ from fastzs.fonts import draw_text, text_width
 
 # Above, below and between the entries of the legend, in units of the letter size.
 MARGIN, GAP = 0.6, 0.5
-# Pixels worked on at a time, so that a large picture does not need several times its size.
+# Pixels worked on at a time, so that a large image does not need several times its size.
 PIECE = 1 << 20
 
 
@@ -51,16 +51,16 @@ def draw_overlay(
     background: int | None,
     opacity: float,
 ) -> Image.Image:
-    """Tint a picture by its labels and put a legend of the names that occur below it.
+    """Tint an image by its labels and put a legend of the names that occur below it.
 
     Args:
         picture: uint8 RGB ``[3, height, width]``.
         labels: integers ``[height, width]``, indices into ``names``.
         background: the label whose pixels stay as they are, if any.
-        opacity: 0 (the picture) to 1 (the colours).
+        opacity: 0 (the image) to 1 (the colours).
 
     Returns:
-        RGB image, at least as wide as the picture (wider where a name would not fit) and higher by the legend.
+        RGB image, at least as wide as the image (wider where a name would not fit) and higher by the legend.
     """
     height, width = labels.shape
     colours = label_colours(len(names), background)
@@ -81,7 +81,7 @@ def draw_overlay(
 
 
 def _legend(entries: list[tuple[str, tuple[int, ...] | None]], width: int, height: int) -> Image.Image:
-    """A white canvas with the legend below the ``height`` rows that are left to the picture."""
+    """A white canvas with the legend below the ``height`` rows that are left to the image."""
     letter = min(max(min(width, height) // 28, 12), 96)
     margin, gap = round(letter * MARGIN), round(letter * GAP)
     # Each entry is a square of the letter size, half a letter of space and the name.

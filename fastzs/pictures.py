@@ -1,4 +1,4 @@
-"""Pictures from files and memory, as one thing: uint8 RGB ``[3, H, W]``."""
+"""Images from files and memory, as one thing: uint8 RGB ``[3, H, W]``."""
 
 import glob
 import importlib
@@ -25,12 +25,12 @@ SUFFIXES = frozenset(
     for kind in "avif bmp gif heic heif hif jfif jp2 jpe jpeg jpg pbm pgm png pnm ppm tga tif tiff webp".split()  # noqa: SIM905
 )
 HEIF = frozenset((".heic", ".heif", ".hif"))
-# Pictures, too, but of kinds that are not read here.
+# Images, too, but of kinds that are not read here.
 UNREADABLE = frozenset(
     f".{kind}"
     for kind in "arw cr2 cr3 dng exr fit fits hdr jxl nef nrrd orf psd raf raw rw2 svg xcf".split()  # noqa: SIM905
 )
-# Text in the files of results, by which they are told from pictures.
+# Text in the files of results, by which they are told from images.
 NAMES_KEY = "fastzs.names"
 OVERLAY_MARK = "fastzs.overlay"
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ PictureError = ImageError  # its old name
 
 
 def read_picture(picture: ImageLike, name: str | None = None) -> torch.Tensor:
-    """Bring a picture into the one form the package works on.
+    """Bring an image into the one form the package works on.
 
     Args:
         picture: a path; the bytes of a file or an open binary file; a PIL image; an array ``[H, W, 3]``, ``[H, W, 1]``
@@ -54,7 +54,7 @@ def read_picture(picture: ImageLike, name: str | None = None) -> torch.Tensor:
 
     Returns:
         uint8 ``[3, H, W]``, RGB, its own memory. Of an animation the first frame (of a PIL image its current one). The
-        EXIF orientation is applied. What is transparent shows white behind it. Grey, palette and CMYK pictures are
+        EXIF orientation is applied. What is transparent shows white behind it. Grey, palette and CMYK images are
         converted without colour management; 16-bit grey keeps its 8 high bits, rounded, unless no value needs more
         than 8 bits.
 
@@ -70,37 +70,37 @@ def read_picture(picture: ImageLike, name: str | None = None) -> torch.Tensor:
     if isinstance(picture, Image.Image):
         return _from_pil(picture, "the PIL image")
     if isinstance(picture, bytes | bytearray | memoryview):
-        return _read_stream(io.BytesIO(picture), name or "the picture in memory")
+        return _read_stream(io.BytesIO(picture), name or "the image in memory")
     if isinstance(picture, np.ndarray):
         wanted = "[H, W, 3] or [H, W], uint8 or floating point from 0 to 1"
         if picture.ndim == 2:
             picture = picture[..., None]
         if picture.ndim != 3 or picture.shape[2] not in (1, 3) or picture.size == 0:
-            raise ImageError(f"picture array: expected {wanted}, got shape {list(picture.shape)}")
+            raise ImageError(f"image array: expected {wanted}, got shape {list(picture.shape)}")
         # a copy, also of what torch cannot share: negative strides, foreign byte order
         native = np.array(picture, picture.dtype.newbyteorder("="), order="C")
         if native.dtype.kind not in "bf" and native.dtype != np.uint8:
-            raise ImageError(f"picture array: expected {wanted}, got dtype {picture.dtype}")
-        return _levels(torch.from_numpy(native).permute(2, 0, 1), "picture array")
+            raise ImageError(f"image array: expected {wanted}, got dtype {picture.dtype}")
+        return _levels(torch.from_numpy(native).permute(2, 0, 1), "image array")
     if isinstance(picture, torch.Tensor):
         wanted = "[3, H, W] or [H, W], uint8 or floating point from 0 to 1"
         if picture.ndim == 2:
             picture = picture[None]
         if picture.ndim != 3 or picture.shape[0] not in (1, 3) or picture.numel() == 0:
-            raise ImageError(f"picture tensor: expected {wanted}, got shape {list(picture.shape)}")
+            raise ImageError(f"image tensor: expected {wanted}, got shape {list(picture.shape)}")
         if picture.dtype not in (torch.uint8, torch.bool) and not picture.is_floating_point():
-            raise ImageError(f"picture tensor: expected {wanted}, got dtype {picture.dtype}")
-        return _levels(picture.detach(), "picture tensor")
+            raise ImageError(f"image tensor: expected {wanted}, got dtype {picture.dtype}")
+        return _levels(picture.detach(), "image tensor")
     if hasattr(picture, "read"):
-        return _read_stream(picture, "the open picture file")
+        return _read_stream(picture, "the open image file")
     raise ImageError(
-        f"a picture cannot be a {type(picture).__name__}; expected a path, bytes, an open file, a PIL image, an array "
+        f"an image cannot be a {type(picture).__name__}; expected a path, bytes, an open file, a PIL image, an array "
         "[H, W, 3] or a tensor [3, H, W]"
     )
 
 
 def split_batch(pictures: object) -> Sequence[ImageLike] | None:
-    """The pictures of a batch, ``[B, H, W, 3]`` as an array or ``[B, 3, H, W]`` as a tensor; None if it is no batch."""
+    """The images of a batch, ``[B, H, W, 3]`` as an array or ``[B, 3, H, W]`` as a tensor; None if it is no batch."""
     if isinstance(pictures, np.ndarray | torch.Tensor) and pictures.ndim == 4:
         return [pictures[i] for i in range(len(pictures))]
     return None
@@ -119,16 +119,16 @@ def is_result(path: Path) -> bool:
 
 
 def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | None = None) -> list[Path]:
-    """The picture files that ``paths`` stand for, sorted, each once.
+    """The image files that ``paths`` stand for, sorted, each once.
 
-    Label maps and overlays of earlier results are left out wherever they lie, and so are pictures of kinds that are
+    Label maps and overlays of earlier results are left out wherever they lie, and so are images of kinds that are
     not read here; a line in the log counts both.
 
     Args:
         paths: files (of any suffix); folders, searched with their subfolders (not the hidden ones); globs
             (``**`` goes through folders). From folders and globs come only files with a suffix in
-            :data:`SUFFIXES`. A folder that may not be read is given as if it were a picture, which then fails by name.
-        skip: a folder whose files are never taken, for results that lie inside a folder of pictures.
+            :data:`SUFFIXES`. A folder that may not be read is given as if it were an image, which then fails by name.
+        skip: a folder whose files are never taken, for results that lie inside a folder of images.
 
     Raises:
         ImageError: one of ``paths`` matches nothing (named), or no path is given.
@@ -145,13 +145,13 @@ def find_pictures(paths: Iterable[str | os.PathLike], skip: str | os.PathLike | 
         pictures = [path for path in kept if not is_result(path)]
         if not pictures:
             where = f" outside of {skip}" if here and not kept else " but results of fastzs" if kept else ""
-            raise ImageError(f"{os.fspath(given)!r}: no such picture, or no picture in it{where}")
+            raise ImageError(f"{os.fspath(given)!r}: no such image, or no image in it{where}")
         if len(pictures) < len(kept):
             log.warning("%s: %d label maps and overlays of fastzs are left out", given, len(kept) - len(pictures))
         for path in pictures:
             found.setdefault(os.path.abspath(path), path)
     if not found:
-        raise ImageError("no pictures given")
+        raise ImageError("no images given")
     return sorted(found.values())
 
 
@@ -194,7 +194,7 @@ def _in_folder(folder: Path) -> list[Path]:
     others = [path for path in shown if path.suffix.lower() in UNREADABLE]
     if others:
         log.warning(
-            "%s: %d pictures of kinds that cannot be read (%s) are left out; convert them to PNG or JPEG",
+            "%s: %d images of kinds that cannot be read (%s) are left out; convert them to PNG or JPEG",
             folder,
             len(others),
             ", ".join(sorted({path.suffix.lower() for path in others})),
@@ -206,7 +206,7 @@ def _read_file(path: Path) -> torch.Tensor:
     try:
         if path.is_dir():
             with os.scandir(path):
-                raise ImageError(f"{path}: is a folder, not a picture")
+                raise ImageError(f"{path}: is a folder, not an image")
         check_file(path)
         return _read_stream(path, str(path))  # by its name: of open files Pillow cannot read every TIFF
     except FileNotFoundError:
@@ -224,7 +224,7 @@ def _read_stream(stream: BinaryIO | Path, name: str) -> torch.Tensor:
         with Image.open(stream) as image:
             return _from_pil(image, name)
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name}: not a picture that Pillow can read") from None
+        raise ImageError(f"{name}: not an image that Pillow can read") from None
     except ImageError:
         raise
     except MemoryError:
@@ -255,7 +255,7 @@ def know_heif(name: str) -> None:
     """Teach Pillow to read HEIC.
 
     Raises:
-        ImageError: pillow-heif is not installed; the message names the picture.
+        ImageError: pillow-heif is not installed; the message names the image.
     """
     if importlib.util.find_spec("pillow_heif") is None:
         raise ImageError(f"{name}: HEIC needs pillow-heif, which is not installed: pip install 'fastzs[heif]'")

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: bars of the IoU of every class, and the confusion matrix. They need matplotlib."""
+"""Plots of an evaluation: bars of the IoU of every class, and the confusion matrix. They need matplotlib."""
 
 import importlib.util
 import io

@@ -7,10 +7,10 @@ unseen pixels are all without a label.
 
 - ``best``: the best unseen class. STRICT's hard labels (Pastore et al., CVPR workshops 2021).
 - ``rank``: the best unseen class where it is among the first ``within`` of all. CaGNet (Gu et al., ACM MM 2020).
-- ``share``: for each picture the most confident part of them. ZS5 (Bucher et al., NeurIPS 2019).
-- ``consistent``: the best unseen class where several views of the picture agree on it. STRICT.
+- ``share``: for each image the most confident part of them. ZS5 (Bucher et al., NeurIPS 2019).
+- ``consistent``: the best unseen class where several views of the image agree on it. STRICT.
 - ``annealed``: the best unseen class, the more weight the surer it is. SIGN (Cheng et al., ICCV 2021) as it is meant:
-  w = exp(T (p - max p)), the maximum over the picture's unlabelled pixels. Its released code gives weights of 0.
+  w = exp(T (p - max p)), the maximum over the image's unlabelled pixels. Its released code gives weights of 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ def rank(labels: Tensor, scores: Tensor, unseen: Sequence[int], within: int, ign
 
 
 def share(labels: Tensor, scores: Tensor, unseen: Sequence[int], percent: float, ignore_index: int = IGNORE) -> Tensor:
-    """In each picture the most confident ``percent`` of the pixels that the model calls unseen get that label.
+    """In each image the most confident ``percent`` of the pixels that the model calls unseen get that label.
 
     Only unlabelled pixels count. Published: 25 (VOC), 75 (PASCAL-Context).
     """
@@ -77,9 +77,9 @@ def consistent(labels: Tensor, views: Sequence[Tensor], unseen: Sequence[int], i
 
 
 def views_of(teacher: Callable[[Tensor], Tensor], images: Tensor, scales: Sequence[float]) -> list[Tensor]:
-    """The teacher's scores of a picture, its mirror image, and both at every scale, all on the picture's own grid.
+    """The teacher's scores of an image, its mirror image, and both at every scale, all on the image's own grid.
 
-    A mirrored picture is mirrored first and resized then, by the factor itself (cell i lies at (i + 1/2) / q - 1/2).
+    A mirrored image is mirrored first and resized then, by the factor itself (cell i lies at (i + 1/2) / q - 1/2).
 
     Args:
         teacher: images [B, 3, H, W] -> scores [B, C, h, w].

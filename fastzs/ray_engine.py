@@ -32,7 +32,7 @@ class Actors:
 
     def __init__(self, count: int | None, device: str):
         if ranks.started()[1] > 1:
-            raise ValueError("--engine ray shares out the pictures itself: start it once, without torchrun")
+            raise ValueError("--engine ray shares out the images itself: start it once, without torchrun")
         if count is not None and count < 1:
             raise ValueError(f"--workers must be at least 1, got {count}")
         if ":" in device:

@@ -33,7 +33,7 @@ class Recipe:
         "seen label, if the model is sure of it; 'supervised' all",
     )
     max_steps: int = _option(20_000, "optimizer steps")
-    batch_size: int = _option(16, "pictures of a step, over all devices and accumulated parts")
+    batch_size: int = _option(16, "images of a step, over all devices and accumulated parts")
     accumulate: int = _option(1, "parts in which each device computes its share of a batch")
     optimizer: Literal["adamw", "sgd"] = _option("adamw", "AdamW, or SGD with momentum")
     lr: float = _option(2e-5, "learning rate, before the groups' factors")
@@ -62,7 +62,7 @@ class Recipe:
         "rank (within), share (percent), consistent (scales), annealed (temperature); teachers: self, frozen, ema",
     )
     seed: int = _option(0, "of order, augmentation, dropout and new weights")
-    workers: int = _option(2, "processes that read pictures; 0 reads them in this one", decisive=False)
+    workers: int = _option(2, "processes that read images; 0 reads them in this one", decisive=False)
     log_every: int = _option(50, "steps between lines of log.csv", decisive=False)
     save_every: int = _option(1000, "steps between checkpoints", decisive=False)
     evaluate_every: int = _option(2000, "steps between evaluations; 0: never", decisive=False)

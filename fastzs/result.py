@@ -162,7 +162,7 @@ class Segmentation:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Segmentation":
-        """Read what :meth:`save` wrote: the same labels and names (scores and picture are not in the file).
+        """Read what :meth:`save` wrote: the same labels and names (scores and image are not in the file).
 
         Raises:
             ValueError: the file was not written by :meth:`save`, or is damaged.
@@ -284,7 +284,7 @@ def read_labels(path: str | os.PathLike) -> tuple[tuple[str, ...] | None, np.nda
             text, values = image.info.get(NAMES_KEY), np.array(image)
     except (OSError, MemoryError) as error:
         if isinstance(error, Image.UnidentifiedImageError):
-            raise ValueError(f"{what}: is no picture") from None
+            raise ValueError(f"{what}: is no image") from None
         raise
     except Exception as error:  # decoders raise whatever comes to them on broken files
         raise ValueError(f"{what}: cannot be read: {error}") from error
@@ -293,7 +293,7 @@ def read_labels(path: str | os.PathLike) -> tuple[tuple[str, ...] | None, np.nda
 
 def read_names(path: str | os.PathLike) -> tuple[str, ...] | None:
     """The names that :meth:`Segmentation.save` stored in a label map, without reading its pixels; None if there are
-    none, or if it is no picture.
+    none, or if it is no image.
 
     Raises:
         ValueError: its names are no list of texts.

@@ -27,10 +27,10 @@ class Outcome:
     """How a run went.
 
     Attributes:
-        found: pictures asked for; of several processes, those of this one.
+        found: images asked for; of several processes, those of this one.
         skipped: of these, done by an earlier run with the same settings.
         done: segmented and written.
-        failed: path of each picture that did not come out, and why.
+        failed: path of each image that did not come out, and why.
     """
 
     found: int
@@ -40,17 +40,17 @@ class Outcome:
 
     @property
     def complete(self) -> bool:
-        """Whether every picture came out, now or before."""
+        """Whether every image came out, now or before."""
         return self.skipped + self.done == self.found
 
 
 class Manifest:
-    """What is done in an output folder: one JSON line for each picture, that of the last run counts.
+    """What is done in an output folder: one JSON line for each image, that of the last run counts.
 
     A line says which file it was (path, size, time of change, SHA-256), under which settings it was segmented, and what
-    was written. A line cut short by a crash is ignored, so that its picture is done again. Of several processes each
-    writes a file of its own, since not every file system lets them add to one, and reads all. Two pictures never have
-    one name: where a damaged folder says so, the later line counts and the other picture is done again.
+    was written. A line cut short by a crash is ignored, so that its image is done again. Of several processes each
+    writes a file of its own, since not every file system lets them add to one, and reads all. Two images never have
+    one name: where a damaged folder says so, the later line counts and the other image is done again.
     """
 
     def __init__(self, folder: Path, rank: int = 0):
@@ -82,7 +82,7 @@ class Manifest:
         self.lines[picture] = entry
 
     def has(self, picture: Path, settings: str, endings: Iterable[str]) -> bool:
-        """Whether the files with these endings were written for this picture, unchanged since, and are there."""
+        """Whether the files with these endings were written for this image, unchanged since, and are there."""
         line = self.lines.get(os.path.abspath(picture))
         if line is None or line["settings"] != settings or line["state"] != file_state(picture):
             return False
@@ -90,7 +90,7 @@ class Manifest:
         return all(file in line["files"] and (self.folder / file).is_file() for file in wanted)
 
     def add(self, attempt: Attempt, settings: str, name: str, files: list[str]) -> None:
-        """Record a picture as done.
+        """Record an image as done.
 
         Raises:
             OutputError: the manifest cannot be written.
@@ -99,7 +99,7 @@ class Manifest:
         self._write({os.path.abspath(attempt.picture): entry})
 
     def void(self, pictures: Iterable[Path]) -> None:
-        """Record that pictures are about to be done again, so that a crash leaves no line that speaks of other files.
+        """Record that images are about to be done again, so that a crash leaves no line that speaks of other files.
 
         Raises:
             OutputError: the manifest cannot be written.
@@ -124,10 +124,10 @@ class Manifest:
         self.lines |= entries
 
     def follow(self, pictures: Iterable[Path]) -> None:
-        """Recognise pictures whose folder was moved or mounted elsewhere since an earlier run.
+        """Recognise images whose folder was moved or mounted elsewhere since an earlier run.
 
-        A picture that is not in the manifest is the one of a line whose file is gone, if it has the same file name and
-        the same content. From each such pair it follows which folder became which, and all the pictures below them
+        An image that is not in the manifest is the one of a line whose file is gone, if it has the same file name and
+        the same content. From each such pair it follows which folder became which, and all the images below them
         are the same ones, even those that were edited after the move.
         """
         new = [os.path.abspath(picture) for picture in pictures]
@@ -152,9 +152,9 @@ class Manifest:
                     break
 
     def names(self, pictures: Iterable[Path]) -> dict[Path, str]:
-        """A name in the output folder for each picture, without ending, no two the same.
+        """A name in the output folder for each image, without ending, no two the same.
 
-        A picture keeps the name it has in the manifest. Others are named by their path below the folder that
+        An image keeps the name it has in the manifest. Others are named by their path below the folder that
         all of them share; where that is taken (``a.jpg`` beside ``a.png``, or a file that is no result), ``-2``, ``-3``
         ... is added. Names too long for a file system, with the endings, are cut and end in a hash.
         """
@@ -242,17 +242,17 @@ def segment_pictures(
         folder: an existing output folder, see :func:`fastzs.locks.hold`.
         settings: hash of everything that decides the results, see :func:`settings_hash`.
         also: what to write beside the label map, of :data:`EXTRAS`; ``"coco"`` also writes ``coco.json`` for all the
-            pictures of these settings together.
+            images of these settings together.
         start: called once, as soon as the images that are already done are known.
-        step: called after each picture, with what went wrong or None.
+        step: called after each image, with what went wrong or None.
         outcome: kept up to date on the way, so that an interrupted caller has it.
-        share: this process's number and how many there are; each takes every so many-th picture.
+        share: this process's number and how many there are; each takes every so many-th image.
         through: calls a function with the images that are to be done, or with some of them at a time, and gives what
             comes of them in any order, such as :meth:`fastzs.ray_engine.Actors.map`; ``stages`` is part of that
             function.
 
     Raises:
-        OutputError: a file cannot be written; the manifest holds the images that are done. Any problem of a picture is
+        OutputError: a file cannot be written; the manifest holds the images that are done. Any problem of an image is
             counted, wherever in the order it stands, and the rest is done.
     """
     rank, world = share
@@ -264,7 +264,7 @@ def segment_pictures(
     manifest.follow(pictures)
     todo = [picture for picture in mine if not manifest.has(picture, settings, endings)]
     outcome.skipped = len(mine) - len(todo)
-    # of all pictures, so that no two processes take one name
+    # of all images, so that no two processes take one name
     names = manifest.names(pictures) if todo else {}
     start(outcome)
     manifest.void(todo)
@@ -308,9 +308,9 @@ def _remove_coco(path: Path) -> None:
 
 
 def _join_coco(folder: Path, settings: str) -> None:
-    """``coco.json``: the data sets of all the pictures of these settings in one."""
+    """``coco.json``: the data sets of all the images of these settings in one."""
     joined: list[str] | None = None
-    # Another process that ends at the same time may have missed the last pictures of this one, or the other way round.
+    # Another process that ends at the same time may have missed the last images of this one, or the other way round.
     while joined != (now := _coco_parts(folder, settings)):
         joined = now
         try:
@@ -340,7 +340,7 @@ def _coco_parts(folder: Path, settings: str) -> list[str]:
 
 
 def _is_same(picture: Path, line: dict[str, Any]) -> bool:
-    """Whether a picture is the one of a line: the same size, and the same time of change or content."""
+    """Whether an image is the one of a line: the same size, and the same time of change or content."""
     state = file_state(picture)
     if state is None or line["state"] is None or state[0] != line["state"][0]:
         return False
@@ -360,7 +360,7 @@ def _roots(before: str, after: str) -> tuple[str, str]:
 
 
 def _before(place: str, moves: Iterable[tuple[str, str]]) -> list[str]:
-    """Where a picture may have been before its folder moved."""
+    """Where an image may have been before its folder moved."""
     folders = ((os.path.join(before, ""), os.path.join(after, "")) for before, after in moves)
     return [before + place[len(after) :] for before, after in folders if place.startswith(after)]
 

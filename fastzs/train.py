@@ -341,7 +341,7 @@ class _Run:
 
     def _stopped(self, step: int, why: str, names: Sequence[str]) -> str:
         kept = f"the last good checkpoint is {self.output / 'last'}" if (self.output / "last").exists() else ""
-        return f"step {step + 1}: {why}; its pictures: {', '.join(names)}" + (f"; {kept}" if kept else "")
+        return f"step {step + 1}: {why}; its images: {', '.join(names)}" + (f"; {kept}" if kept else "")
 
     def _agree(self, values: dict[str, float], stop: int) -> tuple[dict[str, float], int]:
         """The mean of the losses over all processes, and the signal that any of them has got."""

@@ -21,7 +21,7 @@ class TrainingLog:
         folder: of the training.
         first: the step it starts or goes on at; lines of later steps, which a crash has undone, are removed.
         max_steps: steps in all.
-        batch_size: pictures of a step.
+        batch_size: images of a step.
         every: steps between lines.
     """
 

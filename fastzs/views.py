@@ -75,6 +75,6 @@ def check_crop(crop: int | tuple[int, int], size: tuple[int, int]) -> None:
     height, width = (crop, crop) if isinstance(crop, int) else crop
     if height > size[0] or width > size[1]:
         raise ImageError(
-            f"the crop, {height} x {width} pixels, is larger than the picture, {size[0]} x {size[1]} as the model sees "
-            "it; give a smaller crop, a larger short side, or crop 0 for the whole picture at once"
+            f"the crop, {height} x {width} pixels, is larger than the image, {size[0]} x {size[1]} as the model sees "
+            "it; give a smaller crop, a larger short side, or crop 0 for the whole image at once"
         )

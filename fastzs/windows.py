@@ -1,4 +1,4 @@
-"""Sizes and places: how large a picture is made for the model, and which windows cover it."""
+"""Sizes and places: how large an image is made for the model, and which windows cover it."""
 
 import torch
 
@@ -6,16 +6,16 @@ Size = tuple[int, int]
 
 
 def resize_size(size: Size, short_side: int, long_side: int | None = None) -> Size:
-    """The size at which a picture of ``size`` (height, width) enters the model, its proportions kept.
+    """The size at which an image of ``size`` (height, width) enters the model, its proportions kept.
 
     One factor scales both sides: ``short_side / min(size)``, or ``long_side / max(size)`` where that is
     smaller. Sides are rounded as the published test pipelines round them (mmcv's keep-ratio rule),
     ``int(side * factor + 0.5)``, and are at least one pixel.
 
     Args:
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         short_side: length of the shorter side after resizing.
-        long_side: bound on the longer side; without it a long thin picture grows without bound.
+        long_side: bound on the longer side; without it a long thin image grows without bound.
 
     Raises:
         ValueError: a side is not a positive integer.
@@ -29,14 +29,14 @@ def resize_size(size: Size, short_side: int, long_side: int | None = None) -> Si
 
 
 def window_grid(image_size: Size, crop: int | Size, stride: int | Size) -> torch.Tensor:
-    """Windows of one size that cover a picture, row by row from the top left.
+    """Windows of one size that cover an image, row by row from the top left.
 
     Along each side they start at 0, ``stride``, ``2 * stride``, ... until one reaches the end; that last one
-    is shifted back so that it ends with the picture: the published slide inference (ZegCLIP and
-    CLIP-RC: crop 512, stride 426). A crop larger than the picture shrinks to it.
+    is shifted back so that it ends with the image: the published slide inference (ZegCLIP and
+    CLIP-RC: crop 512, stride 426). A crop larger than the image shrinks to it.
 
     Args:
-        image_size: (height, width) of the picture in pixels.
+        image_size: (height, width) of the image in pixels.
         crop: side of a window, or (height, width).
         stride: distance of neighbouring windows, or (down, right); at most the crop, so that no pixel is
             missed.

@@ -151,7 +151,7 @@ def test_all_eight(data, tmp_path, capsys):
 def test_list(data, tmp_path, capsys):
     assert main(["benchmarks", "--data", str(data)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("2 pictures") == 8
+    assert printed.count("2 images") == 8
     assert main(["benchmarks", "--data", str(tmp_path)]) == 0
     assert "there is no folder" in capsys.readouterr().out
 

@@ -101,7 +101,7 @@ class TestSegment:
         assert tree(out) == sorted(
             [s + e for s in stems for e in (".png", "_overlay.jpg")] + ["manifest.jsonl", "run.json"]
         )
-        assert "3 of 3 pictures segmented" in capsys.readouterr().out
+        assert "3 of 3 images segmented" in capsys.readouterr().out
         result = Segmentation.load(out / "two.png")
         assert result.names == ("cat", "dog")
         run = record(out)
@@ -121,12 +121,12 @@ class TestSegment:
         assert main(command) == 0
         command[1] = str(pictures)
         assert main(command) == 0
-        assert "2 of 3 pictures segmented, 1 done before" in capsys.readouterr().out
+        assert "2 of 3 images segmented, 1 done before" in capsys.readouterr().out
         assert main(command) == 0
-        assert "0 of 3 pictures segmented, 3 done before" in capsys.readouterr().out
+        assert "0 of 3 images segmented, 3 done before" in capsys.readouterr().out
         for change in (["--background", "prompt"], ["--classes", "cat,cow"], ["--classes", "cow,cat"]):
             assert main([*command, *change]) == 0
-            assert "3 of 3 pictures segmented, 0 done before" in capsys.readouterr().out
+            assert "3 of 3 images segmented, 0 done before" in capsys.readouterr().out
         assert Segmentation.load(out / "one.png").names == ("cow", "cat")
 
     def test_results_inside_the_folder_of_pictures(self, pictures, capsys):
@@ -137,12 +137,12 @@ class TestSegment:
         assert "one.png" in tree(pictures)
 
     def test_broken_picture(self, pictures, tmp_path, capsys):
-        (pictures / "two.jpg").write_bytes(b"no picture")
+        (pictures / "two.jpg").write_bytes(b"no image")
         out = tmp_path / "out"
         assert main(["segment", str(pictures), "--classes", "cat,dog", "--output", str(out)]) == 1
         said = capsys.readouterr()
-        assert "2 of 3 pictures segmented, 0 done before, 1 failed" in said.out
-        assert f"failed: {pictures / 'two.jpg'}: not a picture" in said.err.replace("\n", "")
+        assert "2 of 3 images segmented, 0 done before, 1 failed" in said.out
+        assert f"failed: {pictures / 'two.jpg'}: not an image" in said.err.replace("\n", "")
         assert "two.png" not in tree(out)
         run = record(out)
         assert run["ended"] == "incomplete"
@@ -294,8 +294,8 @@ class TestSegment:
 
     def test_no_pictures(self, tmp_path, capsys):
         common = ["--classes", "a", "--output", tmp_path / "o"]
-        assert "no pictures given" in refused(capsys, "segment", *common)
-        assert "'*.xyz': no such picture" in refused(capsys, "segment", "*.xyz", *common)
+        assert "no images given" in refused(capsys, "segment", *common)
+        assert "'*.xyz': no such image" in refused(capsys, "segment", "*.xyz", *common)
         assert not (tmp_path / "o").exists()
 
     def test_output_that_cannot_be_written(self, pictures, tmp_path, capsys):

@@ -16,7 +16,7 @@ def test_report_counts_what_changed():
     matrix = ConfusionMatrix(3)
     matrix.add(torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 0, 1, 2, 1, 1, 2, 0]))
     text = report(matrix, NAMES, "int8", "float32", 1)
-    assert "int8 against float32, 1 pictures, 8 pixels" in text
+    assert "int8 against float32, 1 images, 8 pixels" in text
     assert "labels that agree: 62.500 %" in text
     mean = 100 * (2 / 5 + 2 / 3 + 1 / 3) / 3
     assert f"mean IoU between the two: {mean:.2f} %" in text
@@ -31,7 +31,7 @@ def test_a_precision_agrees_with_itself(tmp_path, capsys):
     arguments = ["compare", "--precision", "fp32", "fp32", str(tmp_path), "--classes", ",".join(NAMES)]
     assert main([*arguments, "--weights", "shapes", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "float32 against float32, 2 pictures, 8,192 pixels" in out
+    assert "float32 against float32, 2 images, 8,192 pixels" in out
     assert "labels that agree: 100.000 %" in out
     assert "changed" not in out
 

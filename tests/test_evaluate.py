@@ -186,7 +186,7 @@ def test_command_on_a_benchmark_layout(tmp_path, capsys):
     np.save(vectors, np.random.default_rng(0).normal(size=(11, 128)).astype(np.float32))
     arguments = ["evaluate", "--protocol", "camvid", "--data", str(camvid(tmp_path / "data")), "--split", "test"]
     assert main([*arguments, *MODEL, "--embeddings", str(vectors), "--output", str(tmp_path / "out")]) == 0
-    assert "CamVid test, 3 pictures" in capsys.readouterr().out
+    assert "CamVid test, 3 images" in capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["results"][0]["scores"]["hIoU"] is None
 
@@ -242,7 +242,7 @@ def test_plots_need_matplotlib_or_are_drawn(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_give_the_same_figures(tmp_path):
-    # three pictures between two processes: none is counted twice to make the shares even
+    # three images between two processes: none is counted twice to make the shares even
     arguments = ["evaluate", *data(tmp_path), *MODEL, "--output"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastzs"]
     command = [*torchrun, *arguments, str(tmp_path / "two")]

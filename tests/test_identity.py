@@ -22,7 +22,7 @@ NAMES = "red disc,blue ring,green star"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """Two pictures, weights of CLIP as a folder, and a trained model that reads its text from them."""
+    """Two images, weights of CLIP as a folder, and a trained model that reads its text from them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "in").mkdir()

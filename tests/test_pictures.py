@@ -166,7 +166,7 @@ def test_does_not_share_memory_with_an_array():
         (np.zeros((4, 4, 4), np.uint8), r"got shape \[4, 4, 4\]"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "got dtype torch.int64"),
         (torch.full((4, 4), 255.0), "expected from 0 to 1, got 255 to 255"),
-        (b"no picture", "the picture in memory: not a picture that Pillow can read"),
+        (b"no image", "the image in memory: not an image that Pillow can read"),
         (np.zeros((3, 4, 4), np.uint8), r"shape \[3, 4, 4\]"),
         (np.full((4, 4, 3), np.nan, np.float32), "expected from 0 to 1, got nan to nan"),
         (np.zeros((0, 4, 3), np.uint8), r"shape \[0, 4, 3\]"),
@@ -184,10 +184,10 @@ def test_refuses(picture, message):
 
 
 def test_broken_files_are_named(tmp_path):
-    (tmp_path / "words.jpg").write_text("this is not a picture")
+    (tmp_path / "words.jpg").write_text("this is not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("words.jpg", "empty.png"):
-        with pytest.raises(ImageError, match=f"{name}: not a picture"):
+        with pytest.raises(ImageError, match=f"{name}: not an image"):
             read_picture(tmp_path / name)
     with pytest.raises(ImageError, match=r"gone\.png: no such file"):
         read_picture(tmp_path / "gone.png")
@@ -286,10 +286,10 @@ def test_find_skips_a_folder(tree):
 def test_find_names_what_matches_nothing(tree):
     (tree / "bare").mkdir()
     for given in ("gone.png", "*.bmp", "bare", "gone/"):
-        with pytest.raises(ImageError, match="no such picture") as caught:
+        with pytest.raises(ImageError, match="no such image") as caught:
             find_pictures([tree / "a.jpg", tree / given])
         assert given.rstrip("/") in str(caught.value)
-    with pytest.raises(ImageError, match="no pictures given"):
+    with pytest.raises(ImageError, match="no images given"):
         find_pictures([])
 
 
@@ -397,7 +397,7 @@ def test_kinds_that_cannot_be_read_are_told(tmp_path, caplog):
     for name in ("b.NEF", "c.psd", "d.psd", "notes.txt"):
         (tmp_path / name).touch()
     assert find_pictures([tmp_path]) == [tmp_path / "a.png"]
-    assert "3 pictures of kinds that cannot be read (.nef, .psd) are left out" in caplog.text
+    assert "3 images of kinds that cannot be read (.nef, .psd) are left out" in caplog.text
 
 
 def test_results_are_no_pictures(tmp_path, caplog):
@@ -412,5 +412,5 @@ def test_results_are_no_pictures(tmp_path, caplog):
     assert find_pictures([tmp_path]) == wanted
     assert "3 label maps and overlays of fastzs are left out" in caplog.text
     assert find_pictures([tmp_path / "*.png", tmp_path / "*.jpg"]) == wanted
-    with pytest.raises(ImageError, match=r"masks\.png'.*no picture in it but results of fastzs"):
+    with pytest.raises(ImageError, match=r"masks\.png'.*no image in it but results of fastzs"):
         find_pictures([tmp_path / "masks.png"])

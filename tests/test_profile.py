@@ -16,7 +16,7 @@ def test_calls_are_warmed_up_and_counted(monkeypatch, capsys):
     monkeypatch.setattr(Segmenter, "__call__", lambda self, picture, vocabulary: calls.append(picture.shape))
     assert main(["profile", "maskclip", *SMALL, "--warmup", "2", "--iterations", "3"]) == 0
     assert calls == [(3, 64, 64)] * 5
-    assert "ms a picture over 3 calls on cpu, torch.float32" in capsys.readouterr().out
+    assert "ms an image over 3 calls on cpu, torch.float32" in capsys.readouterr().out
 
 
 def test_the_trace_and_the_table(tmp_path, capsys):

@@ -43,8 +43,8 @@ def test_two_actors_give_what_one_process_gives(pictures, tmp_path, monkeypatch,
     environment = {**os.environ, "PYTHONPATH": home}
     ray = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ray.returncode == 1, ray.stderr
-    assert "5 of 6 pictures segmented, 0 done before, 1 failed" in plain.out
-    assert "4 of 6 pictures segmented, 1 done before, 1 failed" in ray.stdout  # it went on where the plain run was
+    assert "5 of 6 images segmented, 0 done before, 1 failed" in plain.out
+    assert "4 of 6 images segmented, 1 done before, 1 failed" in ray.stdout  # it went on where the plain run was
     problem = next(line for line in plain.err.splitlines() if line.startswith("failed: "))
     assert problem in ray.stderr.splitlines()
     assert "5/5" in ray.stderr  # the bar
@@ -56,7 +56,7 @@ def test_two_actors_give_what_one_process_gives(pictures, tmp_path, monkeypatch,
     for key in ("settings_hash", "failed"):
         assert records[0][key] == records[1][key]
     assert main(["segment", ".", *options, str(two)]) == 1
-    assert "0 of 6 pictures segmented, 5 done before" in capsys.readouterr().out
+    assert "0 of 6 images segmented, 5 done before" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

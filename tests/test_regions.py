@@ -77,7 +77,7 @@ def test_regions_that_look_alike_are_one():
 def test_what_is_wrong_is_named(regions, message, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "text.png").write_text("no picture")
+    (tmp_path / "folder" / "text.png").write_text("no image")
     Image.new("RGB", (56, 40)).save(tmp_path / "folder" / "colour.png")
     with pytest.raises(RegionsError, match=message):
         find(regions, image)

@@ -113,7 +113,7 @@ def test_what_changed_is_done_again(pictures, change):
         more, again = {"also": ["overlay"]}, ["a.png", "b.png", "sub/a.png", "sub/deep/a.png"]
     elif change == "half a line":
         manifest = pictures / "out" / "manifest.jsonl"
-        manifest.write_bytes(manifest.read_bytes()[:-9])  # the last picture's
+        manifest.write_bytes(manifest.read_bytes()[:-9])  # the last image's
         again = ["sub/deep/a.png"]
     else:
         (pictures / "out" / "manifest.jsonl").unlink()
@@ -136,7 +136,7 @@ def test_results_may_come_in_any_order(pictures):
     run(pictures)
     (pictures / "out").rename(pictures / "in order")
     (pictures / "out").mkdir()
-    (pictures / "in" / "words.png").write_text("no picture")
+    (pictures / "in" / "words.png").write_text("no image")
     told = []
 
     def backwards(work, items):
@@ -169,7 +169,7 @@ def test_same_stem_in_one_folder_and_across_runs(pictures):
     run(pictures)
     # In the order of their paths: A.gif, a.bmp, a.png.
     assert {"A.png", "a-2.png", "a-3.png"} <= set(tree(pictures / "out"))
-    # A later run with other pictures keeps away from what is there, and finds its own again.
+    # A later run with other images keeps away from what is there, and finds its own again.
     other = pictures / "elsewhere" / "a.png"
     other.parent.mkdir()
     Image.new("RGB", (3, 2)).save(other)
@@ -190,7 +190,7 @@ def test_same_stem_in_one_folder_and_across_runs(pictures):
 
 def test_broken_pictures_are_named_and_the_rest_is_done(pictures):
     (pictures / "in" / "b.jpg").write_bytes((pictures / "in" / "b.jpg").read_bytes()[:200])
-    (pictures / "in" / "words.png").write_text("no picture")
+    (pictures / "in" / "words.png").write_text("no image")
     told = []
     outcome = run(pictures, step=lambda picture, problem: told.append((picture.name, problem)))
     assert (outcome.done, len(outcome.failed), outcome.complete) == (3, 2, False)
@@ -217,7 +217,7 @@ def test_a_picture_the_model_cannot_take_is_counted(pictures):
 
 @pytest.mark.parametrize("odd", ["a.png", "b.jpg"])
 def test_the_order_does_not_decide_what_a_problem_ends(pictures, odd):
-    """The first picture's problem is no more than another's, also when the run goes on."""
+    """The first image's problem is no more than another's, also when the run goes on."""
 
     def narrow(path):
         if path.name == odd and path.parent.name == "in":
@@ -266,7 +266,7 @@ def test_an_overlay_too_wide_for_jpeg_is_the_pictures_problem(pictures):
 
 
 def test_manifest_survives_rubbish(tmp_path):
-    (tmp_path / "manifest.jsonl").write_bytes(b'\xff\xfe\n{}\n[1]\n3\n{"picture": "/x"}\nnull\n')
+    (tmp_path / "manifest.jsonl").write_bytes(b'\xff\xfe\n{}\n[1]\n3\n{"image": "/x"}\nnull\n')
     assert Manifest(tmp_path).lines == {}
 
 
@@ -417,7 +417,7 @@ def test_one_coco_file_for_all(pictures):
     pytest.importorskip("pycocotools", reason="needs the extra 'export'")
     from pycocotools.coco import COCO
 
-    (pictures / "in" / "words.png").write_text("no picture")
+    (pictures / "in" / "words.png").write_text("no image")
     for rank in (1, 0):
         run(pictures, also=["coco"], share=(rank, 2))
     data = COCO(pictures / "out" / "coco.json")
@@ -445,7 +445,7 @@ def test_names_too_long_for_the_endings(pictures):
 
 
 def test_a_file_that_cannot_be_written_is_one_pictures_problem(pictures):
-    """What stands in the way of one picture does not end the others, and leaves nothing half done."""
+    """What stands in the way of one image does not end the others, and leaves nothing half done."""
     (pictures / "out" / "b_overlay.jpg").mkdir()
     outcome = run(pictures, also=["overlay"])
     assert outcome.done == 3

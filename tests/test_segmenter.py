@@ -84,7 +84,7 @@ def test_bands_change_nothing(picture, crop, stride, monkeypatch):
 
 
 def test_a_crop_larger_than_the_picture_is_refused(picture):
-    with pytest.raises(ValueError, match=r"crop, 24 x 80 pixels, is larger than the picture, 50 x 70 as the model"):
+    with pytest.raises(ValueError, match=r"crop, 24 x 80 pixels, is larger than the image, 50 x 70 as the model"):
         segmenter(short_side=0, crop=(24, 80))(picture, NAMES)
 
 

@@ -119,7 +119,7 @@ def trained(output, steps, stop=None, **recipe):
 
 
 class _StopsAfter:
-    """The transform of a training whose process dies after some pictures."""
+    """The transform of a training whose process dies after some images."""
 
     def __init__(self, steps: int):
         self.left = 2 * steps

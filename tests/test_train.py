@@ -117,7 +117,7 @@ def test_evaluation_sees_the_weights_as_they_are(tmp_path):
 
 
 def test_parts_of_a_batch_give_its_mean_gradient(tmp_path):
-    """With one picture in each part the losses' normalisers differ, so the parts are scored on the recovery loss."""
+    """With one image in each part the losses' normalisers differ, so the parts are scored on the recovery loss."""
     only = {"focal": 0.0, "dice": 0.0}
     plain = {"max_steps": 1, "batch_size": 4}
     for name, changes in {"whole": {}, "parts": {"accumulate": 4}}.items():
@@ -332,7 +332,7 @@ class TestFaults:
     def test_empty_data_set(self, tmp_path):
         scenes = Scenes()
         scenes.images, scenes.masks = scenes.images[:0], scenes.masks[:0]
-        with pytest.raises(ValueError, match="empty: there are 0 pictures"):
+        with pytest.raises(ValueError, match="empty: there are 0 images"):
             train(small(), scenes, flipped, TEXT, recipe(), tmp_path, seen=SEEN)
 
     def test_text_of_another_number_of_classes(self, tmp_path):
@@ -406,9 +406,7 @@ class TestFaults:
             return (bad if len(calls) == 3 else losses)(model, *args, **kwargs)
 
         monkeypatch.setattr(ClipRC, "losses", third)
-        with pytest.raises(
-            TrainingError, match=r"step 3: the loss is nan; its pictures: scene \d, .*; .*last"
-        ) as error:
+        with pytest.raises(TrainingError, match=r"step 3: the loss is nan; its images: scene \d, .*; .*last") as error:
             train_small(tmp_path / "bad", max_steps=4, save_every=2)
         assert str(error.value).count("scene") == 4
         monkeypatch.undo()
@@ -427,7 +425,7 @@ class TestFaults:
         monkeypatch.setattr(ClipRC, "losses", bad)
         model = small()
         before = small().state_dict()
-        with pytest.raises(TrainingError, match=r"step 1: the norm of the gradients is nan; its pictures: scene"):
+        with pytest.raises(TrainingError, match=r"step 1: the norm of the gradients is nan; its images: scene"):
             train(model, Scenes(), flipped, TEXT, recipe(), tmp_path, seen=SEEN)
         assert same(dict(model.state_dict()), dict(before))
 

@@ -170,7 +170,7 @@ class TestRefuses:
     def test_empty_data_set(self, folder, capsys):
         for path in [*(folder / "images").iterdir(), *(folder / "masks").iterdir()]:
             path.unlink()
-        assert "no pictures" in refused(capsys, command(folder))
+        assert "no images" in refused(capsys, command(folder))
 
     def test_zero_shot_setting_without_unseen_classes(self, folder, capsys):
         (folder / "tiny.yaml").write_text(yaml.safe_dump({"classes": NAMES}))

@@ -33,7 +33,7 @@ def test_resize_size_refuses(arguments):
 
 
 def test_the_published_example():
-    # A 500 x 375 VOC picture becomes 683 x 512: two windows, the second shifted back.
+    # A 500 x 375 VOC image becomes 683 x 512: two windows, the second shifted back.
     assert window_grid((512, 683), 512, 426).tolist() == [[0, 0, 512, 512], [0, 171, 512, 512]]
 
 

@@ -1,4 +1,4 @@
-"""CLIP's ResNets as dense encoders: open_clip's network, any picture size, and the attention pool opened.
+"""CLIP's ResNets as dense encoders: open_clip's network, any image size, and the attention pool opened.
 
 Source: Radford et al., 2021; the value path of the attention pool and the dilated form: Zhou et al., "Extract Free
 Dense Labels from CLIP" (MaskCLIP), 2022.
@@ -82,7 +82,7 @@ class ResNet(ModifiedResNet):
         return x.unflatten(-1, (self.attnpool.num_heads, -1)).transpose(1, 2)  # [B, H, L, d]
 
     def pooled(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Picture embedding [B, D] by the attention pool."""
+        """Image embedding [B, D] by the attention pool."""
         pool = self.attnpool
         tokens = tokens + self.positions(grid)
         q, k, v = pool.q_proj(tokens[:, :1]), pool.k_proj(tokens), pool.v_proj(tokens)
@@ -109,5 +109,5 @@ class ResNet(ModifiedResNet):
         return self.attnpool.k_proj(tokens[:, 1:])
 
     def forward(self, images: Tensor) -> Tensor:
-        """Picture embedding: images [B, 3, H, W], normalised -> [B, D], not normalised (CLIP's ``encode_image``)."""
+        """Image embedding: images [B, 3, H, W], normalised -> [B, D], not normalised (CLIP's ``encode_image``)."""
         return self.pooled(*self.trunk(images))

@@ -1,14 +1,14 @@
-"""Train the small CLIP that the package carries, on pictures it draws and their captions.
+"""Train the small CLIP that the package carries, on images it draws and their captions.
 
     python -m fastzs.clip.train_shapes --output DIR [--minutes 60]
 
-The training sees pictures and captions, never label maps. Two losses read them: CLIP's contrastive loss between
-picture and caption, and a loss on the dense features that MaskCLIP reads (the last block's value path), which asks
+The training sees images and captions, never label maps. Two losses read them: CLIP's contrastive loss between
+image and caption, and a loss on the dense features that MaskCLIP reads (the last block's value path), which asks
 (a) that every name of the caption is found somewhere, (b) that every patch shows something the caption names, and
 (c) that neighbouring patches of like colour show the same. Attributes alone ("red thing", "ring") are asked for like
 names, and the text of a pair is drawn towards the sum of the texts of its attributes; that lets unseen pairs be
 composed. Scenes and texts hold seen pairs only. In every third batch the colour channels are shuffled and the captions
-name no colours, so that shapes are learnt apart from colours: there a picture may look like an unseen pair, but no text
+name no colours, so that shapes are learnt apart from colours: there an image may look like an unseen pair, but no text
 ever names one.
 """
 
@@ -61,7 +61,7 @@ def named(scenes: shapes.Scenes) -> Tensor:
 
 
 def shuffle_channels(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each picture [3, H, W] of the batch with its colour channels in another order."""
+    """Each image [3, H, W] of the batch with its colour channels in another order."""
     orders = torch.tensor([order for order in itertools.permutations(range(3)) if order != (0, 1, 2)])
     order = orders[torch.randint(len(orders), (len(images),), generator=generator)]  # [B, 3]
     return images[torch.arange(len(images))[:, None], order]
@@ -100,7 +100,7 @@ class Model(nn.Module):
         self.phrase_tokens = torch.stack([tokenizer(PHRASES), tokenizer([f"a {phrase}" for phrase in PHRASES])])
 
     def tokens(self, images: Tensor, generator: torch.Generator) -> tuple[Tensor, tuple[int, int]]:
-        """Tokens entering the last block; small pictures see a random window of the positional table."""
+        """Tokens entering the last block; small images see a random window of the positional table."""
         x = images.float().div_(127.5).sub_(1.0)
         v = self.visual
         patches = v.conv1(x)
@@ -117,7 +117,7 @@ class Model(nn.Module):
         return tokens, grid
 
     def losses(self, scenes: shapes.Scenes, shuffled: bool, generator: torch.Generator) -> dict[str, Tensor]:
-        """The parts of the loss, scalars, from pictures and captions; ``shuffled`` hides the colours from both."""
+        """The parts of the loss, scalars, from images and captions; ``shuffled`` hides the colours from both."""
         images = shuffle_channels(scenes.images, generator) if shuffled else scenes.images
         tokens, grid = self.tokens(images, generator)
         scale = self.logit_scale.exp().clamp(max=100)
@@ -167,7 +167,7 @@ class Model(nn.Module):
 
 
 def batch_at(done: float, generator: torch.Generator) -> shapes.Scenes:
-    """Scenes for a fraction of the training: single objects first, then a few, whole pictures at the end."""
+    """Scenes for a fraction of the training: single objects first, then a few, whole images at the end."""
     if done < 0.35:
         count, side, objects, radius = 64, 48, (1, 1), (9.0, 22.0)
     elif done < 0.8:

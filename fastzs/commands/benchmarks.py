@@ -36,12 +36,12 @@ def run(config: Namespace) -> int:
 
 
 def found(benchmark: "Benchmark", data: str) -> str:
-    """How many pictures a data folder has for a benchmark, or what is wrong with it."""
+    """How many images a data folder has for a benchmark, or what is wrong with it."""
     from fastzs.data.datasets import open_dataset
     from fastzs.data.masks import DataError
 
     try:
-        return f"{len(open_dataset(benchmark.rules, os.path.expanduser(data), 'val'))} pictures"
+        return f"{len(open_dataset(benchmark.rules, os.path.expanduser(data), 'val'))} images"
     except DataError as error:
         return str(error).splitlines()[0]
 

@@ -1,19 +1,19 @@
-"""``fastzs compare``: what another precision changes in the labels of your own pictures."""
+"""``fastzs compare``: what another precision changes in the labels of your own images."""
 
 from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-HELP = "what another precision changes in the labels of pictures"
+HELP = "what another precision changes in the labels of images"
 
 
 def parser() -> ArgumentParser:
     options = ArgumentParser(
-        description="Label pictures in two precisions and say where they differ: the share of equal labels, the mean "
+        description="Label images in two precisions and say where they differ: the share of equal labels, the mean "
         "IoU between the two, and the classes that changed most. fastzs compare --precision int8 fp32 photos/ ..."
     )
     add = options.add_argument
-    add("paths", nargs="+", type=str, help="pictures, folders, globs")
+    add("paths", nargs="+", type=str, help="images, folders, globs")
     add("--classes", type=str, required=True, help="names, separated by commas")
     add(
         "--precision",
@@ -54,7 +54,7 @@ def report(matrix: Any, names: list[str], ours: str, theirs: str, pictures: int)
     """The comparison in words; ``matrix`` has the labels of ``theirs`` as its truth."""
     counts, iou = matrix.counts[:, : len(names)], matrix.iou()
     pixels = int(counts.sum())
-    lines = [f"{ours} against {theirs}, {pictures} pictures, {pixels:,} pixels"]
+    lines = [f"{ours} against {theirs}, {pictures} images, {pixels:,} pixels"]
     lines.append(f"  labels that agree: {100 * int(counts.diagonal().sum()) / max(pixels, 1):.3f} %")
     lines.append(f"  mean IoU between the two: {100 * float(iou.nanmean()):.2f} %")
     changed = [(int(counts[i].sum() - counts[i, i]), i) for i in range(len(names)) if counts[i].sum() > counts[i, i]]

@@ -23,7 +23,7 @@ def parser() -> ArgumentParser:
     add("--output", type=str, required=True, help="new folder for the files")
     add("--classes", type=str | list[str] | None, help="names of the labels, in place of those in the label maps")
     add("--classes-file", type=str | None, help="YAML file with a list of names")
-    add("--pictures", type=str | None, help="folder of the pictures, against which their names are given")
+    add("--pictures", type=str | None, help="folder of the images, against which their names are given")
     return options
 
 

@@ -29,16 +29,16 @@ ROWS = 40  # classes in a column of the printed table
 def parser() -> ArgumentParser:
     options = ArgumentParser(
         description="Score a model on a data set, or label maps that lie in a folder, under a named protocol. Prints a "
-        "table and writes results.json. Under torchrun the processes share the pictures out."
+        "table and writes results.json. Under torchrun the processes share the images out."
     )
     add = options.add_argument
     add("--config", action="config", help="YAML file with any of these options (see --print_config)")
     add("--protocol", type=str | None, help="name (voc15-5, coco156-15, shapes, ...) or YAML file of a protocol")
     add("--data", type=str | None, help="folder of the protocol's data set, laid out as usual")
     add("--split", type=str, default="val", help="as the data set calls it")
-    add("--images", type=str | None, help="own data: folder of pictures (with --masks)")
-    add("--masks", type=str | None, help="own data: folder of masks named like the pictures")
-    add("--pairs", type=str | None, help="own data: file with a picture and its mask on each line")
+    add("--images", type=str | None, help="own data: folder of images (with --masks)")
+    add("--masks", type=str | None, help="own data: folder of masks named like the images")
+    add("--pairs", type=str | None, help="own data: file with an image and its mask on each line")
     add("--label-file", type=str | None, help="own data: YAML file of what values or colours of masks mean (7: road)")
     add("--classes-file", type=str | None, help="own data without a protocol: YAML list of the names of the labels")
     add("--output", type=str | None, help="folder for results.json and what else is asked for")
@@ -53,7 +53,7 @@ def parser() -> ArgumentParser:
         type=str | None,
         help="score a training-free system as published on all eight benchmarks, or on some by commas, below --data",
     )
-    add("--overlays", action="store_true", help="also write the labels drawn over each picture")
+    add("--overlays", action="store_true", help="also write the labels drawn over each image")
     add("--plots", action="store_true", help="also write bars of the IoU and the confusion matrix (needs matplotlib)")
     add("--predictions", type=str | None, help="score the label maps NAME.png of this folder instead of a model")
     add(
@@ -87,10 +87,10 @@ def parser() -> ArgumentParser:
     add(
         "--against",
         type=str | None,
-        help="name of all else (for PASCAL-5i: others): ask for each unseen class alone in the pictures that hold it",
+        help="name of all else (for PASCAL-5i: others): ask for each unseen class alone in the images that hold it",
     )
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
-    add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
+    add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole image; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
     add(
         "--windows",
@@ -99,7 +99,7 @@ def parser() -> ArgumentParser:
         help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
     )
     add("--batch-size", type=int, default=8, help="windows at a time")
-    add("--workers", type=int, default=0, help="processes that read pictures ahead")
+    add("--workers", type=int, default=0, help="processes that read images ahead")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("--precision", type=Literal["auto", "fp32", "bf16", "fp16"], default="auto", help="numbers of the model")
     return options
@@ -220,7 +220,7 @@ def _dataset(config: Namespace, protocol: "Protocol") -> "AnyDataset":
 
     reduce, remap = protocol.reduce_zero_label, label_file(config.label_file, protocol.classes)
     if (config.images is None) != (config.masks is None):
-        raise ValueError("--images and --masks go together: the folder of pictures and the folder of their masks")
+        raise ValueError("--images and --masks go together: the folder of images and the folder of their masks")
     if sum(given is not None for given in (config.images, config.pairs, config.data)) > 1:
         raise ValueError("name the data once: with --data, with --images and --masks, or with --pairs")
     if config.images is not None:
@@ -363,7 +363,7 @@ def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", datase
 
     console = Console(soft_wrap=True)
     what = f"predictions in {about['predictions']}" if "predictions" in about else about["model"]
-    console.print(f"{what} on {dataset.what}, {about['pictures']} pictures", markup=False, highlight=False)
+    console.print(f"{what} on {dataset.what}, {about['pictures']} images", markup=False, highlight=False)
     console.print(f"protocol {protocol}", markup=False, highlight=False)
     summary = Table()
     summary.add_column("calibration" if "predictions" not in about else "")

@@ -9,7 +9,7 @@ HELP = "run a model for a profiler: a capture range around warmed-up calls, or a
 
 def parser() -> ArgumentParser:
     options = ArgumentParser(
-        description="Segment a drawn picture over and over. After the warm-up, the measured calls stand between "
+        description="Segment a drawn image over and over. After the warm-up, the measured calls stand between "
         "cudaProfilerStart and cudaProfilerStop, for nsys --capture-range=cudaProfilerApi; FASTZS_NVTX=1 names what "
         "they do. See docs/profiling.md."
     )
@@ -18,7 +18,7 @@ def parser() -> ArgumentParser:
     add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; ViT-B-16 if omitted")
     add("--weights", type=str, default="random", help="the work is the same with random weights")
     add("--checkpoint", type=str | None, help="of models that are trained")
-    add("--size", type=int, default=512, help="side of the picture in pixels")
+    add("--size", type=int, default=512, help="side of the image in pixels")
     add("--classes", type=int, default=20, help="number of classes, with drawn text vectors")
     add("--warmup", type=int, default=3, help="calls before the measured ones")
     add("--iterations", type=int, default=10, help="measured calls")
@@ -82,5 +82,5 @@ def run(config: Namespace) -> int:
         key = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         print(recording.key_averages().table(sort_by=key, row_limit=20))
         print(f"trace in {config.torch_profiler}; open it at https://ui.perfetto.dev")
-    print(f"{1000 * taken:.1f} ms a picture over {config.iterations} calls on {segmenter.device}, {segmenter.dtype}")
+    print(f"{1000 * taken:.1f} ms an image over {config.iterations} calls on {segmenter.device}, {segmenter.dtype}")
     return 0

@@ -1,4 +1,4 @@
-"""``fastzs segment``: label every pixel of pictures."""
+"""``fastzs segment``: label every pixel of images."""
 
 import logging
 import os
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
     from fastzs.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-HELP = "label every pixel of pictures"
+HELP = "label every pixel of images"
 
 
 def parser() -> ArgumentParser:
     options = ArgumentParser(
-        description="Label every pixel of pictures with one of the classes. Writes an indexed PNG for each picture, "
+        description="Label every pixel of images with one of the classes. Writes an indexed PNG for each image, "
         "a manifest by which the same command goes on where it stopped, and run.json with all that was used. "
-        "Started by torchrun, each process takes a share of the pictures; --engine ray shares them out among actors."
+        "Started by torchrun, each process takes a share of the images; --engine ray shares them out among actors."
     )
     add = options.add_argument
-    add("paths", nargs="*", type=str, help="pictures, folders, globs")
+    add("paths", nargs="*", type=str, help="images, folders, globs")
     add("--config", action="config", help="YAML file with any of these options (see --print_config)")
     add("--classes", type=str | list[str] | None, help="names, separated by commas")
     add("--classes-file", type=str | None, help="YAML file with a list of names, or of name: [synonyms]")
     add("--output", type=str, required=True, help="folder for the results")
-    add("--overlay", action="store_true", help="also write the labels drawn over the picture, with a legend")
-    add("--coco", action="store_true", help="also write COCO run-length masks, of each picture and in coco.json of all")
+    add("--overlay", action="store_true", help="also write the labels drawn over the image, with a legend")
+    add("--coco", action="store_true", help="also write COCO run-length masks, of each image and in coco.json of all")
     add("--scores", action="store_true", help="also write each pixel's score as a 16-bit PNG (65535 for 1)")
     add("--probabilities", action="store_true", help="also write the scores of all classes as float16 in .npz: large")
-    add("--max-pixels", type=int | None, help="largest picture that is read; 178 million if omitted")
+    add("--max-pixels", type=int | None, help="largest image that is read; 178 million if omitted")
     add(
         "--model",
         type=str | None,
@@ -86,7 +86,7 @@ def parser() -> ArgumentParser:
         help="score below which --background threshold says so; the model's own if omitted",
     )
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
-    add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole picture; else the model's own")
+    add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole image; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
     add(
         "--windows",
@@ -106,7 +106,7 @@ def parser() -> ArgumentParser:
 
 @dataclass
 class Job:
-    """What is done with every picture; plain values until the model is needed, so that other processes can have it."""
+    """What is done with every image; plain values until the model is needed, so that other processes can have it."""
 
     load: dict[str, Any]  # arguments of fastzs.load
     vocabulary: "Vocabulary"
@@ -149,7 +149,7 @@ class Job:
         from fastzs.identity import identity
 
         model: Any = self.segmenter.model
-        self.segmenter.question(self.vocabulary, **self.asked)  # what does not fit is said before any picture
+        self.segmenter.question(self.vocabulary, **self.asked)  # what does not fit is said before any image
         about = describe_device(self.segmenter.device)
         return {
             "decisive": identity(
@@ -173,7 +173,7 @@ class Job:
 
 
 def run(config: Namespace) -> int:
-    """Segment; 0 if every picture came out, else 1."""
+    """Segment; 0 if every image came out, else 1."""
     entries = given_classes(config.classes, config.classes_file)
     _check_coco(config.coco)
     if config.threshold is not None and config.background != "threshold":
@@ -241,7 +241,7 @@ def _segment(
     share: tuple[int, int],
     held: "Hold",
 ) -> int:
-    """Segment the pictures and keep the record."""
+    """Segment the images and keep the record."""
     from fastzs.progress import ProgressBar
     from fastzs.runs import Outcome, segment_pictures, settings_hash, write_record
 
@@ -307,9 +307,9 @@ def _segment(
             end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
         raise
     end("complete" if outcome.complete else "incomplete")
-    of_all = f" (process {share[0]} of {share[1]}, of {len(pictures)} pictures in all)" if share[1] > 1 else ""
+    of_all = f" (process {share[0]} of {share[1]}, of {len(pictures)} images in all)" if share[1] > 1 else ""
     print(
-        f"{outcome.done} of {outcome.found} pictures segmented, {outcome.skipped} done before, "
+        f"{outcome.done} of {outcome.found} images segmented, {outcome.skipped} done before, "
         f"{len(outcome.failed)} failed{of_all}; results in {folder}"
     )
     return 0 if outcome.complete else 1

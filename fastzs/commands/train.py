@@ -40,9 +40,9 @@ def parser() -> ArgumentParser:
     add("--data", type=str | None, help="folder of the protocol's data set, laid out as usual")
     add("--split", type=str, default="train", help="to train on, as the data set calls it")
     add("--test-split", type=str, default="val", help="to evaluate on")
-    add("--images", type=str | None, help="own data: folder of pictures (with --masks)")
-    add("--masks", type=str | None, help="own data: folder of masks named like the pictures")
-    add("--test-images", type=str | None, help="own data: pictures to evaluate on (with --test-masks)")
+    add("--images", type=str | None, help="own data: folder of images (with --masks)")
+    add("--masks", type=str | None, help="own data: folder of masks named like the images")
+    add("--test-images", type=str | None, help="own data: images to evaluate on (with --test-masks)")
     add("--test-masks", type=str | None, help="own data: their masks")
     add("--label-file", type=str | None, help="own data: YAML file of what values or colours of masks mean (7: road)")
     add("--classes-file", type=str | None, help="YAML list of the classes' names, or of name: [synonyms]")
@@ -165,7 +165,7 @@ def _train(config: Namespace, recipe: Recipe, protocol: "Protocol", output: Path
         )
         if ranks.rank() == 0:
             _write_config(config, protocol, output)
-            print(f"{config.model} on {dataset.what}, {len(dataset)} pictures; protocol {protocol}; {tested}")
+            print(f"{config.model} on {dataset.what}, {len(dataset)} images; protocol {protocol}; {tested}")
         outcome = train(
             model,
             dataset,
@@ -234,7 +234,7 @@ def _dataset(
     from fastzs.data.datasets import FolderDataset, open_dataset
 
     if (images is None) != (masks is None):
-        raise ValueError("a folder of pictures and one of their masks go together; one of them is missing")
+        raise ValueError("a folder of images and one of their masks go together; one of them is missing")
     if images is None or masks is None:
         if config.label_file is not None and config.images is None:
             raise ValueError("--label-file is for own masks, with --images and --masks")
@@ -262,7 +262,7 @@ def _evaluation(
         matrices = evaluate(Segmenter(model), dataset, protocol, vocabulary)
         return summary(next(iter(matrices.values())).scores_of(protocol))
 
-    return evaluate, f"evaluated on {dataset.what}, {len(dataset)} pictures"
+    return evaluate, f"evaluated on {dataset.what}, {len(dataset)} images"
 
 
 def _model(config: Namespace, protocol: "Protocol", recipe: Recipe) -> Any:

@@ -1,4 +1,4 @@
-"""Batches of a training: which pictures each step sees, prepared in parallel, the same however often it is resumed.
+"""Batches of a training: which images each step sees, prepared in parallel, the same however often it is resumed.
 
 The order is one endless stream of shuffled epochs. Each step takes the next ``batch_size`` images of it, which the
 processes of a training divide among themselves, so neither the number of processes nor a restart changes what a step
@@ -18,11 +18,11 @@ from fastzs.data.protocols import ignore_label
 
 
 class Batch(NamedTuple):
-    """Pictures of one process's part of a step."""
+    """Images of one process's part of a step."""
 
     images: Tensor  # [B, 3, H, W], fp32, normalised
     target: Tensor  # [B, H, W], class indices or ignore_label
-    names: list[str]  # of the pictures
+    names: list[str]  # of the images
 
 
 def mix(*parts: int | str) -> int:
@@ -32,7 +32,7 @@ def mix(*parts: int | str) -> int:
 
 
 class _Places(Sampler[list[tuple[int, int]]]):
-    """For each step and part, this process's pictures as (epoch, index)."""
+    """For each step and part, this process's images as (epoch, index)."""
 
     def __init__(self, length: int, batch: int, parts: int, steps: range, seed: int, rank: int, world: int):
         self.length, self.steps, self.seed = length, steps, seed
@@ -58,7 +58,7 @@ class _Places(Sampler[list[tuple[int, int]]]):
 
 
 class _Prepared(Dataset):
-    """Pictures transformed; a problem with one comes as a sentence, since errors lose theirs between processes."""
+    """Images transformed; a problem with one comes as a sentence, since errors lose theirs between processes."""
 
     def __init__(self, dataset: Any, transform: Callable, classes: int, seed: int):
         self.dataset, self.transform, self.classes, self.seed = dataset, transform, classes, seed
@@ -116,18 +116,18 @@ def batches(
 
     Args:
         dataset: ``dataset[i]`` -> (image uint8 [3, H, W], mask [H, W] of class indices or 255), with ``len``,
-            ``.classes`` (their names) and ``.names`` (of the pictures).
+            ``.classes`` (their names) and ``.names`` (of the images).
         transform: (image, mask) -> (normalised image fp32 [3, h, w], mask [h, w]); may draw from torch's generator.
         batch_size: images of a step, over all processes and parts.
         steps: which steps of the training, counted from 0.
         pin: put batches where a GPU copies from fastest.
 
     Raises:
-        ValueError: no pictures; a batch that cannot be divided evenly; a picture or mask that cannot be used
+        ValueError: no images; a batch that cannot be divided evenly; an image or mask that cannot be used
             (named), when it is its turn.
     """
     if len(dataset) == 0:
-        raise ValueError("the data set is empty: there are 0 pictures to train on")
+        raise ValueError("the data set is empty: there are 0 images to train on")
     if batch_size % (world * parts):
         raise ValueError(
             f"batch_size {batch_size} cannot be divided evenly among {world} processes, {parts} parts in each"

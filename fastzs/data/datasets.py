@@ -1,6 +1,6 @@
-"""Pictures with label maps: the benchmark data sets in their usual folders, anybody's own, and drawn shapes.
+"""Images with label maps: the benchmark data sets in their usual folders, anybody's own, and drawn shapes.
 
-Every data set gives ``dataset[i] -> (picture, labels)``, a ``tv_tensors.Image`` uint8 [3, H, W] and a
+Every data set gives ``dataset[i] -> (image, labels)``, a ``tv_tensors.Image`` uint8 [3, H, W] and a
 ``tv_tensors.Mask`` uint8 [H, W] whose values are indices into ``dataset.classes`` or 255 (ignored); above 255 classes
 int32 and 65535, see :func:`fastzs.data.protocols.ignore_label`. The folders are laid out as mmsegmentation's
 documentation of its data sets has them. A data set checks all its files when it is made; that they were found good is
@@ -43,7 +43,7 @@ TOLD = 5  # problems that a message names; the rest are counted
 
 
 class Pair(NamedTuple):
-    """A picture and its label map, under the picture's id."""
+    """An image and its label map, under the image's id."""
 
     name: str
     image: Path
@@ -51,7 +51,7 @@ class Pair(NamedTuple):
 
 
 class PairsDataset(Dataset[Sample]):
-    """Pictures and label maps in files.
+    """Images and label maps in files.
 
     Args:
         pairs: the files.
@@ -62,7 +62,7 @@ class PairsDataset(Dataset[Sample]):
 
     Raises:
         DataError: it is empty; files are missing or cannot be read, masks have labels outside the list or another
-            size than their picture; no pixel of any mask would count.
+            size than their image; no pixel of any mask would count.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PairsDataset(Dataset[Sample]):
         if not self.classes or len(self.classes) > WIDE_IGNORE:
             raise DataError(f"{what}: expected 1 to {WIDE_IGNORE} classes, got {len(self.classes)}")
         if not self.pairs:
-            raise DataError(f"{what}: there are no pictures in it")
+            raise DataError(f"{what}: there are no images in it")
         self.labels = Labels(
             len(self.classes), reduce_zero_label=reduce_zero_label, also_ignored=also_ignored, remap=remap
         )
@@ -92,11 +92,11 @@ class PairsDataset(Dataset[Sample]):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Ids of the pictures, no two the same."""
+        """Ids of the images, no two the same."""
         return tuple(pair.name for pair in self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        """One picture and its labels.
+        """One image and its labels.
 
         Raises:
             DataError, ImageError: a file changed since the data set was checked and is no longer good.
@@ -109,17 +109,17 @@ class PairsDataset(Dataset[Sample]):
         return tv_tensors.Image(picture), tv_tensors.Mask(torch.from_numpy(labels))
 
     def without(self, classes: Sequence[int]) -> Self:
-        """The pictures that show none of ``classes``; every mask is read.
+        """The images that show none of ``classes``; every mask is read.
 
         Raises:
-            DataError: no picture is left, or a mask is no longer good.
+            DataError: no image is left, or a mask is no longer good.
         """
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             shown = pool.map(lambda pair: np.isin(self._labels(pair.mask), classes).any(), self.pairs)
             kept = tuple(pair for pair, hit in zip(self.pairs, shown, strict=True) if not hit)
         if not kept:
             names = ", ".join(self.classes[i] for i in classes)
-            raise DataError(f"{self.what}: every picture shows one of {names}; there is none to train on")
+            raise DataError(f"{self.what}: every image shows one of {names}; there is none to train on")
         out = copy.copy(self)
         out.pairs = kept
         out.__dict__.pop("names", None)
@@ -137,7 +137,7 @@ class PairsDataset(Dataset[Sample]):
             raise DataError(_report(self.what, "files are missing", [str(path) for path in missing]))
         repeated = len(self.pairs) - len(set(self.names))
         if repeated:
-            raise DataError(f"{self.what}: {repeated} pictures have a name that another has, too")
+            raise DataError(f"{self.what}: {repeated} images have a name that another has, too")
         used: set[int] = set()
         stamp = cache_folder() / "checked" / f"{self.stamp()}.json"
         if stamp.is_file():
@@ -152,7 +152,7 @@ class PairsDataset(Dataset[Sample]):
                     problems += [problem] if problem else []
                     progress.advance()
         if problems:
-            raise DataError(_report(self.what, "pictures or masks cannot be used", problems))
+            raise DataError(_report(self.what, "images or masks cannot be used", problems))
         if doubt := self.labels.doubt(used):
             raise DataError(f"{self.what}: {doubt}")
         # a cache that cannot be written only means that the next start checks again
@@ -163,7 +163,7 @@ class PairsDataset(Dataset[Sample]):
             pass
 
     def _problem(self, pair: Pair, used: set[int]) -> str | None:
-        """What is wrong with a pair, if anything; adds to ``used``. Of the picture the header is read only."""
+        """What is wrong with a pair, if anything; adds to ``used``. Of the image the header is read only."""
         try:
             values = read_mask(pair.mask)
             labels = self.labels.of(values, pair.mask)
@@ -185,7 +185,7 @@ class PairsDataset(Dataset[Sample]):
 
 
 class FolderDataset(PairsDataset):
-    """A folder of pictures and a folder of masks with the same names but for the ending (``a/b.jpg``, ``a/b.png``).
+    """A folder of images and a folder of masks with the same names but for the ending (``a/b.jpg``, ``a/b.png``).
 
     Hidden files and folders are passed over, and links are followed.
 
@@ -193,11 +193,11 @@ class FolderDataset(PairsDataset):
         images: folder, searched with its subfolders.
         masks: folder of masks (PNG, TIFF, BMP), laid out alike.
         classes: names, in the order of the labels.
-        suffix: what stands between the picture's name and ``.png`` in the mask's.
+        suffix: what stands between the image's name and ``.png`` in the mask's.
         reduce_zero_label, remap: see :class:`PairsDataset`.
 
     Raises:
-        DataError: as :class:`PairsDataset`, and masks without a picture.
+        DataError: as :class:`PairsDataset`, and masks without an image.
     """
 
     def __init__(
@@ -215,7 +215,7 @@ class FolderDataset(PairsDataset):
 
 
 class PairsFile(PairsDataset):
-    """A text file with a picture and its mask on each line, separated by a tab or, without tabs, by white space.
+    """A text file with an image and its mask on each line, separated by a tab or, without tabs, by white space.
 
     Relative paths start at the file's folder. Empty lines and lines that begin with # are skipped.
 
@@ -238,7 +238,7 @@ class PairsFile(PairsDataset):
                 continue
             parts = line.split("\t") if "\t" in line else line.split()
             if len(parts) != 2:
-                raise DataError(f"pairs file {path}, line {number}: expected a picture and a mask, got {line!r}")
+                raise DataError(f"pairs file {path}, line {number}: expected an image and a mask, got {line!r}")
             image, mask = (Path(part.strip()) for part in parts)
             # the name is part of the paths of results, which stay in their folder
             inside = not image.is_absolute() and ".." not in image.parts
@@ -254,7 +254,7 @@ class VOC2012(PairsDataset):
         root: ``VOCdevkit/VOC2012`` or a folder that holds it; with ``JPEGImages``, ``SegmentationClass`` and
             ``ImageSets/Segmentation``. Masks of the augmented list (SBD) lie in ``SegmentationClassAug``.
         split: "train" (1,464), "val" (1,449), "trainval", or "trainaug" (10,582): the list ``trainaug.txt``, or
-            ``train.txt`` and ``aug.txt``. A picture's own VOC mask is preferred to the one from SBD.
+            ``train.txt`` and ``aug.txt``. An image's own VOC mask is preferred to the one from SBD.
         background: make the background a class.
     """
 
@@ -355,13 +355,13 @@ class CamVid(PairsDataset):
 class ShapesDataset(Dataset[Sample]):
     """Scenes that the package draws (:mod:`fastzs.data.shapes`), with the 64 pairs and the 4 grounds as classes.
 
-    A picture follows from ``seed``, ``split`` and its index alone. The scenes of every split hold the unseen pairs as
+    An image follows from ``seed``, ``split`` and its index alone. The scenes of every split hold the unseen pairs as
     well; the training settings hide their labels, as in the published protocols.
 
     Args:
-        split: any word; different ones give different pictures.
-        length: number of pictures.
-        size: side of the square pictures in pixels.
+        split: any word; different ones give different images.
+        length: number of images.
+        size: side of the square images in pixels.
         seed: of the whole data set.
         objects: least and greatest number of objects of a scene.
         radius: least and greatest half-extent of an object in pixels; 10 to 30 of 128 if omitted.
@@ -381,7 +381,7 @@ class ShapesDataset(Dataset[Sample]):
         radius: tuple[float, float] | None = None,
     ):
         if length < 1 or size < 1:
-            raise DataError(f"shapes: cannot draw {length} pictures of {size} x {size} pixels")
+            raise DataError(f"shapes: cannot draw {length} images of {size} x {size} pixels")
         self.classes = (*shapes.PAIRS, *shapes.GROUNDS)
         self.split, self.length, self.size, self.seed = split, length, size, seed
         self.objects, self.radius = objects, radius or (10 * size / 128, 30 * size / 128)
@@ -392,12 +392,12 @@ class ShapesDataset(Dataset[Sample]):
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Ids of the pictures, no two the same."""
+        """Ids of the images, no two the same."""
         return tuple(f"{self.split}-{i:06}" for i in range(self.length))
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.length:
-            raise IndexError(f"shapes: picture {index} of {self.length}")
+            raise IndexError(f"shapes: image {index} of {self.length}")
         seed = seed_of(self.seed, self.split, index)
         side = (self.size, self.size)
         scene = shapes.draw(1, side, seed=seed, objects=self.objects, radius=self.radius)
@@ -410,7 +410,7 @@ def open_dataset(protocol: Protocol, root: str | Path | None, split: str) -> Pai
     Args:
         root: its folder; not needed for shapes.
         split: as the data set calls it; under a protocol with ``drop_unseen``, "train" and "trainaug" are without
-            the pictures that show unseen classes.
+            the images that show unseen classes.
 
     Raises:
         ValueError: the protocol is not about one of the data sets here, or ``root`` is missing.
@@ -519,7 +519,7 @@ def _path(given: str | Path) -> Path:
 
 
 def _folder_pairs(images: Path, masks: Path, suffix: str) -> list[Pair]:
-    """Pairs of two folders, sorted by name; the masks of pictures that have none are named all the same."""
+    """Pairs of two folders, sorted by name; the masks of images that have none are named all the same."""
     for folder in (images, masks):
         if not folder.is_dir():
             raise DataError(f"{folder}: there is no such folder")
@@ -528,9 +528,9 @@ def _folder_pairs(images: Path, masks: Path, suffix: str) -> list[Pair]:
     found = _by_name(masks, MASKS, suffix, None)
     if alone := sorted(found.keys() - pictures.keys()):
         near = difflib.get_close_matches(alone[0], pictures, n=1)
-        hint = f" (nearest picture: {near[0]})" if near else ""
+        hint = f" (nearest image: {near[0]})" if near else ""
         files = [found[name].relative_to(masks).as_posix() for name in alone]
-        raise DataError(_report(f"folder {masks}", f"masks have no picture in {images}{hint}", files))
+        raise DataError(_report(f"folder {masks}", f"masks have no image in {images}{hint}", files))
     return [Pair(name, path, found.get(name, masks / f"{name}{suffix}.png")) for name, path in pictures.items()]
 
 

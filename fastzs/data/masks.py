@@ -27,7 +27,7 @@ class Labels:
         reduce_zero_label: 0 is ignored and label ``i`` stands there as ``i + 1``.
         also_ignored: further values that are ignored, besides 65535 and, up to 255 classes, 255.
         remap: what values mean instead, see :func:`fastzs.yaml_files.read_remap`: labels, or None for ignored. If it
-            has colours, masks are RGB pictures and other colours have no meaning.
+            has colours, masks are RGB images and other colours have no meaning.
 
     Attributes:
         ignored: the label of ignored pixels.
@@ -115,7 +115,7 @@ class Labels:
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """The values of a label map, uint8 or uint16 [H, W]: of an indexed picture the indices, else grey levels; of a
+    """The values of a label map, uint8 or uint16 [H, W]: of an indexed image the indices, else grey levels; of a
     coloured one uint8 [H, W, 3].
 
     Raises:

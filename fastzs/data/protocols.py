@@ -10,7 +10,7 @@ A number without its protocol means little: PASCAL-Context alone is used in thre
 :mod:`fastzs.folds`.
 
 ``zs3-voc-2`` to ``-10`` and ``zs3-context-2`` to ``-10`` are ZS3's (Bucher et al., NeurIPS 2019): 21 and 60 classes
-with the background as a seen class, two to ten of them unseen, each list the next one's beginning; pictures that show
+with the background as a seen class, two to ten of them unseen, each list the next one's beginning; images that show
 an unseen class are left out of training. ``context33-4`` is CaGNet's (Gu et al., ACM MM 2020): VOC's classes and 13
 more of PASCAL-Context's, all other pixels ignored.
 """
@@ -45,7 +45,7 @@ class Protocol:
         background: what becomes of pixels of no class: "ignored", "class" (they are one of the classes) or "none"
             (every pixel has a class).
         reduce_zero_label: 0 in the mask files means "no class" and all labels there are one higher than here.
-        drop_unseen: pictures that show an unseen class are left out of training; otherwise they are trained on, and
+        drop_unseen: images that show an unseen class are left out of training; otherwise they are trained on, and
             these pixels are ignored.
         synonyms: further names of each class, or empty.
 

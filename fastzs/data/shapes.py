@@ -1,4 +1,4 @@
-"""Pictures that the package draws itself: textured shapes on textured grounds, with captions and exact label maps.
+"""Images that the package draws itself: textured shapes on textured grounds, with captions and exact label maps.
 
 A scene holds a few objects, each a colour, a shape and perhaps a pattern ("striped blue square"), on one of four
 grounds. Everything follows from a seed, at any size. Of the 64 colour-shape pairs 16 are *unseen*: training scenes

@@ -1,7 +1,7 @@
-"""What training does to a picture and its labels together: the published recipe of ZegCLIP and CLIP-RC.
+"""What training does to an image and its labels together: the published recipe of ZegCLIP and CLIP-RC.
 
 Resize the shorter side to ``crop`` times a factor of 0.5 to 2, cut a crop that no class fills to more than 75 %, flip,
-distort the colours, normalise, pad. Pictures are ``tv_tensors.Image`` uint8 [3, H, W], labels ``tv_tensors.Mask``
+distort the colours, normalise, pad. Images are ``tv_tensors.Image`` uint8 [3, H, W], labels ``tv_tensors.Mask``
 [H, W] with 255 where ignored. All chance comes from torch's global generator.
 """
 
@@ -80,7 +80,7 @@ class VariedCrop(v2.Transform):
 
 
 class PhotometricDistortion(v2.Transform):
-    """Brightness, contrast, saturation and hue, each with probability one half, of a uint8 picture.
+    """Brightness, contrast, saturation and hue, each with probability one half, of a uint8 image.
 
     The ranges are mmsegmentation's: brightness moved by up to 32 of 255, contrast and saturation multiplied by 0.5 to
     1.5, hue turned by up to a tenth of the circle; contrast comes before or after the colours. Saturation is
@@ -116,7 +116,7 @@ class PhotometricDistortion(v2.Transform):
 
 
 class PadTo(v2.Transform):
-    """Pad below and to the right to at least ``size`` x ``size``: pictures with 0, labels as ignored."""
+    """Pad below and to the right to at least ``size`` x ``size``: images with 0, labels as ignored."""
 
     def __init__(self, size: int, ignored: int = IGNORE):
         super().__init__()
@@ -141,7 +141,7 @@ def training_transform(
     distortion: bool = True,
     ignored: int = IGNORE,
 ) -> v2.Compose:
-    """The published training pipeline, (uint8 picture, labels) -> (fp32 [3, crop, crop], labels [crop, crop]).
+    """The published training pipeline, (uint8 image, labels) -> (fp32 [3, crop, crop], labels [crop, crop]).
 
     Args:
         crop: side of the result in pixels.
@@ -154,7 +154,7 @@ def training_transform(
         ignored: the label of ignored pixels, see :func:`fastzs.data.protocols.ignore_label`.
 
     Raises:
-        ValueError: a side is less than a pixel, or there is none (a model of whole pictures).
+        ValueError: a side is less than a pixel, or there is none (a model of whole images).
     """
     short_side = crop if short_side is None else short_side
     for name, side in (("crop", crop), ("short_side", short_side)):
@@ -176,7 +176,7 @@ def training_transform(
 def _size(flat_inputs: list[Any]) -> tuple[int, int]:
     sizes = {(int(item.shape[-2]), int(item.shape[-1])) for item in flat_inputs}
     if len(sizes) != 1:
-        raise ValueError(f"picture and labels have different sizes: {sorted(sizes)}")
+        raise ValueError(f"image and labels have different sizes: {sorted(sizes)}")
     return sizes.pop()
 
 

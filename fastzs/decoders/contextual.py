@@ -51,7 +51,7 @@ class Contextual(nn.Module):
 
 
 def relative_positions(like: Tensor, extent: float = 511.0) -> Tensor:
-    """Sines and cosines of where a pixel is in the picture, [1, D, h, w]: half of the channels for columns, then rows.
+    """Sines and cosines of where a pixel is in the image, [1, D, h, w]: half of the channels for columns, then rows.
 
     The first column lies at 0, the last at ``extent``, whatever the size; channels 2 k and 2 k + 1 of a half are sine
     and cosine of that times 10000^(-2 k / (D / 2)).

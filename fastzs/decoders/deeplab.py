@@ -63,7 +63,7 @@ class DeepLabV2Head(nn.Module):
 class DeepLabV3PlusHead(nn.Module):
     """Separable convolutions at several dilations beside 1x1 and the mean, joined, and refined with stride-4 features.
 
-    Batch norm over the mean needs at least two pictures in training.
+    Batch norm over the mean needs at least two images in training.
     """
 
     def __init__(self, inner: int, fine: int, outer: int, dilations: Sequence[int] = (12, 24, 36), fine_out: int = 48):

@@ -1,7 +1,7 @@
-"""FCN-32s: VGG-16 read densely, and maps brought back to the picture's pixels. Names are those published for it.
+"""FCN-32s: VGG-16 read densely, and maps brought back to the image's pixels. Names are those published for it.
 
-Source: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015. The picture is
-padded by 100 pixels, so that the 7x7 convolution fc6 has room in pictures of any size; maps of stride 32 are enlarged
+Source: Long, Shelhamer, Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015. The image is
+padded by 100 pixels, so that the 7x7 convolution fc6 has room in images of any size; maps of stride 32 are enlarged
 by a transposed convolution of 64x64 and cut out at an offset of 19.
 """
 

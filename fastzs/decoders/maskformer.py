@@ -1,4 +1,4 @@
-"""MaskFormer's class-agnostic part: a picture becomes a fixed number of mask proposals, each with an embedding.
+"""MaskFormer's class-agnostic part: an image becomes a fixed number of mask proposals, each with an embedding.
 
 Source: Cheng et al., "Per-Pixel Classification is Not All You Need for Semantic Segmentation" (MaskFormer), NeurIPS
 2021; the decoder is that of Carion et al., "End-to-End Object Detection with Transformers" (DETR), ECCV 2020. A ResNet
@@ -81,7 +81,7 @@ def _norm_conv(inner: int, outer: int, side: int) -> nn.Sequential:
 
 
 class QueryLayer(nn.Module):
-    """DETR's decoder layer, post-norm: attention among the queries, to the picture, then an MLP."""
+    """DETR's decoder layer, post-norm: attention among the queries, to the image, then an MLP."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float):
         super().__init__()
@@ -91,7 +91,7 @@ class QueryLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, query: Tensor, picture: Tensor, position: Tensor) -> Tensor:
-        """x and query [B, Q, D], picture and position [B, N, D] -> [B, Q, D]."""
+        """x and query [B, Q, D], image and position [B, N, D] -> [B, Q, D]."""
         q = x + query
         x = self.norm1(x + self.drop(self.among(q, q, x, need_weights=False)[0]))
         seen = self.to_picture(x + query, picture + position, picture, need_weights=False)[0]
@@ -100,7 +100,7 @@ class QueryLayer(nn.Module):
 
 
 class MaskFormer(nn.Module):
-    """Mask proposals for pictures of any size.
+    """Mask proposals for images of any size.
 
     Args:
         resnet: "resnet18", "resnet34", "resnet50" or "resnet101" of torchvision; published: 50 and 101.
@@ -145,7 +145,7 @@ class MaskFormer(nn.Module):
 
     @traced("model.proposals")
     def forward(self, images: Tensor) -> Proposals:
-        """Proposals of pictures [B, 3, H, W]; a mask's cell is 4 x 4 pixels of the picture.
+        """Proposals of images [B, 3, H, W]; a mask's cell is 4 x 4 pixels of the image.
 
         Sides that are no multiple of 4 are enlarged to one, then padded with zeros to multiples of 32.
         """

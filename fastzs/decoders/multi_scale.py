@@ -1,6 +1,6 @@
-"""A picture at several sizes, and what several sizes say together: the wrapper of DeepLabV2's descendants.
+"""An image at several sizes, and what several sizes say together: the wrapper of DeepLabV2's descendants.
 
-Source: Chen et al., "DeepLab", TPAMI 2018, section 4.3; here as SPNet (Xian et al., CVPR 2019) has it: the picture
+Source: Chen et al., "DeepLab", TPAMI 2018, section 4.3; here as SPNet (Xian et al., CVPR 2019) has it: the image
 and its reductions to int(s * side), the element-wise maximum over the outputs.
 """
 

@@ -3,7 +3,7 @@
 Sources: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016; the dilated forms are those of DeepLabV2
 (Chen et al., TPAMI 2018) and DeepLabV3+ (Chen et al., ECCV 2018). Two families of weights are about:
 
-- "caffe": the stride of a stage is in its first 1x1 convolution, the pooling rounds sizes up; stride 8. Pictures are
+- "caffe": the stride of a stage is in its first 1x1 convolution, the pooling rounds sizes up; stride 8. Images are
   BGR from 0 to 255 minus a mean. SPNet, STRICT, CaGNet, SIGN.
 - "torchvision": the stride is in the 3x3 convolution, the pooling rounds down; stride 16. ZS3, Joint.
 

@@ -6,7 +6,7 @@ the features are x = sigmoid(h + h sigmoid Z). A generator makes x~ = G([w_y, Z]
 discriminator D tells x from x~ and, with one more layer, classifies both. Its classes are fixed by training.
 Minimised together, each by its own parameters::
 
-    L_D = |D(x) - 1| + |D(x~)| + a CE(x_1..x_4) + b CE(x~)       x_1..x_4: the picture at 1, 1/2, 3/4, and the maximum
+    L_D = |D(x) - 1| + |D(x~)| + a CE(x_1..x_4) + b CE(x~)       x_1..x_4: the image at 1, 1/2, 3/4, and the maximum
     L_B = 100 KLD + 0.5 CE(x_1..x_4)                             network and contextual module
     L_G = |D(x~) - 1| + 50 MMD(x~, x)                            per run of equal labels in raster order
 
@@ -85,7 +85,7 @@ class Discriminator(nn.Module):
     checkpoints=f"published .pth, {OWN}",
 )
 class CaGNet(FixedClasses):
-    """CaGNet for pictures of any size; the classes are those it was trained for.
+    """CaGNet for images of any size; the classes are those it was trained for.
 
     Args:
         classes: their names, or how many.

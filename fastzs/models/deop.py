@@ -1,4 +1,4 @@
-"""DeOP: mask proposals are named by one pass of CLIP over the whole picture, whose last layers keep patches apart.
+"""DeOP: mask proposals are named by one pass of CLIP over the whole image, whose last layers keep patches apart.
 
 Source: Han et al., "Open-Vocabulary Semantic Segmentation with Decoupled One-Pass Network", ICCV 2023, and its code.
 
@@ -170,12 +170,12 @@ class Anchors(nn.Module):
     checkpoints=OWN,
 )
 class DeOP(TrainedModel):
-    """DeOP on any CLIP ViT, for pictures of any size and vocabularies of any length.
+    """DeOP on any CLIP ViT, for images of any size and vocabularies of any length.
 
     Args:
         backbone, weights: of CLIP, see :func:`fastzs.clip.load`; published: ViT-B-16 of OpenAI.
         sizes: CLIP's vision tower's sizes, to build it without weights, as :meth:`from_pretrained` does.
-        size: the shorter side of pictures in testing; published: 512.
+        size: the shorter side of images in testing; published: 512.
         resnet, pretrained, proposals: see :class:`fastzs.decoders.maskformer.MaskFormer`.
         severance: what takes the place of attention in ``severed`` blocks: "mask", "identity" or "similarity".
         severed: numbers of these blocks; the last one if omitted.
@@ -187,7 +187,7 @@ class DeOP(TrainedModel):
     """
 
     activation = "none"
-    crop = stride = None  # whole pictures
+    crop = stride = None  # whole images
 
     def __init__(
         self,

@@ -61,7 +61,7 @@ class JointFeatures(Features):
     checkpoints=f"published fe_*.pth beside gen_*.pth, {OWN}",
 )
 class Joint(WordModel):
-    """Joint for pictures of any size and word vectors of any number and width.
+    """Joint for images of any size and word vectors of any number and width.
 
     Args:
         backbone, weights, options: see :class:`fastzs.models.words.WordModel`; ``form`` is "torchvision" with the head

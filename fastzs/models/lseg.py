@@ -116,7 +116,7 @@ class PixelFeatures(Features):
     checkpoints=f"published .ckpt (Lightning), {OWN}",
 )
 class LSeg(TrainedModel):
-    """LSeg for pictures of any size and any label set.
+    """LSeg for images of any size and any label set.
 
     Args:
         backbone, weights: the CLIP whose text tower is used, see :func:`fastzs.clip.load`; published: ViT-B-32.
@@ -131,11 +131,11 @@ class LSeg(TrainedModel):
         features: channels inside the decoder.
         readout: what becomes of CLS: "project", "add" or "ignore".
         block, block_depth, block_activation: spatial regularisation, see :class:`fastzs.decoders.dpt.SpatialBlock`.
-        crop: window side in training and testing; published: 480 of pictures with a shorter side of 520.
+        crop: window side in training and testing; published: 480 of images with a shorter side of 520.
         double_logits: double the logits as published (bilinear, align_corners=True), so that they have the size of
-            the picture. Without it they stay at half of it and :func:`fastzs.ops.label_map` enlarges them, which is
+            the image. Without it they stay at half of it and :func:`fastzs.ops.label_map` enlarges them, which is
             quicker and, away from a window's centre, up to half a pixel off.
-        normalization: what pictures are normalised with: "half" (mean and deviation 0.5, published) or "clip".
+        normalization: what images are normalised with: "half" (mean and deviation 0.5, published) or "clip".
         seen, calibration: the training classes, and what is taken from their probabilities in testing; published: 0.
 
     Raises:

@@ -75,7 +75,7 @@ class MaskCLIP(SegmentationModel):
         output_stride: of a ResNet, see :class:`fastzs.clip.ResNet`; published: 8.
         exact_gelu, norm_eps, bicubic_positions, imagenet_normalization: the published configuration runs OpenAI's
             weights with the exact GELU instead of QuickGELU, LayerNorm eps 1e-6 instead of 1e-5, positions resized
-            bicubically, and pictures normalised with ImageNet's mean and deviation. ``None`` follows it for OpenAI's
+            bicubically, and images normalised with ImageNet's mean and deviation. ``None`` follows it for OpenAI's
             weights and the weights' own way for all others (bicubic for all).
     """
 
@@ -128,7 +128,7 @@ class MaskCLIP(SegmentationModel):
         self.activation = "none" if smoothing else "softmax"  # smoothed output is made of probabilities
         imagenet = clip.published if imagenet_normalization is None else imagenet_normalization
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (clip.mean, clip.std)
-        # whole pictures, short side 512, as published; the shapes weights read pictures as they were trained
+        # whole images, short side 512, as published; the shapes weights read images as they were trained
         own_size = clip.config["vision_cfg"].get("image_size", 224)
         self.short_side = None if clip.source == "shapes" else 512
         self.crop = own_size if clip.source == "shapes" else None

@@ -75,7 +75,7 @@ class NetworkFeatures(Features):
     checkpoints=OWN,
 )
 class MaskCLIPPlus(TrainedModel):
-    """MaskCLIP+ for pictures of any size and any vocabulary.
+    """MaskCLIP+ for images of any size and any vocabulary.
 
     Args:
         backbone, weights: the CLIP that teaches and whose text vectors are the classifier; see
@@ -85,7 +85,7 @@ class MaskCLIPPlus(TrainedModel):
         resnet: of the two: resnet50, resnet101 (published) or resnet152.
         pretrained: start from torchvision's ImageNet weights. Omitted: unless ``weights="random"``.
         text_dim: width D of the text vectors, if it should not be looked up in ``backbone``.
-        normalization: mean and deviation that pictures are normalised with; the teacher's if omitted.
+        normalization: mean and deviation that images are normalised with; the teacher's if omitted.
         annotation_free: take no pixel's label.
         guided_steps: training steps in which MaskCLIP labels; ``None``: all. Published: 1999 (VOC), 3999 (Context) or
             7999 (COCO-Stuff), a tenth of the training.
@@ -97,7 +97,7 @@ class MaskCLIPPlus(TrainedModel):
         threshold_on_all: let it strike labelled pixels, too, see the module's text.
         smoothing, smoothing_threshold, denoising: of the teacher, see :class:`fastzs.models.MaskCLIP`.
         distill: weight of the distillation of CLIP's features; then pseudo labels are not used, as published.
-        crop: window side in training; pictures are tested whole, with a shorter side of ``crop``.
+        crop: window side in training; images are tested whole, with a shorter side of ``crop``.
         seen, calibration: the training classes, and what is taken from their probabilities in testing; published: 0.
     """
 

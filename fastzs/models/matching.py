@@ -1,4 +1,4 @@
-"""Training of mask proposals: every class of a picture is given the proposal that fits it best, one to one.
+"""Training of mask proposals: every class of an image is given the proposal that fits it best, one to one.
 
 Source: MaskFormer (Cheng et al., NeurIPS 2021), section 3.2, after DETR. The cost of giving class c to proposal q is
 
@@ -26,7 +26,7 @@ def matched_losses(
 ) -> dict[str, Tensor]:
     """Weighted losses ``class``, ``focal`` and ``dice``, scalars, summed over the L layers.
 
-    A picture with more classes than there are proposals is trained on its largest classes.
+    An image with more classes than there are proposals is trained on its largest classes.
 
     Args:
         logits: [L, B, Q, C + 1], the last for "no object".
@@ -67,7 +67,7 @@ def matched_losses(
 
 @torch.no_grad()
 def assign(logits: Tensor, masks: Tensor, classes: Tensor, here: Tensor, focal: float, dice: float) -> Tensor:
-    """The proposals of one picture and layer that its classes get at the least cost together, int64 [N].
+    """The proposals of one image and layer that its classes get at the least cost together, int64 [N].
 
     Args:
         logits: [Q, C + 1].

@@ -1,4 +1,4 @@
-"""SIGN: CaGNet whose latent code also knows where in the picture a pixel is.
+"""SIGN: CaGNet whose latent code also knows where in the image a pixel is.
 
 Source: Cheng et al., "SIGN: Spatial-information Incorporated Generative Network for Generalized Zero-shot Semantic
 Segmentation", ICCV 2021, and its code. Before the contextual module, h is joined with positions: u = h + SP([sigmoid
@@ -30,7 +30,7 @@ from fastzs.registry import register
     checkpoints=f"published .pth, {OWN}",
 )
 class SIGN(CaGNet):
-    """SIGN for pictures of any size; the classes are those it was trained for.
+    """SIGN for images of any size; the classes are those it was trained for.
 
     Args:
         classes, backbone, weights, options: see :class:`fastzs.models.CaGNet`.

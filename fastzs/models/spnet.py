@@ -3,7 +3,7 @@
 Source: Xian et al., "Semantic Projection Network for Zero- and Few-Label Semantic Segmentation", CVPR 2019, and its
 code. A DeepLabV2 network phi gives each pixel p a vector as wide as the words w_c, which are of unit length::
 
-    logit_c(p) = phi(p) . w_c           maximum over the picture and its reductions to 1/2 and 3/4
+    logit_c(p) = phi(p) . w_c           maximum over the image and its reductions to 1/2 and 3/4
     loss       = cross-entropy over the seen classes only, of each scale and of the maximum, summed
     score      = softmax over all classes, minus gamma for seen ones (0.6 on VOC, 0.4 on COCO-Stuff)
 
@@ -13,7 +13,7 @@ the same network at one scale, trained on with the labels of a frozen copy, see 
 Nothing non-linear lies between the last convolutions and the classes, so that for fewer classes than the words are
 wide only the class maps are computed, see :class:`fastzs.decoders.deeplab.SumHead`.
 
-Left out, so that scores differ from the published ones: pictures are not warped to squares, and there is no
+Left out, so that scores differ from the published ones: images are not warped to squares, and there is no
 dense CRF.
 """
 
@@ -40,7 +40,7 @@ REDUCTIONS = (0.5, 0.75)
 
 @dataclass(frozen=True)
 class ScaleFeatures(Features):
-    """The network's last maps of a picture, and of its reductions where there are any."""
+    """The network's last maps of an image, and of its reductions where there are any."""
 
     whole: Tensor  # [B, C, h, w]
     half: Tensor | None = None
@@ -60,7 +60,7 @@ class ScaleFeatures(Features):
     checkpoints=f"published .pth, {OWN}",
 )
 class SPNet(WordModel):
-    """SPNet for pictures of any size and word vectors of any number and width.
+    """SPNet for images of any size and word vectors of any number and width.
 
     Args:
         backbone, weights, options: see :class:`fastzs.models.words.WordModel`.
@@ -85,7 +85,7 @@ class SPNet(WordModel):
             return greatest([wide(self.head.scores(x, text)) for x in features.scales])
 
     def embedded(self, features: ScaleFeatures) -> Tensor:
-        """phi of the picture itself, [B, D, h, w]."""
+        """phi of the image itself, [B, D, h, w]."""
         return self.head(features.whole)
 
     def loss_parts(
@@ -137,7 +137,7 @@ class SPNet(WordModel):
     checkpoints=f"published .pth, {OWN}",
 )
 class STRICT(SPNet):
-    """SPNet at one scale, to be trained on with labels on which several views of a picture agree.
+    """SPNet at one scale, to be trained on with labels on which several views of an image agree.
 
     Args: as :class:`SPNet`. Use the trainer's self-training with the rule "consistent", a frozen teacher and an SPNet
     as the start.

@@ -13,12 +13,12 @@ components of word2vec's vectors, divided by their largest norm.
 What the published code gets wrong is right here; a switch brings each slip back:
 
 - ``broadcast_norm``: |v| is [B, H, W] where [B, 1, H, W] was meant, so that the cosine loss is wrong for any batch but
-  one (and refused by torch unless there are as many pictures as channels).
+  one (and refused by torch unless there are as many images as channels).
 - ``ignored_as_unseen``: ignored pixels are trained as unseen ones in stage 2.
 - ``zero_rows``: classes that cannot be chosen stay in the running with a similarity of 0, and win where all others
   are negative.
 
-Left out: stage 1 takes only pictures without a pixel of other classes; here such pixels are ignored instead.
+Left out: stage 1 takes only images without a pixel of other classes; here such pixels are ignored instead.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ from fastzs.ops import pixel_text_logits
 from fastzs.registry import register
 from fastzs.trace import span, traced
 
-CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # RGB; the published code's pictures are BGR
+CAFFE_MEAN = (122.67891434 / 255, 116.66876762 / 255, 104.00698793 / 255)  # RGB; the published code's images are BGR
 OUT = 4.0  # taken from the cosines of the classes that cannot be chosen: more than they differ by
 
 
@@ -68,7 +68,7 @@ class SZNFeatures(Features):
     checkpoints=f"published .pth.tar, {OWN}",
 )
 class SZN(TrainedModel):
-    """SZN for pictures of any size and class vectors of any number and width.
+    """SZN for images of any size and class vectors of any number and width.
 
     Args:
         backbone, weights: the CLIP of the class vectors where names are given and no array, see
@@ -80,8 +80,8 @@ class SZN(TrainedModel):
         train_unseen: those of them that are held out in stage 1, and stand for the unseen classes in stage 2.
         stage: what is trained: all but the second head, "embedding", or nothing but it, "seenmask".
         loss: of stage 1, "cosine" or "mse".
-        crop: window side; published, and if omitted: the whole picture.
-        normalization: what pictures are normalised with: "imagenet", or "caffe" as published (a mean, no deviation).
+        crop: window side; published, and if omitted: the whole image.
+        normalization: what images are normalised with: "imagenet", or "caffe" as published (a mean, no deviation).
         broadcast_norm, ignored_as_unseen, zero_rows: slips of the published code, see the module's text.
         calibration: taken from the seen classes' cosines in testing; published: 0.
 
@@ -278,7 +278,7 @@ class SZN(TrainedModel):
     def from_checkpoint(cls, path: str | Path, **options: Any) -> "SZN":
         """Read a published checkpoint, or a safetensors file of this model.
 
-        Published weights want pictures as BGR; the first convolution is turned so that here too they are RGB.
+        Published weights want images as BGR; the first convolution is turned so that here too they are RGB.
         Which classes are seen is not in a checkpoint: give ``seen`` and ``train_unseen``.
 
         Raises:
@@ -334,7 +334,7 @@ def cosine_loss(
         broadcast_norm: divide by |v| as the published code does, see the module's text.
 
     Raises:
-        RuntimeError: ``broadcast_norm`` with other than one picture, or as many as channels.
+        RuntimeError: ``broadcast_norm`` with other than one image, or as many as channels.
     """
     labelled = target != ignore_index
     wanted = text[target.long().masked_fill(~labelled, 0)].movedim(-1, 1)  # [B, D, H, W]

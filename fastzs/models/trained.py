@@ -21,7 +21,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_
 
 
 class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs", license="apache-2.0"):
-    """A network that scores the pixels of pictures against the text vectors of any classes.
+    """A network that scores the pixels of images against the text vectors of any classes.
 
     Parameters carry the published checkpoints' names. The text tower is no part of the network: it is found by name
     when a vocabulary is first embedded.

@@ -4,7 +4,7 @@ Both name a proposal twice: by its embedding, trained on the seen classes, and b
 differ in how the former is compared with the text, in how cut-outs are sampled, and in how the two opinions are
 joined. The score of a pixel for class c is then the sum over the proposals of p_q(c) m_q(pixel).
 
-All of it stays at the resolution of the proposals, a quarter of the picture's, and no masked copy of the picture is
+All of it stays at the resolution of the proposals, a quarter of the image's, and no masked copy of the image is
 made. Proposals without a pixel are not cut out, and of CLIP's last block only the row of CLS is computed, which changes
 no result. Otherwise than in the published code the sigmoid of the masks is taken before they are enlarged, and boxes
 are made of whole cells of 4 x 4 pixels.
@@ -55,7 +55,7 @@ class TwoStage(TrainedModel):
 
     activation = "none"
     mean, std = IMAGENET_MEAN, IMAGENET_STD
-    crop = stride = None  # whole pictures
+    crop = stride = None  # whole images
 
     def __init__(
         self,
@@ -111,7 +111,7 @@ class TwoStage(TrainedModel):
         raise NotImplementedError
 
     def cut_out(self, image: Tensor, boxes: Tensor, side: int) -> Tensor:
-        """Parts [K, 3, side, side] of a picture [3, H, W]; boxes [K, 4] are x0, y0, x1, y1 in pixels."""
+        """Parts [K, 3, side, side] of an image [3, H, W]; boxes [K, 4] are x0, y0, x1, y1 in pixels."""
         raise NotImplementedError
 
     def join(self, own: Tensor, of_clip: Tensor, seen: Tensor, full: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class TwoStage(TrainedModel):
         return out, full[..., None]
 
     def for_clip(self, images: Tensor) -> Tensor:
-        """Pictures as CLIP wants them normalised, fp32, from our own normalisation."""
+        """Images as CLIP wants them normalised, fp32, from our own normalisation."""
         ours, theirs = (
             (torch.tensor(mean, device=images.device), torch.tensor(std, device=images.device))
             for mean, std in ((self.mean, self.std), (self.clip_mean, self.clip_std))
@@ -181,7 +181,7 @@ class TwoStage(TrainedModel):
         return images.float() * scale[:, None, None] + shift[:, None, None]
 
     def _cut(self, image: Tensor, boxes: Tensor, masks: Tensor, cell: Tensor, side: int) -> Tensor:
-        """Cut-outs [K, 3, side, side] of a picture, CLIP's mean colour (zero) outside the masks [K, h, w]."""
+        """Cut-outs [K, 3, side, side] of an image, CLIP's mean colour (zero) outside the masks [K, h, w]."""
         number = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
         # one sample in the middle of each pixel: the logits as bilinear enlargement gives them there
         inside = roi_align(masks.float()[:, None], torch.cat([number, boxes], 1), side, sampling_ratio=1, aligned=True)

@@ -15,7 +15,7 @@ from fastzs.losses import inductive_target
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD
 from fastzs.models.trained import TrainedModel
 
-# RGB, on the 0 to 1 scale; the published pictures are BGR from 0 to 255 minus this mean
+# RGB, on the 0 to 1 scale; the published images are BGR from 0 to 255 minus this mean
 CAFFE_MEAN, CAFFE_STD = (122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255,) * 3
 
 
@@ -28,7 +28,7 @@ class WordModel(TrainedModel):
         text_dim: width D of the word vectors, if it should not be looked up in ``backbone``.
         resnet, width, form, frozen: see :class:`fastzs.decoders.resnet.DilatedResNet`. Frozen norms are right for
             pretrained weights, not for a network that starts at random.
-        crop: side of training pictures, and the shorter side of those in testing, which are taken whole.
+        crop: side of training images, and the shorter side of those in testing, which are taken whole.
         seen, calibration: the training classes, and what is taken from their scores in testing.
     """
 

@@ -1,7 +1,7 @@
-"""ZegCLIP: a prompted CLIP, and a decoder whose queries are the classes' relations to the picture.
+"""ZegCLIP: a prompted CLIP, and a decoder whose queries are the classes' relations to the image.
 
 Source: Zhou et al., "ZegCLIP: Towards Adapting CLIP for Zero-shot Semantic Segmentation", CVPR 2023. With g the
-picture's embedding, I the patches' (all of unit length) and t_c the class's::
+image's embedding, I the patches' (all of unit length) and t_c the class's::
 
     Q = W_q [g * t_c ; t_c] + b                               relationship descriptor
     Q <- layer_l(Q ; memory I)   for all layers but the last
@@ -42,7 +42,7 @@ class ZegCLIPHead(nn.Module):
     checkpoints=f"published .pth (mmcv), {OWN}",
 )
 class ZegCLIP(PromptTuned):
-    """ZegCLIP on any CLIP ViT, for pictures of any size and vocabularies of any length.
+    """ZegCLIP on any CLIP ViT, for images of any size and vocabularies of any length.
 
     Args:
         backbone, weights: see :func:`fastzs.clip.load`; the text tower comes from there, too.
@@ -56,7 +56,7 @@ class ZegCLIP(PromptTuned):
         seen: the training classes, by name or index, whose scores are lowered by ``calibration`` in testing
             (published: 0.1 for inductive models; leave ``seen`` out for transductive ones).
         double_class_embedding: published: CLS enters with the class embedding added twice.
-        imagenet_normalization: published: pictures are normalised with ImageNet's mean and deviation, not CLIP's.
+        imagenet_normalization: published: images are normalised with ImageNet's mean and deviation, not CLIP's.
 
     Training recipe, losses' weights: systems differ by data set, see :meth:`loss_parts`.
     """

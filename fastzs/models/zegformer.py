@@ -36,12 +36,12 @@ from fastzs.registry import register
     checkpoints=OWN,
 )
 class ZegFormer(TwoStage):
-    """ZegFormer on any CLIP ViT, for pictures of any size and vocabularies of any length.
+    """ZegFormer on any CLIP ViT, for images of any size and vocabularies of any length.
 
     Args:
         backbone, weights: of CLIP, see :func:`fastzs.clip.load`; published: ViT-B-16 of OpenAI.
         sizes: CLIP's vision tower's sizes, to build it without weights, as :meth:`from_pretrained` does.
-        size: the shorter side of pictures in testing; published: 640.
+        size: the shorter side of images in testing; published: 640.
         resnet, pretrained: of the proposals, see :class:`fastzs.decoders.maskformer.MaskFormer`.
         proposals: the MaskFormer's other sizes, by name; the published ones if omitted.
         seen: the training classes, by name or index. All classes count as unseen if omitted.
@@ -49,7 +49,7 @@ class ZegFormer(TwoStage):
         ensemble_weight: l, the weight of the opinion that knows more of a class; published: 2/3.
 
     Trained: everything but CLIP. Published recipe: AdamW 1e-4 (a tenth for the ResNet), weight decay 1e-4, 60,000
-    steps of 32 pictures of COCO-Stuff or 10,000 of VOC.
+    steps of 32 images of COCO-Stuff or 10,000 of VOC.
     """
 
     def __init__(

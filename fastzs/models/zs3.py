@@ -8,9 +8,9 @@ classes are fixed by training. Two stages:
   real ones of each seen class (:func:`fastzs.decoders.generator.mmd` of 128 of each, drawn at random), and a new
   classifier is trained on real features of seen classes and made ones of all, with a weight of 100 on unseen classes.
 
-What is told about unseen pixels (``layout``): as published, pictures that show unseen classes are made whole from
+What is told about unseen pixels (``layout``): as published, images that show unseen classes are made whole from
 *their true label maps*, so that layout and frequencies of unseen classes are known, though not their looks. The
-default, "permuted", is not told: a copy of each picture's seen label map, in which seen classes are exchanged for
+default, "permuted", is not told: a copy of each image's seen label map, in which seen classes are exchanged for
 unseen ones at random, is made whole, and labels of unseen classes are never read.
 
 Otherwise than published: generator and classifier take one common step a batch instead of one for each class, and the
@@ -60,7 +60,7 @@ class PixelFeatures(Features):
     checkpoints=f"published .pth.tar, {OWN}",
 )
 class ZS3(FixedClasses):
-    """ZS3 for pictures of any size; the classes are those it was trained for.
+    """ZS3 for images of any size; the classes are those it was trained for.
 
     Args:
         classes: their names, or how many.
@@ -213,7 +213,7 @@ class ZS3(FixedClasses):
 
 
 def permuted(labels: Tensor, seen: Sequence[int], classes: int, ignore_index: int) -> Tensor:
-    """Labels [B, h, w] in which, for each picture, about half of the seen classes are exchanged for unseen ones."""
+    """Labels [B, h, w] in which, for each image, about half of the seen classes are exchanged for unseen ones."""
     unseen = [i for i in range(classes) if i not in set(seen)]
     if not unseen:
         raise ValueError("ZS3: every class is seen, so there is nothing to generate; train stage 'seen' alone")
@@ -226,11 +226,11 @@ def permuted(labels: Tensor, seen: Sequence[int], classes: int, ignore_index: in
 
 
 def class_mmd(made: Tensor, real: Tensor, labels: Tensor, ignore_index: int, samples: int = SAMPLES) -> Tensor:
-    """Mean over pictures' classes of the MMD of ``samples`` made and real features of each, drawn with replacement.
+    """Mean over images' classes of the MMD of ``samples`` made and real features of each, drawn with replacement.
 
     Args:
         made, real: [B, D, h, w].
-        labels: [B, h, w]; a class without a pixel in a picture has no part there.
+        labels: [B, h, w]; a class without a pixel in an image has no part there.
 
     Returns:
         A scalar; 0, with a gradient, where no pixel is labelled.

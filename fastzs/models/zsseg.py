@@ -37,12 +37,12 @@ from fastzs.registry import register
     checkpoints=OWN,
 )
 class ZSSeg(TwoStage):
-    """zsseg on any CLIP ViT, for pictures of any size and vocabularies of any length.
+    """zsseg on any CLIP ViT, for images of any size and vocabularies of any length.
 
     Args:
         backbone, weights: of CLIP, see :func:`fastzs.clip.load`; published: ViT-B-16 of OpenAI.
         sizes: CLIP's vision tower's sizes, to build it without weights, as :meth:`from_pretrained` does.
-        size: the shorter side of pictures in testing.
+        size: the shorter side of images in testing.
         resnet, pretrained: of the proposals, see :class:`fastzs.decoders.maskformer.MaskFormer`.
         proposals: the MaskFormer's other sizes, by name; the published ones if omitted.
         seen: the training classes, by name or index. All classes count as unseen if omitted.
@@ -90,7 +90,7 @@ class ZSSeg(TwoStage):
         at = low[:, None] + (high - low)[:, None] * place[:, None]  # [K, side, 2], pixels
         at = 2 * at / at.new_tensor([image.shape[2], image.shape[1]]) - 1
         x, y = at[:, None, :, 0].expand(-1, side, -1), at[:, :, None, 1].expand(-1, -1, side)
-        whole = image.expand(len(boxes), -1, -1, -1)  # the picture itself, not copies
+        whole = image.expand(len(boxes), -1, -1, -1)  # the image itself, not copies
         return F.grid_sample(whole, torch.stack([x, y], -1), "bicubic", "border", align_corners=False)
 
     def join(self, own: Tensor, of_clip: Tensor, seen: Tensor, full: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def bridged_attention(
     Args:
         q, k, v: fp32, bf16, fp16 or fp64, one dtype and device, any strides; ``L = layout.length`` tokens.
         layout: order of the tokens and who sees whom.
-        prompt_kv: keys and values ``[B, H, P, d]``, or ``[1, H, P, d]`` for all pictures, of P more tokens that have
+        prompt_kv: keys and values ``[B, H, P, d]``, or ``[1, H, P, d]`` for all images, of P more tokens that have
             no queries: deep prompts, whose outputs the next layer would overwrite. Prefix and patches see them.
         scale: factor on the scores, by default d^-1/2.
         impl: ``"auto"``, ``"reference"`` (dense mask), ``"split"`` (unmasked attention of the shared rows, bridge

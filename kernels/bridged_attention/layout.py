@@ -39,7 +39,7 @@ class TokenLayout:
         if self.bridge and (self.bridge[0] > self.grid[0] or self.bridge[1] > self.grid[1]):
             raise ValueError(
                 f"token layout: a bridge of {self.bridge[0]} x {self.bridge[1]} leaves regions empty on a grid of "
-                f"{self.grid[0]} x {self.grid[1]} patches; use larger pictures or windows, or a smaller bridge"
+                f"{self.grid[0]} x {self.grid[1]} patches; use larger images or windows, or a smaller bridge"
             )
 
     @property

@@ -449,7 +449,7 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 
 
 def _prompts(k: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
-    """Prompt keys or values for every picture [B, H, P, d], without a copy; P = 0 without prompts."""
+    """Prompt keys or values for every image [B, H, P, d], without a copy; P = 0 without prompts."""
     return k[:, :, :0] if prompt is None else _dense(prompt).expand(k.shape[0], -1, -1, -1)
 
 

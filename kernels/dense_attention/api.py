@@ -60,8 +60,8 @@ def dense_attention(
 
     With "proxy", S holds the cosines of another network's features, rows and keys are its patches, and CLIP's values
     are interpolated to its grid (bilinear, ``align_corners=False``); q and k are not used, all heads share the weights.
-    A patch always sees itself, so that a picture of one colour, where every score is negative, has no NaN. The mean is
-    over all pairs of a picture. With ``floor`` the weights are the cosines themselves, those below it 0, divided by
+    A patch always sees itself, so that an image of one colour, where every score is negative, has no NaN. The mean is
+    over all pairs of an image. With ``floor`` the weights are the cosines themselves, those below it 0, divided by
     their sum + 1e-6 (CLIP-DINOiser, ECCV 2024: 0.2).
 
     Args:

@@ -67,7 +67,7 @@ def proxy(
     floor: float | None,
     regions: Tensor,
 ) -> Tensor:
-    """ "proxy" inside regions of the affinity's grid; the shift stays that of the whole picture."""
+    """ "proxy" inside regions of the affinity's grid; the shift stays that of the whole image."""
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     unit, shift = unit_and_shift(affinity, beta, floor, dtype)
     values = resampled(joined(v, grid, dtype), grid, (affinity.shape[2], affinity.shape[3]))

@@ -121,7 +121,7 @@ def _why_not_triton(keys: Tensor, probs: Tensor) -> str | None:
 
 @traced("ops.prompt_denoising")
 def prompt_denoising(scores: Tensor, threshold: float) -> Tensor:
-    """Which classes a picture contains at all: those that somewhere reach the threshold.
+    """Which classes an image contains at all: those that somewhere reach the threshold.
 
     The published code applies it to ``softmax(100 * logits)`` and sets the logits of the other classes to
     -100: ``logits.masked_fill(~prompt_denoising(probs, threshold)[:, :, None], -100)``.

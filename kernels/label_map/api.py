@@ -1,4 +1,4 @@
-"""``label_map``: from the windows' low-resolution class maps to the labels of a picture, in one pass."""
+"""``label_map``: from the windows' low-resolution class maps to the labels of an image, in one pass."""
 
 import functools
 import math
@@ -44,13 +44,13 @@ def label_map(
     return_scores: bool = False,
     impl: str = "auto",
 ) -> LabelMap:
-    """Label every pixel of a picture from the class maps of the windows laid over it.
+    """Label every pixel of an image from the class maps of the windows laid over it.
 
     Each window's map is interpolated to the window's pixels (bilinear, ``align_corners=False``), activated,
     reduced by ``calibration`` on the seen classes, and averaged with the other windows over the same pixel;
     the average is interpolated to the output size, and the best class wins, of equal ones the lower. This is
     the sliding-window inference of ZegCLIP and CLIP-RC without its ``[C, H, W]`` score maps: memory is the
-    inputs, the outputs and a working set that grows neither with ``C`` nor with the picture.
+    inputs, the outputs and a working set that grows neither with ``C`` nor with the image.
 
     Args:
         logits: ``[W, C, h, w]`` fp32, bf16, fp16 or fp64, one map per window. A logit that is not finite
@@ -58,8 +58,8 @@ def label_map(
             loses to every other, and where all are NaN the label is class 0 (or ``C``, below a threshold). One warning
             says so (on a GPU it is not looked for, that would wait for the device). Not differentiable.
         windows: ``[W, 4]`` int64 tensor or nested sequence of (top, left, height, width) in pixels of the
-            resized picture, all of one height and width, inside the picture, and together covering it.
-        image_size: (H, W) of the resized picture.
+            resized image, all of one height and width, inside the image, and together covering it.
+        image_size: (H, W) of the resized image.
         output_size: (H', W') of the labels, by default ``image_size``.
         activation: ``"sigmoid"``, ``"softmax"`` over the classes, or ``"none"``.
         seen: indices or ``[C]`` bool mask of the classes to calibrate.
@@ -69,14 +69,14 @@ def label_map(
         top_k: how many labels per pixel, 1 to C. Above 1 the results are ``[k, H', W']``, best first.
         return_scores: also give the winning scores.
         impl: ``"auto"`` or a backend, see :mod:`fastzs.kernels.dispatch`. Devices without a backend of their own copy
-            the logits to the host, where the compiled library (``"cpu"``) labels the picture.
+            the logits to the host, where the compiled library (``"cpu"``) labels the image.
 
     Returns:
         :class:`LabelMap`: labels, uint8, or int16 where there are more than 255 labels (``C``
         counted, with a threshold); scores ``None`` unless asked for.
 
     Raises:
-        ValueError: shapes, sizes or options do not fit; a window leaves the picture; a pixel has no window.
+        ValueError: shapes, sizes or options do not fit; a window leaves the image; a pixel has no window.
         TypeError: the logits have another dtype.
         RuntimeError: ``impl`` cannot run here.
     """
@@ -121,7 +121,7 @@ def label_map(
 
 
 def reasons(logits: Tensor, top_k: int) -> dict[str, str | None]:
-    """For each backend, best first, why it cannot label a picture from these logits, or None."""
+    """For each backend, best first, why it cannot label an image from these logits, or None."""
     on_cpu = {"cpu": why_not_cpu(logits)}
     on_gpu = {"cuda": why_not_cuda(logits, top_k), "triton": _why_not_triton(logits, top_k)}
     host = logits.device.type == "cpu"
@@ -175,7 +175,7 @@ def _penalty_of(
     return torch.tensor([calibration if n in chosen else 0.0 for n in range(classes)], dtype=dtype).to(device)
 
 
-# A vocabulary asks for the same in every picture: one copy to the device, and no wait for it in between.
+# A vocabulary asks for the same in every image: one copy to the device, and no wait for it in between.
 _kept_penalty = functools.lru_cache(64)(_penalty_of)
 
 

@@ -82,7 +82,7 @@ def _no_scores(logits: Tensor) -> Tensor:
 
 
 def check_windows(places: list[list[int]], height: int, width: int) -> None:
-    """Raise ValueError unless the windows have one size, lie in the picture and leave none of its pixels out."""
+    """Raise ValueError unless the windows have one size, lie in the image and leave none of its pixels out."""
     for n, (top, left, window_height, window_width) in enumerate(places):
         if [window_height, window_width] != places[0][2:]:
             raise ValueError(
@@ -93,7 +93,7 @@ def check_windows(places: list[list[int]], height: int, width: int) -> None:
         if window_height < 1 or window_width < 1 or not inside:
             raise ValueError(
                 f"label_map: window {n} (top {top}, left {left}, height {window_height}, "
-                f"width {window_width}) does not lie in the picture of {height} x {width}"
+                f"width {window_width}) does not lie in the image of {height} x {width}"
             )
     # Count visits on the grid of the windows' edges: between neighbouring edges all pixels have one count.
     rows = sorted({0, height, *(p[0] for p in places), *(p[0] + p[2] for p in places)})
@@ -111,7 +111,7 @@ def check_windows(places: list[list[int]], height: int, width: int) -> None:
         pixels = sum((rows[r + 1] - rows[r]) * (cols[c + 1] - cols[c]) for r, c in empty)
         r, c = empty[0]
         raise ValueError(
-            f"label_map: {pixels} of the picture's {height} x {width} pixels lie in no window, among them "
+            f"label_map: {pixels} of the image's {height} x {width} pixels lie in no window, among them "
             f"rows {rows[r]} to {rows[r + 1] - 1}, columns {cols[c]} to {cols[c + 1] - 1}"
         )
 

@@ -43,7 +43,7 @@ def window_logits(logits_ptr, plane, nodes_y, nodes_x, y_lo, y_weight, x_lo, x_w
     return left * (1 - x_weight)[None, :] + right * x_weight[None, :]
 
 
-# Sizes of pictures are of many values: a variant of the kernels for each kind of them would be compiled as they come.
+# Sizes of images are of many values: a variant of the kernels for each kind of them would be compiled as they come.
 SIZES = ["classes", "nodes_y", "nodes_x", "span_y", "span_x", "out_h", "out_w", "most_windows"]
 
 

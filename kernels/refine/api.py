@@ -1,4 +1,4 @@
-"""``refine``: labels from the windows' low-resolution class maps, smoothed along the picture's own edges."""
+"""``refine``: labels from the windows' low-resolution class maps, smoothed along the image's own edges."""
 
 import math
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def refine(
     return_maps: bool = False,
     impl: str = "auto",
 ) -> Refined:
-    """Label every pixel of a picture from class maps that are refined along the picture's edges.
+    """Label every pixel of an image from class maps that are refined along the image's edges.
 
     The windows' maps are interpolated to their pixels and averaged, and the average is interpolated to the size of
     ``image``, each bilinear with ``align_corners=False``. What is refined are these logits as they are (cosines, in
@@ -60,7 +60,7 @@ def refine(
     the channel's standard deviation (n - 1) over the neighbours and the centre, counted once a dilation.
 
     ``"laplacian"`` (PEARL, CVPR 2026): the averaged maps are pooled to about ``cells`` cells a side, ``iterations``
-    steps of conjugate gradients draw cells together where the picture has no edge, and the result is interpolated
+    steps of conjugate gradients draw cells together where the image has no edge, and the result is interpolated
     bilinearly. It is computed in fp64 on every backend, ``[C, cells, cells]`` numbers.
 
     ``"none"`` refines nothing: the label and its probability by one softmax of the averaged logits, as SCLIP, ClearCLIP
@@ -74,17 +74,17 @@ def refine(
     scores stay exact.
 
     Args:
-        logits: ``[W, C, h, w]`` fp32, bf16, fp16 or fp64, one map per window, of one picture. A class with a logit that
+        logits: ``[W, C, h, w]`` fp32, bf16, fp16 or fp64, one map per window, of one image. A class with a logit that
             is not finite loses everywhere, and one warning says so; where all have one the label is 0. Not
             differentiable.
         image: ``[3, H', W']`` floating, RGB, finite: the guide, and the size of the results. As published it is the
-            picture as the model sees it (normalised), enlarged to the original size. "pamr" does not mind a factor
+            image as the model sees it (normalised), enlarged to the original size. "pamr" does not mind a factor
             common to all pixels and channels, nor a shift; in areas of one colour all neighbours weigh the same, but a
             guide that was enlarged has rounding noise there, and the noise then decides.
-        windows: ``[W, 4]`` integers (top, left, height, width) in pixels of the resized picture: rows and columns of
+        windows: ``[W, 4]`` integers (top, left, height, width) in pixels of the resized image: rows and columns of
             windows of one size that together cover it, as :func:`fastzs.windows.window_grid` lays them. They may reach
             beyond it. By default one window over everything.
-        image_size: (H, W) of the resized picture, by default the image's.
+        image_size: (H, W) of the resized image, by default the image's.
         dilations: distances of the neighbours in pixels, for "pamr"; (8, 16) was tuned at about 500 x 375.
         iterations: steps, by default 10 ("pamr") or 25 ("laplacian").
         text: ``[C, D]`` vectors of the names, for "laplacian"; of any length.
@@ -99,7 +99,7 @@ def refine(
         (``classes_of_names[labels]``), which is the maximum over a class's names.
 
     Raises:
-        ValueError: shapes, sizes or options do not fit, windows do not cover the picture, or the image has NaN.
+        ValueError: shapes, sizes or options do not fit, windows do not cover the image, or the image has NaN.
         TypeError: a tensor has another dtype.
         RuntimeError: ``impl`` cannot run here.
     """

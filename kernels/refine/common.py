@@ -38,7 +38,7 @@ class Result(NamedTuple):
 
 
 class Axis(NamedTuple):
-    """Along one axis of the picture, what each output pixel mixes of the windows' nodes, side by side."""
+    """Along one axis of the image, what each output pixel mixes of the windows' nodes, side by side."""
 
     index: Tensor  # [n, taps] int64, of windows * nodes
     weight: Tensor  # [n, taps] fp64; rows sum to 1
@@ -60,7 +60,7 @@ def grid_of(windows: list[list[int]], image_size: tuple[int, int]) -> tuple[list
         ends = [0, *(start + length for start in starts)]
         gaps = [end for end, start in zip(ends, [*starts, size], strict=True) if start > end]
         if gaps or starts[0] >= size or ends[1] < 1:
-            raise ValueError(f"refine: expected windows that cover the picture, got none over {name} {gaps[:1]}")
+            raise ValueError(f"refine: expected windows that cover the image, got none over {name} {gaps[:1]}")
     return tops, lefts
 
 
@@ -73,12 +73,12 @@ def side_by_side(logits: Tensor, windows: list[list[int]], tops: list[int], left
 
 
 def window_axis(starts: list[int], length: int, nodes: int, picture: int, output: int) -> Axis:
-    """Windows' nodes to their pixels, the mean over windows, then the picture's pixels to the output's: one mixture.
+    """Windows' nodes to their pixels, the mean over windows, then the image's pixels to the output's: one mixture.
 
-    Both steps are bilinear with ``align_corners=False``. A window may reach beyond the picture.
+    Both steps are bilinear with ``align_corners=False``. A window may reach beyond the image.
     """
     pixel = torch.arange(picture)
-    place = pixel[:, None] - torch.tensor(starts)  # [picture, windows]
+    place = pixel[:, None] - torch.tensor(starts)  # [image, windows]
     covers = ((place >= 0) & (place < length)).double()
     low, high, part = bilinear((place + 0.5) * nodes / length - 0.5, nodes)
     share = covers / covers.sum(1, keepdim=True)
@@ -103,7 +103,7 @@ def possible_winners(nodes: Tensor) -> Tensor:
     """Indices of the classes of ``nodes`` ``[C, I, J]`` that could be the label of some pixel, ascending.
 
     A refined score is a weighted mean of the nodes, the weights being positive and the same for all classes. So a
-    class that lies below one other class at every node lies below it at every pixel, however the picture looks.
+    class that lies below one other class at every node lies below it at every pixel, however the image looks.
     """
     flat = nodes.flatten(1)
     margin = MARGIN * flat.abs().max()

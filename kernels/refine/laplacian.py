@@ -1,4 +1,4 @@
-"""PEARL's refinement: scores on a coarse grid, drawn together by a graph Laplacian with the picture's edges as weights.
+"""PEARL's refinement: scores on a coarse grid, drawn together by a graph Laplacian with the image's edges as weights.
 
 Everything is fp64. The system is badly conditioned and 25 steps do not solve it, so that rounding shows: the published
 code, in fp32, is off by 2e-3 of the scores.

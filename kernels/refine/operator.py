@@ -1,6 +1,6 @@
 """``refine`` as one PyTorch operator, opaque to torch.compile and torch.export, whatever backend computes it.
 
-What depends on values happens in the operator, so that a traced program has it too: the checks of windows and picture,
+What depends on values happens in the operator, so that a traced program has it too: the checks of windows and image,
 the warning, and which classes can be left out.
 """
 

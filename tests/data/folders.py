@@ -42,7 +42,7 @@ def voc(root: Path) -> Path:
 
 
 def camvid(root: Path, pictures: int = 3, size: tuple[int, int] = (24, 32)) -> Path:
-    """CamVid with a few pictures in each split."""
+    """CamVid with a few images in each split."""
     for split in ("train", "val", "test"):
         for i in range(pictures):
             put_picture(root / split / f"{split}{i}.png", size, i)

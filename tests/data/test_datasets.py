@@ -104,7 +104,7 @@ def test_pictures_with_unseen_classes_can_be_left_out_of_training(tmp_path):
     assert VOC2012(root, "train").names == ("a", "b")
     put_mask(root / "SegmentationClass" / "c.png", [10])
     assert open_dataset(zs3, root, "val").names == ("c",)
-    with pytest.raises(DataError, match="every picture shows one of aeroplane"):
+    with pytest.raises(DataError, match="every image shows one of aeroplane"):
         VOC2012(root, "train", background=True).without([1])
 
 
@@ -154,12 +154,12 @@ def test_folder(tmp_path):
 def test_pairs_file(tmp_path):
     folders(tmp_path)
     path = tmp_path / "pairs.txt"
-    path.write_text(f"# picture mask\nimages/a.jpg\tmasks/a.png\n\n{tmp_path}/images/b/c.jpg masks/b/c.png\n")
+    path.write_text(f"# image mask\nimages/a.jpg\tmasks/a.png\n\n{tmp_path}/images/b/c.jpg masks/b/c.png\n")
     dataset = PairsFile(path, ["x", "y", "z"])
     assert dataset.names == ("images/a", "c")  # results named so stay in their folder
     assert values(dataset, 1) == {0, 1, 2, 255}
     path.write_text("images/a.jpg\n")
-    with pytest.raises(DataError, match="line 1: expected a picture and a mask"):
+    with pytest.raises(DataError, match="line 1: expected an image and a mask"):
         PairsFile(path, ["x", "y", "z"])
     with pytest.raises(DataError, match="cannot be read"):
         PairsFile(tmp_path / "none.txt", ["x"])
@@ -180,7 +180,7 @@ def test_missing_masks_are_named_and_counted(tmp_path):
 def test_masks_without_pictures_are_refused(tmp_path):
     images, masks = folders(tmp_path)
     (images / "a.jpg").unlink()
-    with pytest.raises(DataError, match=r"1 masks have no picture.*\n +a.png"):
+    with pytest.raises(DataError, match=r"1 masks have no image.*\n +a.png"):
         FolderDataset(images, masks, ["x", "y", "z"])
 
 
@@ -188,7 +188,7 @@ def test_labels_outside_the_list_are_named_and_counted(tmp_path):
     images, masks = folders(tmp_path)
     put_mask(masks / "a.png", [0, 3, 7])
     with pytest.raises(
-        DataError, match=r"1 pictures or masks.*\n.*a.png: expected labels from 0 to 2, or 255 for ignored, got 3, 7"
+        DataError, match=r"1 images or masks.*\n.*a.png: expected labels from 0 to 2, or 255 for ignored, got 3, 7"
     ):
         FolderDataset(images, masks, ["x", "y", "z"])
     with pytest.raises(DataError, match="expected labels from 1 to 2, or 255 for ignored, got 3, 7"):
@@ -198,7 +198,7 @@ def test_labels_outside_the_list_are_named_and_counted(tmp_path):
 def test_other_sizes_are_named_and_counted(tmp_path):
     images, masks = folders(tmp_path)
     put_mask(masks / "b" / "c.png", [0, 1], (5, 8))
-    with pytest.raises(DataError, match=r"1 pictures or masks.*\n.*c.jpg is 8 x 6 pixels, its mask .*c.png 8 x 5"):
+    with pytest.raises(DataError, match=r"1 images or masks.*\n.*c.jpg is 8 x 6 pixels, its mask .*c.png 8 x 5"):
         FolderDataset(images, masks, ["x", "y", "z"])
 
 
@@ -223,14 +223,14 @@ def test_unreadable_files_are_named(tmp_path, damage):
         Image.fromarray(np.full((6, 8), 256, np.uint16)).save(victim)
     else:
         victim.write_bytes(victim.read_bytes()[:20])
-    with pytest.raises(DataError, match=f"1 pictures or masks.*\n.*{victim.name}"):
+    with pytest.raises(DataError, match=f"1 images or masks.*\n.*{victim.name}"):
         FolderDataset(images, masks, ["x", "y", "z"])
 
 
 def test_empty_data_sets_and_class_lists_are_refused(tmp_path):
     images, masks = folders(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pictures in it"):
+    with pytest.raises(DataError, match="no images in it"):
         FolderDataset(tmp_path / "empty", tmp_path / "empty", ["x"])
     with pytest.raises(DataError, match="expected 1 to 65535 classes, got 0"):
         FolderDataset(images, masks, [])

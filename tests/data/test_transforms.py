@@ -34,7 +34,7 @@ def test_scale_jitter_bounds_the_longer_side():
 
 
 def test_picture_and_labels_stay_together():
-    # the picture shows the labels: wherever the crop and the flip go, they must agree
+    # the image shows the labels: wherever the crop and the flip go, they must agree
     torch.manual_seed(1)
     labels = torch.randint(5, (50, 70), dtype=torch.uint8)
     image = tv_tensors.Image((labels * 40).expand(3, -1, -1))

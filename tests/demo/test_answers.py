@@ -64,7 +64,7 @@ def test_the_second_answer_is_fast(answers, scene):
     [
         ({"names": "a zebra"}, "do not know the word 'zebra'"),
         ({"names": "blue moon, Blue  Moon"}, "the same name"),
-        ({"data": b"no image"}, r"^odd\.png: not a picture"),
+        ({"data": b"no image"}, r"^odd\.png: not an image"),
         ({"system": "clip_rc"}, "system: expected one of maskclip"),
         ({"precision": "int1"}, "precision: expected one of"),
         ({"background": "sky"}, "background must be"),

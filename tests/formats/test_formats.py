@@ -36,7 +36,7 @@ def ids(size, seed):
 
 @pytest.fixture
 def maps(tmp_path):
-    """A folder of label maps, of pictures beside it, and the ids that are right, by file."""
+    """A folder of label maps, of images beside it, and the ids that are right, by file."""
 
     def write(names=NAMES):
         right = {}
@@ -212,7 +212,7 @@ def test_npy(tmp_path, maps):
     assert json.loads((out / "classes.json").read_text()) == {str(i + 1): name for i, name in enumerate(NAMES[:3])}
     for file, wanted in right.items():
         found = np.load((out / file).with_suffix(".npy"))
-        assert found.dtype == np.int32  # by which napari knows labels from pictures
+        assert found.dtype == np.int32  # by which napari knows labels from images
         assert np.array_equal(found, wanted)
 
 

@@ -104,7 +104,7 @@ def test_strided_inputs_and_scale():
     views = {
         "tower": base[:2, ::2, :, :8, 1:9].permute(2, 0, 3, 1, 4),
         "channels apart": base[:2, ::2, :, :8, 1:9].permute(2, 0, 4, 1, 3),
-        "one picture for all": base[:1, ::2, :, :8, 1:9].permute(2, 0, 3, 1, 4).expand(-1, 3, -1, -1, -1),
+        "one image for all": base[:1, ::2, :, :8, 1:9].permute(2, 0, 3, 1, 4).expand(-1, 3, -1, -1, -1),
     }
     for q, k, v in views.values():
         out = bridged_attention(q, k, v, layout, scale=0.3, impl="cpu")
@@ -124,7 +124,7 @@ def test_output_joins_heads_without_a_copy():
 
 @pytest.mark.parametrize("dtype", [f32, bf16])
 def test_repeats_to_the_bit(dtype):
-    """Again, with any number of threads, and for a picture whatever else is in the batch; gradients too."""
+    """Again, with any number of threads, and for an image whatever else is in the batch; gradients too."""
     layout, prompts = LAYOUTS["left-over"]
     tensors = inputs(layout, prompts, dtype, batch=3, prompt_batch=3)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(0))

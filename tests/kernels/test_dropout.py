@@ -74,7 +74,7 @@ def test_share_that_is_dropped():
         count = dropped.numel() / dropped.mean(along).numel()
         assert dropped.mean(along).std().item() == pytest.approx((0.09 / count) ** 0.5, rel=0.15)
     flat = dropped - dropped.mean()
-    for a, b in (  # neighbours in a row, rows, heads, pictures
+    for a, b in (  # neighbours in a row, rows, heads, images
         (flat[..., 1:], flat[..., :-1]),
         (flat[:, :, 1:], flat[:, :, :-1]),
         (flat[:, 0], flat[:, 1]),

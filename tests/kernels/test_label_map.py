@@ -18,11 +18,11 @@ from fastzs.kernels.label_map.options import Options
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 
-CASES = [  # picture, crop, stride, map, output: one reason each
+CASES = [  # image, crop, stride, map, output: one reason each
     ((64, 64), 64, 48, (4, 4), None),  # one window, no second step
     ((96, 160), 64, 48, (4, 4), (120, 200)),  # overlaps both ways, the last windows shifted, larger output
     ((70, 101), 48, 31, (5, 3), (33, 47)),  # odd everything, smaller output
-    ((40, 90), 48, 32, (6, 7), (1, 1)),  # picture lower than the crop, one pixel out
+    ((40, 90), 48, 32, (6, 7), (1, 1)),  # image lower than the crop, one pixel out
     ((50, 50), 32, 20, (40, 40), (50, 13)),  # maps finer than the window
     ((37, 41), 16, 16, (1, 1), (80, 90)),  # one node per window
 ]
@@ -367,7 +367,7 @@ def test_a_wait_is_seen():
 
 
 def test_tables_and_seen_classes_are_kept(monkeypatch):
-    """The second picture of a size makes nothing on the host that would have to be copied."""
+    """The second image of a size makes nothing on the host that would have to be copied."""
     logits, windows = random_case((40, 40), 32, 32, (4, 4), 9, torch.float32)
     options = Options((40, 40), (40, 40), "sigmoid", None, -math.inf, 1, torch.uint8, False)
     first, again = (tables.tables_of(logits, windows, options) for _ in range(2))

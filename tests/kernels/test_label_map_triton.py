@@ -20,7 +20,7 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-CASES = [  # picture, crop, stride, map, output, activation
+CASES = [  # image, crop, stride, map, output, activation
     ((8, 12), 8, 5, (3, 2), None, "sigmoid"),  # overlap, no second step
     ((8, 12), 8, 5, (3, 2), None, "softmax"),
     ((10, 9), 6, 4, (3, 2), (3, 67), "sigmoid"),  # overlaps both ways, wider than a tile

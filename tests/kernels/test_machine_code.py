@@ -155,7 +155,7 @@ def test_a_tile_that_spills_is_seen(monkeypatch):
 
 
 def test_pictures_of_all_sizes_share_one_label_map():
-    """A variant of the kernel takes a second to compile: a folder of pictures must not meet one after the other."""
+    """A variant of the kernel takes a second to compile: a folder of images must not meet one after the other."""
     with launched_for(90) as launches:
         for output in ((33, 47), (64, 112), (100, 150), (1, 1)):
             for classes in (1, 16, 171):

@@ -18,11 +18,11 @@ from tests.parity.golden import read
 GOLDENS = Path(__file__).parents[1] / "goldens"
 EPS = torch.finfo(torch.float32).eps
 
-CASES = [  # picture, crop, stride, map, output, dilations, iterations: one reason each
+CASES = [  # image, crop, stride, map, output, dilations, iterations: one reason each
     ((64, 64), 64, 48, (4, 4), (64, 64), (8, 16), 10),  # one window, no second step
     ((48, 80), 32, 20, (4, 3), (60, 101), (8, 16), 10),  # overlaps both ways, larger output, as published
     ((35, 51), 24, 15, (5, 3), (17, 24), (1, 3), 3),  # odd everything, smaller output
-    ((20, 45), 24, 16, (6, 7), (3, 70), (1, 2, 24), 4),  # lower than the crop; neighbours beyond the picture
+    ((20, 45), 24, 16, (6, 7), (3, 70), (1, 2, 24), 4),  # lower than the crop; neighbours beyond the image
     ((8, 8), 8, 8, (3, 3), (1, 1), (8, 16), 10),  # one pixel
     ((16, 16), 16, 16, (1, 1), (1, 40), (2,), 5),  # one row, one node
 ]
@@ -93,7 +93,7 @@ def test_reference_is_published(picture, crop, stride, size, output, dilations, 
 
 @pytest.mark.parametrize(("image", "output"), [("image0", (50, 45)), ("image1", (70, 95))])
 def test_naclip_golden(image, output):
-    """Cosines to the model's picture, to the original size, refined along the picture enlarged: NACLIP's own code."""
+    """Cosines to the model's image, to the original size, refined along the image enlarged: NACLIP's own code."""
     golden = read(GOLDENS / "T_naclip.safetensors")
     picture = golden[f"in.{image}"].double()
     guide = F.interpolate(picture, output, mode="bilinear", align_corners=False)[0]
@@ -214,7 +214,7 @@ def test_methods_share_interpolation_and_labels(impl):
 
 @pytest.mark.parametrize("impl", BACKENDS)
 def test_classes_that_cannot_win_are_left_out_and_nothing_changes(impl, monkeypatch):
-    """Labels and scores of pictures with many hopeless classes; what is compared is counted."""
+    """Labels and scores of images with many hopeless classes; what is compared is counted."""
     logits, windows, image = random_case(*CASES[1][:5], classes=60, dtype=torch.float32)
     logits[:, ::3] -= 2.0
     logits[:, 31] = logits[:, 7] = logits[:, 7] + 0.2  # the first of two equal ones wins
@@ -312,11 +312,11 @@ WRONG = [
     ({"image_size": (0, 5)}, ValueError, "image_size"),
     ({"windows": [[0, 0, 6, 8], [0, 0, 6, 8]]}, ValueError, "windows"),
     ({"windows": [[0.0, 0.0, 6.0, 8.0]]}, ValueError, "windows"),
-    ({"windows": [[0, 0, 5, 8]]}, ValueError, "cover the picture"),
-    ({"windows": [[0, 1, 6, 8]]}, ValueError, "cover the picture"),
+    ({"windows": [[0, 0, 5, 8]]}, ValueError, "cover the image"),
+    ({"windows": [[0, 1, 6, 8]]}, ValueError, "cover the image"),
     ({"logits": LOGITS.expand(2, 4, 2, 2), "windows": [[0, 0, 3, 8], [3, 0, 4, 8]]}, ValueError, "one size"),
     ({"logits": LOGITS.expand(2, 4, 2, 2), "windows": [[0, 0, 5, 8], [0, 0, 5, 8]]}, ValueError, "each once"),
-    ({"logits": LOGITS.expand(2, 4, 2, 2), "windows": [[0, 0, 2, 8], [4, 0, 2, 8]]}, ValueError, "cover the picture"),
+    ({"logits": LOGITS.expand(2, 4, 2, 2), "windows": [[0, 0, 2, 8], [4, 0, 2, 8]]}, ValueError, "cover the image"),
     ({"impl": "cuda"}, RuntimeError, "no such backend"),
     ({"logits": LOGITS.double(), "impl": "cpu"}, RuntimeError, "float64"),
     ({"dilations": range(1, 18), "impl": "cpu"}, RuntimeError, "17 dilations"),

@@ -20,8 +20,8 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-CASES = [  # picture, crop, stride, map, output, dilations, iterations
-    ((12, 20), 8, 6, (3, 2), (11, 12), (8, 16), 2),  # overlaps both ways, neighbours beyond the picture
+CASES = [  # image, crop, stride, map, output, dilations, iterations
+    ((12, 20), 8, 6, (3, 2), (11, 12), (8, 16), 2),  # overlaps both ways, neighbours beyond the image
     ((9, 13), 8, 5, (3, 2), (7, 9), (1, 3), 1),
     ((8, 8), 8, 8, (1, 1), (1, 1), (2,), 2),
     ((8, 8), 8, 8, (3, 3), (9, 4), (2,), 0),

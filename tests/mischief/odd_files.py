@@ -85,7 +85,7 @@ def in_files() -> Iterator[Case]:
         ("numbers from one", b"1: red disc\n2: blue ring\n", "line 1: expected the numbers of the classes in order"),
         ("synonyms of synonyms", b"- red disc: [{a: b}]\n", "line 1: expected a synonym"),
         ("zero bytes", b"- red\0disc\n", "is not YAML"),
-        ("a picture", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8|is not YAML"),
+        ("an image", b"\x89PNG\r\n\x1a\n\0\0", "is not UTF-8|is not YAML"),
     ):
         yield refused(f"class files: {what}", make(content), says)
 
@@ -146,7 +146,7 @@ def configurations() -> Iterator[Case]:
         ("a number for a path", "paths: [in]\nclasses: [red disc]\nshort_side: wide\n", "short.side"),
         ("objects of Python", "paths: !!python/object/apply:os.system ['touch executed']\n", "c.yaml"),
         ("not UTF-8", "paths: [in]\nclasses: [caf\xe9]\n", "c.yaml"),
-        ("empty", "", "no pictures given|neither is given"),
+        ("empty", "", "no images given|neither is given"),
         ("deeper than a stack", "paths: " + "[" * 20000, "c.yaml"),
     ):
         yield refused(f"configurations: {what}", make(content), says)

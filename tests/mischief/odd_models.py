@@ -155,7 +155,7 @@ def files() -> Iterator[Case]:
         ("a pointer of git-lfs", "m.bin", lambda p: p.write_bytes(pointer), "m.bin"),
         ("noise", "m.safetensors", lambda p: p.write_bytes(np.random.default_rng(0).bytes(999)), "m.safetensors"),
         ("empty", "m.pt", lambda p: p.touch(), "m.pt"),
-        ("a picture", "m.pth", lambda p: shutil.copy(p.parent / "in" / "good0.png", p), "m.pth"),
+        ("an image", "m.pth", lambda p: shutil.copy(p.parent / "in" / "good0.png", p), "m.pth"),
         ("a text", "m.pth", lambda p: p.write_text("weights"), "m.pth"),
         ("no tensors", "m.pt", lambda p: torch.save({"epoch": 3}, p), "no tensors"),
         ("a list", "m.pt", lambda p: torch.save([torch.ones(1)], p), "dictionary"),

@@ -1,4 +1,4 @@
-"""Files that are no pictures, broken pictures, and pictures of every odd kind."""
+"""Files that are no images, broken images, and images of every odd kind."""
 
 import io
 import os
@@ -26,7 +26,7 @@ def encoded(kind: str, size: tuple[int, int] = (60, 40), seed: int = 0) -> bytes
 
 
 def with_bad(name: str, put: Callable[[Path], None]) -> Callable[[Path], list[str]]:
-    """Good pictures and a bad one, which is the first in the order."""
+    """Good images and a bad one, which is the first in the order."""
 
     def make(folder: Path) -> list[str]:
         inside = good_pictures(folder)
@@ -37,8 +37,8 @@ def with_bad(name: str, put: Callable[[Path], None]) -> Callable[[Path], list[st
 
 
 def bad(name: str, file: str, put: Callable[[Path], None], says: str) -> Case:
-    """A picture that is named and counted, while the others come out."""
-    return Case(f"pictures: {name}", with_bad(file, put), code={1}, says=says, check=segmented(*GOOD))
+    """An image that is named and counted, while the others come out."""
+    return Case(f"images: {name}", with_bad(file, put), code={1}, says=says, check=segmented(*GOOD))
 
 
 def data(content: bytes) -> Callable[[Path], None]:
@@ -102,18 +102,18 @@ def no_files() -> Iterator[Case]:
         (inside / "up").symlink_to(folder)
         return segment()
 
-    yield Case("pictures: folders that hold themselves", endless, check=segmented(*GOOD))
+    yield Case("images: folders that hold themselves", endless, check=segmented(*GOOD))
 
     def named_like_a_picture(folder: Path) -> list[str]:
         inside = good_pictures(folder)
         (inside / "a.jpg").mkdir()
         return segment()
 
-    yield Case("pictures: a folder called a.jpg", named_like_a_picture, check=segmented(*GOOD))
+    yield Case("images: a folder called a.jpg", named_like_a_picture, check=segmented(*GOOD))
 
 
 def kinds() -> Iterator[Case]:
-    """Pictures that come out."""
+    """Images that come out."""
     rng = np.random.default_rng(1)
     grey = rng.integers(0, 256, (20, 28)).astype(np.uint8)
     colour = rng.integers(0, 256, (20, 28, 3)).astype(np.uint8)
@@ -140,14 +140,14 @@ def kinds() -> Iterator[Case]:
     ]
     for what, file, image, options in images:
         put = lambda path, image=image, options=options: image.save(path, **options)  # noqa: E731
-        yield Case(f"pictures: {what}", with_bad(file, put), check=segmented("a", *GOOD))
+        yield Case(f"images: {what}", with_bad(file, put), check=segmented("a", *GOOD))
     for what, values in (("floating point", np.ones((9, 9), np.float32)), ("NaN", np.full((9, 9), np.nan, np.float32))):
         put = lambda path, values=values: Image.fromarray(values).save(path)  # noqa: E731
         yield bad(what, "a.tif", put, r"a\.tif: cannot be read: its pixels are floating point")
 
 
 def names() -> Iterator[Case]:
-    """File names of every kind, whose pictures come out."""
+    """File names of every kind, whose images come out."""
     for what, stem in (
         ("of 251 letters", "n" * 251),
         ("of 240 bytes in another script", "ж" * 120),
@@ -188,7 +188,7 @@ def earlier_results() -> Iterator[Case]:
         main(["segment", "in", "--output", "in/first", "--overlay", *segment()[4:]])
         return segment()
 
-    yield Case("pictures: earlier results among them", inside, says="are left out", check=segmented(*GOOD))
+    yield Case("images: earlier results among them", inside, says="are left out", check=segmented(*GOOD))
 
     def moved(folder: Path) -> list[str]:
         from tests.mischief.runner import main
@@ -198,7 +198,7 @@ def earlier_results() -> Iterator[Case]:
         (folder / "in").rename(folder / "elsewhere")
         return ["segment", "elsewhere", *segment("--threshold", "0.4", "--background", "threshold")[2:]]
 
-    yield Case("pictures: a folder that has moved", moved, check=segmented(*GOOD))
+    yield Case("images: a folder that has moved", moved, check=segmented(*GOOD))
 
     def marked(folder: Path) -> list[str]:
         inside = good_pictures(folder)
@@ -207,7 +207,7 @@ def earlier_results() -> Iterator[Case]:
         Image.new("L", (5, 5)).save(inside / "a.png", pnginfo=info)
         return segment()
 
-    yield Case("pictures: one that says it is a result", marked, says="are left out", check=segmented(*GOOD))
+    yield Case("images: one that says it is a result", marked, says="are left out", check=segmented(*GOOD))
 
 
 def cases() -> Iterator[Case]:

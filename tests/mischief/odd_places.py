@@ -29,14 +29,14 @@ def outputs() -> Iterator[Case]:
         yield Case(f"outputs: {what}", make(prepare), code={2}, says="output folder out")
     for what, content in (
         ("rubbish", b"\xff\xfe\0{}\n[1]\nnull\n"),
-        ("a line cut short", b'{"picture": "/x", "sta'),
-        ("names that lead out", b'{"picture": "/x", "state": [1, 2], "digest": "", "settings": "s", "name": "../../x", '
+        ("a line cut short", b'{"image": "/x", "sta'),
+        ("names that lead out", b'{"image": "/x", "state": [1, 2], "digest": "", "settings": "s", "name": "../../x", '
                                 b'"files": ["../../x.png"], "run": 1}\n'),
-        ("a run far ahead", b'{"picture": "/x", "state": null, "digest": "", "settings": "", "name": "a", "files": [], '
+        ("a run far ahead", b'{"image": "/x", "state": null, "digest": "", "settings": "", "name": "a", "files": [], '
                             b'"run": 99999999999}\n'),
-        ("other types", b'{"picture": 3, "state": "x", "digest": 1, "settings": [], "name": null, "files": 7, '
+        ("other types", b'{"image": 3, "state": "x", "digest": 1, "settings": [], "name": null, "files": 7, '
                         b'"run": "r"}\n'),
-        ("types that are no text", b'{"picture": "/x", "state": 5, "digest": 1, "settings": [], "name": 4, "files": 7, '
+        ("types that are no text", b'{"image": "/x", "state": 5, "digest": 1, "settings": [], "name": 4, "files": 7, '
                                    b'"run": 1}\n'),
     ):  # fmt: skip
         yield Case(f"outputs: a manifest with {what}", make(put("manifest.jsonl", content)), check=segmented(*GOOD))
@@ -93,13 +93,13 @@ def environments() -> Iterator[Case]:
 
 def lines() -> Iterator[Case]:
     for what, arguments, says in (
-        ("no pictures", ["--output", "out"], "no pictures given"),
-        ("a folder without pictures", ["empty", "--output", "out"], "no picture in it"),
+        ("no images", ["--output", "out"], "no images given"),
+        ("a folder without images", ["empty", "--output", "out"], "no image in it"),
         ("a path that is not there", ["gone.jpg", "--output", "out"], "gone.jpg"),
         ("a path with markup", ["[red]x[/].jpg", "--output", "out"], r"\[red\]x\[/\]\.jpg"),
         ("a path with a zero byte", ["a\0b.jpg", "--output", "out"], "a.{1,4}b.jpg"),
         ("a negative short side", ["in", "--output", "out", "--short-side", "-5"], "short_side"),
-        ("a crop beyond all pictures", ["in", "--output", "out", "--crop", "100000", "--stride", "1"], "crop"),
+        ("a crop beyond all images", ["in", "--output", "out", "--crop", "100000", "--stride", "1"], "crop"),
         ("a stride of nothing", ["in", "--output", "out", "--crop", "16", "--stride", "0"], "stride"),
         ("a batch of nothing", ["in", "--output", "out", "--batch-size", "0"], "batch"),
         ("a device that is none", ["in", "--output", "out", "--device", "toaster"], "toaster"),

@@ -33,7 +33,7 @@ class Case:
     """A command and what has to come of it.
 
     Attributes:
-        name: group and what is odd, "pictures: cut short".
+        name: group and what is odd, "images: cut short".
         make: lays things out in an empty folder, which is the working directory, and gives the command line.
         code: exit codes that are right.
         says: pattern of what is said on stderr.
@@ -61,7 +61,7 @@ def load_once(*arguments: object, **options: object) -> object:
 
 
 def good_pictures(folder: Path, count: int = 2) -> Path:
-    """Small pictures that can be segmented, in ``folder/in``."""
+    """Small images that can be segmented, in ``folder/in``."""
     (folder / "in").mkdir(parents=True, exist_ok=True)
     for i in range(count):
         pixels = np.random.default_rng(i).integers(0, 256, (24, 30, 3), np.uint8)
@@ -123,7 +123,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def segmented(*stems: str) -> Callable[[Path], None]:
-    """A check that there are whole label maps of these pictures, and no others."""
+    """A check that there are whole label maps of these images, and no others."""
 
     def check(folder: Path) -> None:
         there = {

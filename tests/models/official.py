@@ -23,7 +23,7 @@ def model(kind: type[ClipRC] | type[ZegCLIP], seed: int = 0, **options) -> ClipR
         nn.init.constant_(parameter, 1.0 if is_scale else 0.0)
         with torch.no_grad():
             parameter += size * noise
-    with torch.no_grad():  # so that the best class changes over a picture
+    with torch.no_grad():  # so that the best class changes over an image
         out.backbone.conv1.weight *= 8
         if isinstance(out, ClipRC):
             out.decode_head.lateral_proj.weight[:, -out.backbone.output_dim :] *= 8

@@ -19,7 +19,7 @@ def words(dim: int, names: tuple[str, ...] = NAMES) -> Vocabulary:
 
 
 def scenes(model: TrainedModel, size: int = 64, count: int = 2) -> tuple[Tensor, Tensor]:
-    """Pictures normalised for ``model`` [B, 3, size, size] and their labels [B, size, size]."""
+    """Images normalised for ``model`` [B, 3, size, size] and their labels [B, size, size]."""
     drawn = draw(count, (size, size), seed=3, objects=(2, 3), pairs=NAMES[:3])
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
     return (drawn.images / 255 - mean) / std, drawn.labels(NAMES)

@@ -39,7 +39,7 @@ def test_losses_at_full_resolution():
     layers, classes = 2, 4
     logits, masks = torch.randn(layers, 2, 6, classes + 1, dtype=f64), 2 * torch.randn(layers, 2, 6, 4, 4, dtype=f64)
     target = torch.randint(0, classes, (2, 16, 16))
-    target[0][target[0] == 2] = 0  # three classes in one picture, four in the other
+    target[0][target[0] == 2] = 0  # three classes in one image, four in the other
     target[1, :4] = 255
     got = matched_losses(logits, masks, target, focal=3.0, dice=0.5)
 

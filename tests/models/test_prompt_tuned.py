@@ -233,8 +233,8 @@ def picture(height, width):
     ("name", "seen"), [("clip_rc", None), ("clip_rc", ["dog", "sky"]), ("zegclip", None), ("zegclip", ["cat", "sky"])]
 )
 def test_segments_as_published(name, seen, tmp_path, text):
-    """From a picture to labels through sliding windows, against the published order of work."""
-    net = model(KINDS[name], seed=1)  # of this one the best class changes over the picture
+    """From an image to labels through sliding windows, against the published order of work."""
+    net = model(KINDS[name], seed=1)  # of this one the best class changes over the image
     state = published_state(net)
     path = write(tmp_path / "voc.pth", state)
     segmenter = fastzs.load(name, checkpoint=path, seen=seen, precision="fp32", device="cpu", **HEADS)
@@ -267,7 +267,7 @@ def test_bf16(name, tmp_path, text):
 
 @pytest.mark.parametrize("size", [(40, 30), (20, 200)])
 def test_windows_shrink_to_a_smaller_picture(size, tmp_path, text):
-    """As in the published code: the crop is at most the picture. Here no picture is resized."""
+    """As in the published code: the crop is at most the image. Here no image is resized."""
     path = write(tmp_path / "voc.pth", published_state(model(ClipRC)))
     segmenter = fastzs.load("clip_rc", checkpoint=path, short_side=0, **HEADS)
     assert segmenter(picture(*size), Vocabulary(NAMES, embeddings=text)).labels.shape == size

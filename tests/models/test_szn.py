@@ -105,7 +105,7 @@ def test_the_broadcast_slip_shows_with_more_than_one_picture():
 @torch.no_grad()
 def test_seen_and_unseen_pixels_get_their_own_classes():
     net = model(seen=SEEN, train_unseen=HELD_OUT)
-    net.seenmask_upscore.weight.normal_()  # so that what it says changes over a picture
+    net.seenmask_upscore.weight.normal_()  # so that what it says changes over an image
     images, vocabulary = 3 * torch.randn(2, 3, 50, 70), words(6)
     features = net.encode(images)
     says_seen = net.seenmask(features).argmax(1) == 1

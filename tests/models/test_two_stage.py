@@ -51,7 +51,7 @@ def text():
 
 
 def smooth(*shape, seed=8):
-    """Pictures without detail finer than a few pixels."""
+    """Images without detail finer than a few pixels."""
     coarse = torch.randn(shape[0], 3, shape[1] // 8, shape[2] // 8, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse, shape[1:], mode="bicubic")
 
@@ -143,7 +143,7 @@ def test_any_size_and_vocabulary(kind, size, classes):
 
 @torch.no_grad()
 def test_padding_leaves_the_picture_where_it_is(kind):
-    """A picture of 64 x 68, padded to 64 x 96 inside: its masks cover 17 columns, the last from its last 4 pixels."""
+    """An image of 64 x 68, padded to 64 x 96 inside: its masks cover 17 columns, the last from its last 4 pixels."""
     net = model(kind).maskformer
     images = smooth(1, 64, 96)
     padded = images.clone()

@@ -78,7 +78,7 @@ def deop(golden: Golden) -> Iterator[Check]:
 
 
 def _scores(masks: Tensor, share: Tensor, size: tuple[int, int], config: dict) -> Tensor:
-    """As published: masks are enlarged to the padded picture and cut before the sigmoid, the scores then resized."""
+    """As published: masks are enlarged to the padded image and cut before the sigmoid, the scores then resized."""
     padded = [-(-side // config["divisor"]) * config["divisor"] for side in size]
     masks = F.interpolate(masks, padded, mode="bilinear")[:, :, : size[0], : size[1]].sigmoid()
     scores = torch.einsum("bqc,bqhw->bchw", share, masks)

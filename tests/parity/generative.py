@@ -48,7 +48,7 @@ def zs3_deeplab(golden: Golden) -> Iterator[Check]:
 
 
 def zs3_gmmn(golden: Golden) -> Iterator[Check]:
-    """One published batch: a step of the generator for each class of a picture, then one of the classifier."""
+    """One published batch: a step of the generator for each class of an image, then one of the classifier."""
     config = golden.config
     seen = set(config["seen"])
     for dtype in DTYPES:

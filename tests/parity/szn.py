@@ -23,7 +23,7 @@ def szn(golden: Golden) -> Iterator[Check]:
         assert torch.equal(golden["in.target_embed"].movedim(1, -1)[valid], golden["in.embeddings"][target[valid]])
         for name, loss, options in (
             ("cosine", cosine_loss, {}),
-            ("cosine", cosine_loss, {"broadcast_norm": True}),  # the published slip, which one picture does not show
+            ("cosine", cosine_loss, {"broadcast_norm": True}),  # the published slip, which one image does not show
             ("mse", mse_loss, {}),
         ):
             score = golden["in.score"].to(dtype).requires_grad_()

@@ -141,7 +141,7 @@ def runner(kind: type[TrainingFree], normalised: bool, refinement: str, **whole_
 
 
 def cases(golden: Golden, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor, tuple[int, int]]]:
-    """Name, image, windows and original size of every picture of a file."""
+    """Name, image, windows and original size of every image of a file."""
     config = golden.config
     for i, size in enumerate(config["ori"]):
         image = golden[f"in.image{i}"].to(dtype)

@@ -103,7 +103,7 @@ def test_what_is_not_finite_hides_no_mark(activation):
 
 
 def logits_read(variants, classes: int, every: bool, capfd) -> int:
-    """By the kernel for a picture of 171 x 128 in two windows, whose smooth maps have a node every 16 pixels."""
+    """By the kernel for an image of 171 x 128 in two windows, whose smooth maps have a node every 16 pixels."""
     picture, windows = (128, 171), [(0, 0, 128, 128), (0, 43, 128, 128)]
     logits = adversarial_logits("smooth", 2, classes, 8, 8)
     with pytest.MonkeyPatch.context() as patch:
