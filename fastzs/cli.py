@@ -13,7 +13,19 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from fastzs import __version__, yaml_files
-from fastzs.commands import benchmarks, compare, convert, demo, doctor, evaluate, models, profile, segment, train
+from fastzs.commands import (
+    benchmarks,
+    compare,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    models,
+    profile,
+    segment,
+    train,
+)
 from fastzs.errors import FastzsError
 from fastzs.files import read_text
 from fastzs.recipe import check_keys
@@ -23,6 +35,7 @@ from fastzs.terminal import lenient_streams
 COMMANDS: dict[str, Any] = {
     "segment": segment,
     "convert": convert,
+    "export": export,
     "train": train,
     "evaluate": evaluate,
     "compare": compare,

@@ -85,8 +85,6 @@ class ImageFeatures:
         Raises:
             FeaturesError: no file of features, damaged, of another version of fastzs, or of an unknown system.
         """
-        import fastzs.models  # noqa: F401 - whose features these may be
-
         try:
             with safe_open(os.path.expanduser(path), "pt") as file:
                 about = json.loads((file.metadata() or {}).get(KEY, "{}"))
@@ -97,14 +95,29 @@ class ImageFeatures:
         if about.get("version") != VERSION:
             found = about.get("version", "a file of something else")
             raise FeaturesError(f"{path}: expected features of version {VERSION}, got {found}; encode the image again")
-        kind = next((kind for kind in _kinds(Features) if _name(kind) == about["kind"]), None)
-        if kind is None:
-            raise FeaturesError(f"{path}: holds {about['kind']}, which this version of fastzs does not have")
+        try:
+            kind = features_kind(about["kind"])
+        except FeaturesError as error:
+            raise FeaturesError(f"{path}: {error}") from error
         fields = {name.removeprefix("windows."): t for name, t in tensors.items() if name.startswith("windows.")}
         try:
             return cls(kind(**fields), tensors["places"], tuple(about["size"]), tensors["image"], about["model"])
         except (TypeError, KeyError) as error:
             raise FeaturesError(f"{path}: tensors are missing or unexpected: {error}") from error
+
+
+def features_kind(name: str) -> type[Features]:
+    """The class of a system's features by its full name.
+
+    Raises:
+        FeaturesError: there is none.
+    """
+    import fastzs.models  # noqa: F401 - which have them
+
+    for kind in _kinds(Features):
+        if _name(kind) == name:
+            return kind
+    raise FeaturesError(f"holds {name}, which this version of fastzs does not have")
 
 
 def _name(kind: type) -> str:

@@ -12,6 +12,7 @@ from fastzs import clip as clip_module
 from fastzs.clip import Clip, WeightsError
 from fastzs.clip.state import read_state
 from fastzs.devices import Precision, choose_device, choose_precision
+from fastzs.export.about import is_exported
 from fastzs.models import saved
 from fastzs.models.base import SegmentationModel
 from fastzs.models.trained import TrainedModel
@@ -46,7 +47,8 @@ def load(
 
     Args:
         model: a system's name (see :func:`fastzs.list_models`); or what a trained one lies in, as for ``checkpoint``,
-            which then says itself which system it is. Omitted: see :func:`default_model`.
+            which then says itself which system it is; or an exported ``model.onnx`` or its folder, which ONNX Runtime
+            runs. Omitted: see :func:`default_model`.
         backbone, weights: see :func:`fastzs.clip.load`; ViT-B-16 and openai where nothing else is known;
             ``weights="shapes"`` needs no download. Of a checkpoint without a text tower they name the CLIP that the
             text tower is taken from. ``backbone`` may also be a model at hand, of open_clip or transformers, in
@@ -74,6 +76,9 @@ def load(
     checkpoint = None if checkpoint is None else os.path.expanduser(checkpoint)
     given = {"backbone": backbone, "weights": None if weights is None else str(weights), "tokenizer": tokenizer}
     given = {name: value for name, value in given.items() if value is not None}
+    if is_exported(model):
+        exported = _exported(model, device, precision, {**given, **options})
+        return Segmenter(exported, short_side=short_side, crop=crop, stride=stride, batch_size=batch_size)
     if checkpoint is None and _is_checkpoint(str(model)):
         checkpoint, entry = model, system_of(model)
     else:
@@ -106,6 +111,27 @@ def load(
     elif precision == "int8":
         raise ValueError("precision int8 is a way to optimize: expected optimize=True, got False")
     return segmenter
+
+
+def _exported(model: str | Path, device: str, precision: str, options: Mapping[str, Any]) -> SegmentationModel:
+    """A model that was exported to ONNX.
+
+    Raises:
+        ValueError: it is to run elsewhere than on the CPU, in another precision, or with settings.
+    """
+    from fastzs.export.runtime import ExportedModel
+
+    if device not in ("auto", "cpu"):
+        raise ValueError(
+            f"{model}: exported models run on the CPU here; expected device 'auto' or 'cpu', got {device!r}"
+        )
+    if precision not in ("auto", "fp32"):
+        raise ValueError(
+            f"{model}: its precision was chosen when it was exported; leave precision out, got {precision!r}"
+        )
+    if options:
+        raise ValueError(f"{model}: an exported model is as it was exported; leave {next(iter(options))} out")
+    return ExportedModel(model)
 
 
 def _clip(

@@ -58,6 +58,11 @@ def window_grid(image_size: Size, crop: int | Size, stride: int | Size) -> torch
     return torch.tensor([(top, left, height, width) for top in tops for left in lefts], dtype=torch.int64)
 
 
+def next_multiple(side: int, unit: int) -> int:
+    """The smallest multiple of ``unit`` that is at least ``side``, without negative numbers, which ONNX rounds up."""
+    return (side + unit - 1) // unit * unit
+
+
 def _starts(length: int, crop: int, stride: int) -> list[int]:
     count = -(-(length - crop) // stride) + 1  # ceil, plus the first
     return [min(i * stride, length - crop) for i in range(count)]

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.windows import next_multiple
+
 
 class ConvTower(nn.Module):
     """A timm network whose last feature map is read position by position.
@@ -37,7 +39,8 @@ class ConvTower(nn.Module):
         Sides that are not a multiple of the network's stride are padded with zeros at the bottom and right.
         """
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        down, across = (next_multiple(side, self.patch_size) - side for side in (height, width))
+        images = F.pad(images, (0, across, 0, down))
         x = self.network.forward_features(images.to(self.dtype))
         return x.flatten(2).transpose(1, 2), (x.shape[2], x.shape[3])
 

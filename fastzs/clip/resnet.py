@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastzs.clip.vision import OPERATORS
 from fastzs.ops import dense_attention
+from fastzs.windows import next_multiple
 
 
 class ResNet(ModifiedResNet):
@@ -60,7 +61,8 @@ class ResNet(ModifiedResNet):
         Sides that are not a multiple of the output stride are padded with zeros at the bottom and right.
         """
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        down, across = (next_multiple(side, self.patch_size) - side for side in (height, width))
+        images = F.pad(images, (0, across, 0, down))
         x = self.stem(images.to(self.conv1.weight.dtype))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         grid = (x.shape[2], x.shape[3])

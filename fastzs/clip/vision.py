@@ -26,6 +26,7 @@ from fastzs.clip.pools import AttentionPool
 from fastzs.clip.variants import Variant
 from fastzs.kernels.dense_attention.api import KINDS
 from fastzs.ops import dense_attention
+from fastzs.windows import next_multiple
 
 OPERATORS = tuple(kind for kind in KINDS if kind != "proxy")  # those that need no other network
 GRIDS_KEPT = 16  # positional tables of that many image sizes are kept
@@ -119,7 +120,8 @@ class VisionTransformer(nn.Module):
         Without a row for CLS it is [h * w, C].
         """
         table = self.positional_embedding
-        if grid == (self.grid, self.grid):
+        varying = any(isinstance(side, torch.SymInt) for side in grid)  # in torch.export, where both ways become one
+        if not varying and grid == (self.grid, self.grid):
             return table
         # writes to tensors made in inference mode are not counted, so nothing is kept of them
         if (table.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling() or table.is_inference():
@@ -132,6 +134,11 @@ class VisionTransformer(nn.Module):
         patches = table[own:].T.reshape(1, -1, self.grid, self.grid)
         patches = patches.to(torch.promote_types(table.dtype, torch.float32))
         if self.position_mode == "offset":
+            if any(isinstance(side, torch.SymInt) for side in grid):
+                raise ValueError(
+                    "positions='offset' are resized by a factor that a graph holds for one size of the images; use "
+                    "positions='bicubic', or one size"
+                )
             factors = [(side + 0.1) / self.grid for side in grid]
             patches = F.interpolate(patches, scale_factor=factors, mode="bicubic", align_corners=False)
         else:
@@ -161,7 +168,8 @@ class VisionTransformer(nn.Module):
         Sides that are not a multiple of the patch size are padded with zeros at the bottom and right.
         """
         height, width = images.shape[-2:]
-        images = F.pad(images, (0, -width % self.patch_size, 0, -height % self.patch_size))
+        down, across = (next_multiple(side, self.patch_size) - side for side in (height, width))
+        images = F.pad(images, (0, across, 0, down))
         patches = self.conv1(images.to(self.dtype))  # [B, C, h, w]
         grid = (patches.shape[2], patches.shape[3])
         tokens = patches.flatten(2).transpose(1, 2)

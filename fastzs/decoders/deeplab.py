@@ -164,7 +164,8 @@ class SumHead(nn.Module):
         With fewer classes than channels the kernels are contracted with the text, exactly: C outputs are computed
         instead of ``outer``, once for a text while it and the weights stay as they are.
         """
-        if len(text) >= text.shape[1]:
+        rows = text.shape[0]  # of any number in torch.export, where len() would make it a constant
+        if isinstance(rows, torch.SymInt) or rows >= text.shape[1]:
             return torch.einsum("cd,bdhw->bchw", text, self(x))
         weights = [conv.weight for conv in self.convs]
         kernels, bias = self._kernels((text, *weights, *self._biases()), lambda: self._folded(text))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet
 
 from fastzs.trace import traced
+from fastzs.windows import next_multiple
 
 STRIDE = 4  # pixels of a mask's cell
 COARSEST = 32
@@ -149,10 +150,11 @@ class MaskFormer(nn.Module):
 
         Sides that are no multiple of 4 are enlarged to one, then padded with zeros to multiples of 32.
         """
-        size = [-(-side // STRIDE) * STRIDE for side in images.shape[2:]]
+        size = [next_multiple(side, STRIDE) for side in images.shape[2:]]
         if size != list(images.shape[2:]):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        images = F.pad(images, (0, -size[1] % COARSEST, 0, -size[0] % COARSEST))
+        down, across = (next_multiple(side, COARSEST) - side for side in size)
+        images = F.pad(images, (0, across, 0, down))
         maps = self.pyramid(images)
         pixels = self.pixels(maps)[:, :, : size[0] // STRIDE, : size[1] // STRIDE]  # [B, D, H / 4, W / 4]
         picture = self.project(maps[-1])

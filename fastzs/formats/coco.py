@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fastzs.formats.label_maps import LabelMap
-from fastzs.formats.needed import needed
 from fastzs.formats.output import Output
+from fastzs.needed import needed
 from fastzs.runs import COCO_HEAD
 
 HEAD = COCO_HEAD.decode()

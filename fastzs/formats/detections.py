@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastzs.formats.needed import needed
+from fastzs.needed import needed
 
 if TYPE_CHECKING:
     from fastzs.result import Segmentation

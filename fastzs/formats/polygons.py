@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fastzs.formats.needed import needed
+from fastzs.needed import needed
 
 
 def polygons(mask: np.ndarray) -> Iterator[np.ndarray]:

@@ -174,6 +174,10 @@ class SegmentationModel(nn.Module):
         """Features of images [B, 3, H, W] of any size, normalised with ``mean`` and ``std``."""
         raise NotImplementedError
 
+    def why_not_exported(self) -> str | None:
+        """Why the model has no graph of fixed shape for :mod:`fastzs.export`; None if it has."""
+        return None
+
     def why_not_stitched(self) -> str | None:
         """Why :meth:`encode_stitched` cannot be had; None if it can."""
         return f"{type(self).__name__} reads each window by itself"

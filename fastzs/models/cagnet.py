@@ -42,6 +42,7 @@ from fastzs.models.trained import OWN
 from fastzs.models.words import FixedClasses, scale_loss, wide
 from fastzs.registry import register
 from fastzs.trace import span
+from fastzs.windows import next_multiple
 
 SIGMAS = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 REDUCTIONS = (0.5, 0.75)
@@ -199,7 +200,7 @@ class CaGNet(FixedClasses):
         if self.training:
             self._iter_counter += 1
         if self.stage == "mixed" and step // TURN % 2:
-            h, w = (-(-side // 8) for side in images.shape[2:])
+            h, w = (next_multiple(side, 8) // 8 for side in images.shape[2:])
             return self.step2((len(images), h, w), text, seen)
         weights = (1.0, 0.0) if self.stage == "step1" else (0.75, 0.25)
         return self.step1(images, target, text, weights, ignore_index, pixel_weights)

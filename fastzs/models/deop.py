@@ -37,6 +37,7 @@ from fastzs.models.trained import OWN, TrainedModel
 from fastzs.models.words import wide
 from fastzs.registry import register
 from fastzs.trace import span, traced
+from fastzs.windows import next_multiple
 
 LOGIT_SCALE = 100.0
 CLS_SHARE = 100.0  # s of CLS in severance by masks, as published, whatever the number of queries
@@ -260,7 +261,7 @@ class DeOP(TrainedModel):
         return self
 
     def encode(self, images: Tensor) -> AnchorFeatures:
-        sides = [-(-side // STRIDE) for side in images.shape[2:]]
+        sides = [next_multiple(side, STRIDE) // STRIDE for side in images.shape[2:]]
         images, masks = self.propose(images.to(next(self.parameters()).dtype))
         anchors = self.name(images, masks)
         return AnchorFeatures(wide(masks)[:, :, : sides[0], : sides[1]], anchors)

@@ -38,6 +38,7 @@ from fastzs.models.trained import OWN, TrainedModel, count_layers
 from fastzs.ops import pixel_text_logits
 from fastzs.registry import register
 from fastzs.trace import span, traced
+from fastzs.windows import next_multiple
 
 LOGIT_SCALE = 1 / 0.07
 # CLIPs by the width of their joint space: whose text vectors published checkpoints were trained with
@@ -224,7 +225,7 @@ class LSeg(TrainedModel):
         Sides are first enlarged to multiples of two patches, which the coarsest level needs.
         """
         unit = 2 * self.patch_size
-        size = [-(-side // unit) * unit for side in images.shape[2:]]
+        size = [next_multiple(side, unit) for side in images.shape[2:]]
         if size != list(images.shape[2:]):
             images = F.interpolate(images, size, mode="bilinear", align_corners=False)
         tokens, grid = self.pretrained.tokens(images.to(next(self.parameters()).dtype), self.hooks)

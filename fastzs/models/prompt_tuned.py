@@ -20,7 +20,7 @@ from fastzs.models.trained import TrainedModel, count_layers
 from fastzs.ops import mask_loss
 from fastzs.stitching import crops_of, stitch
 from fastzs.trace import traced
-from fastzs.windows import Size, window_grid
+from fastzs.windows import Size, next_multiple, window_grid
 
 # CLIP ViTs by the sizes of their tensors (width, layers, patch, joint width): whose text tower fits a checkpoint
 _KNOWN = {
@@ -153,7 +153,7 @@ class PromptTuned(TrainedModel):
         return PromptFeatures.of(self.backbone.encode(self._enlarged(images).to(self.backbone.proj.dtype)))
 
     def _enlarged(self, images: Tensor) -> Tensor:
-        size = [-(-side // self.patch_size) * self.patch_size for side in images.shape[2:]]
+        size = [next_multiple(side, self.patch_size) for side in images.shape[2:]]
         if size == list(images.shape[2:]):
             return images
         return F.interpolate(images, size, mode="bilinear", align_corners=False)

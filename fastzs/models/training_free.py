@@ -37,7 +37,7 @@ from fastzs.regions import at_size
 from fastzs.registry import register
 from fastzs.stitching import stitched_tokens
 from fastzs.trace import traced
-from fastzs.windows import Size
+from fastzs.windows import Size, next_multiple
 
 CHECKPOINTS = "CLIP weights: open_clip tags, hub ids, files"
 
@@ -63,6 +63,14 @@ class Settings:
     stride: int
     multiple: int
     readout: Readout
+
+
+def padded(windows: Tensor, multiple: int) -> Tensor:
+    """Windows int64 [W, 4] whose sides are padded in the middle to multiples of some pixels; 0: as they are."""
+    if not multiple:
+        return windows
+    more = -windows[:, 2:] % multiple
+    return torch.cat([windows[:, :2] - more // 2, windows[:, 2:] + more], dim=1)
 
 
 class TrainingFree(SegmentationModel):
@@ -148,16 +156,13 @@ class TrainingFree(SegmentationModel):
 
     def covered(self, windows: Tensor) -> Tensor:
         """What the maps of windows int64 [W, 4] (top, left, height, width) cover, which may reach beyond the image."""
-        if not self.multiple:
-            return windows
-        more = -windows[:, 2:] % self.multiple
-        return torch.cat([windows[:, :2] - more // 2, windows[:, 2:] + more], dim=1)
+        return padded(windows, self.multiple)
 
     def fitted(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] whose sides are multiples of the patch: padded in the middle, or cut."""
         height, width = images.shape[2:]
         if self.multiple:
-            down, across = -height % self.multiple, -width % self.multiple
+            down, across = (next_multiple(side, self.multiple) - side for side in (height, width))
             return F.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
         patch = getattr(self.visual, "patch_size", 1)
         return images[:, :, : max(patch, height // patch * patch), : max(patch, width // patch * patch)]
