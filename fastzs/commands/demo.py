@@ -54,7 +54,7 @@ def run(config: Namespace) -> int:
     listening = listen(config.port)  # before the model, so that a busy port is said at once
     names = ("backbone", "weights", "checkpoint", "device", "precision")
     answers = Answers(config.model, **{name: config[name] for name in names})
-    file_bytes = round(config.max_megabytes * 1e6)
+    file_bytes = round(config.max_megabytes * (1 << 20))
     port = listening.getsockname()[1]
     serve(
         lambda folder: mount(application(answers, folder, file_bytes), answers, folder, file_bytes),

@@ -95,4 +95,6 @@ class Gate:
 
 
 def too_large(file_bytes: int) -> str:
-    return f"expected a file of at most {file_bytes / 1e6:g} MB; shrink it, or start with a larger --max-megabytes"
+    return (
+        f"expected a file of at most {file_bytes / (1 << 20):g} MB; shrink it, or start with a larger --max-megabytes"
+    )

@@ -6,7 +6,7 @@ import pytest
 
 from fastzs.demo.answers import Answers
 
-ROOT = Path(__file__).parents[2]
+SCENE = Path(__file__).parents[2] / "docs" / "pictures" / "scene.png"
 NAMES = "blue moon, pink cross, cyan heart"
 
 
@@ -17,4 +17,4 @@ def answers() -> Answers:
 
 @pytest.fixture(scope="session")
 def scene() -> bytes:
-    return (ROOT / "docs" / "pictures" / "scene.png").read_bytes()
+    return SCENE.read_bytes()

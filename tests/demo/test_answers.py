@@ -1,5 +1,7 @@
 """Answers: an image is encoded once for each system and precision, and asked as often as one likes."""
 
+import time
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from fastzs.demo.answers import Shelf
 from fastzs.demo.names import MOST, read_names
 from fastzs.models import MaskCLIP
 from fastzs.pictures import ImageError
-from tests.demo.conftest import NAMES
+from tests.demo.conftest import NAMES, SCENE
 
 
 def test_names_as_people_type_them():
@@ -51,12 +53,23 @@ def test_the_network_runs_once_for_an_image_a_system_and_a_precision(answers, sc
     assert torch.equal(first.result.labels, again.labels)
 
 
-def test_the_second_answer_is_fast(answers, scene):
-    """The page promises 150 ms with the built-in model. The best of a few counts: other processes may be in the way."""
-    answers.ask(scene, "scene.png", NAMES)
-    asked = [answers.ask(scene, "scene.png", f"{NAMES}, {name}") for name in ("purple heart", "yellow disc", "gravel")]
-    assert all(answer.encode_seconds is None for answer in asked)
-    assert min(answer.label_seconds for answer in asked) < 0.15
+def test_the_second_answer_is_fast(answers):
+    """All that the server does for new names: 150 ms with the built-in model.
+
+    The best of a few counts, since other processes may be in the way.
+    """
+    pytest.importorskip("fastapi", reason="needs the extra demo")
+    from fastzs.demo.page import find_all
+
+    find_all(answers, [str(SCENE)], NAMES)
+    seconds = []
+    for name in ("purple heart", "yellow disc", "gravel"):
+        begun = time.perf_counter()
+        shown = find_all(answers, [str(SCENE)], f"{NAMES}, {name}", background="prompt")
+        seconds.append(time.perf_counter() - begun)
+        assert "the network did not run" in shown
+        assert f"<b>{name}</b>" in shown
+    assert min(seconds) < 0.15
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,11 @@ def test_the_page(url, tmp_path):
         assert "${7*7}{{value}}" in page.texts("[role=alert]")[0]
         assert driver.title == "fastzs"
 
+        large = tmp_path / "large.png"
+        large.write_bytes(bytes((20 << 20) + 1))
+        page.upload(large)
+        until(lambda: re.search(r"exceed .* of 20(\.0)? ?M.*large\.png", page.texts("body")[0]))
+
         page.choose("prompt")
         page.upload(SCENE, second)  # side by side
         page.ask("blue moon, pink cross")

@@ -21,7 +21,7 @@ import httpx
 from fastzs.demo.server import FORMATS, WAITING, application, listen
 
 HOSTILE = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
-LIMIT = 300_000
+LIMIT = 3 << 18
 
 
 class Client:
@@ -126,7 +126,7 @@ def test_too_large(client, monkeypatch, scene):
     announced = client.post("/label", content=unread(), headers={**form, "content-length": str(10 * LIMIT)})
     for said in (ask(client, bytes(LIMIT + 1)), announced):
         assert said.status_code == 413
-        assert said.text == "expected a file of at most 0.3 MB; shrink it, or start with a larger --max-megabytes\n"
+        assert said.text == "expected a file of at most 0.75 MB; shrink it, or start with a larger --max-megabytes\n"
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     buffer = io.BytesIO()
     Image.new("1", (300, 300)).save(buffer, "PNG")
@@ -203,10 +203,14 @@ def test_a_busy_port_is_one_sentence():
         listen(99999)
 
 
-def test_the_command_says_what_is_wrong_before_it_loads_a_model(capsys):
+def test_the_command_says_what_is_wrong_before_it_loads_a_model(capsys, monkeypatch):
     with listen(0) as taken:
         port = taken.getsockname()[1]
         assert main(["demo", "--port", str(port)]) == 2
         assert capsys.readouterr().err.startswith(f"fastzs demo: port {port} of 127.0.0.1 cannot be taken")
+    monkeypatch.setattr("importlib.util.find_spec", lambda package: None if package == "gradio" else package)
+    assert main(["demo"]) == 2
+    assert "the page needs gradio, which is not installed: pip install 'fastzs[demo]'" in capsys.readouterr().err
+    monkeypatch.undo()
     assert main(["demo", "--max-pixels", "0"]) == 2
     assert capsys.readouterr().err == "fastzs demo: --max-pixels: expected a number above 0, got 0\n"
