@@ -80,7 +80,7 @@ class Segmenter:
             raise ValueError(f"windows: expected 'separate' or 'stitched', got {windows!r}")
         if windows == "stitched" and (reason := model.why_not_stitched()):
             raise ValueError(f"windows='stitched' cannot be had: {reason}; use windows='separate'")
-        self.windows = windows
+        self.windows: Windows = windows
         self.model = model.eval()
         self.short_side = model.short_side if short_side is None else short_side
         self.crop = model.crop if crop is None else crop
