@@ -285,7 +285,7 @@ class TestSegment:
             )
         for wrong in ("1.5", "-0.1"):
             said = refused(capsys, *common, "--background", "threshold", f"--threshold={wrong}")
-            assert f"--threshold {wrong} is compared with scores; expected 0 to 1" in said
+            assert f"--threshold: expected a score from 0 to 1, got {wrong}" in said
         assert not (tmp_path / "o").exists()
         for given, wanted in ((["--threshold", "0"], 0.0), ([], None)):
             assert main([*common, "--background", "threshold", *given]) == 0

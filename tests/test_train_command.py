@@ -145,7 +145,7 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("option", "message"),
         [
-            ("--options.crop=0", "ClipRC: crop is 0; expected 8 pixels at least"),
+            ("--options.crop=0", "ClipRC: crop: expected at least 8 pixels, got 0"),
             ("--transform.short_side=0", "short_side: expected at least 1 pixel, got 0"),
         ],
     )

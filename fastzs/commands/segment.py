@@ -182,7 +182,7 @@ def run(config: Namespace) -> int:
             f"{config.background}; give --background threshold, or no --threshold"
         )
     if not 0 <= (config.threshold or 0) <= 1:
-        raise ValueError(f"--threshold {config.threshold} is compared with scores; expected 0 to 1")
+        raise ValueError(f"--threshold: expected a score from 0 to 1, got {config.threshold}")
     if config.max_pixels is not None and config.max_pixels < 1:
         raise ValueError(f"--max-pixels must be at least 1, got {config.max_pixels}")
     # Before the model, so that what is asked for wrongly is said at once.

@@ -128,7 +128,7 @@ class MaskFormer(nn.Module):
     ):
         super().__init__()
         if width % 32 or width % heads:
-            raise ValueError(f"MaskFormer: width={width}; expected a multiple of 32 and of the {heads} heads")
+            raise ValueError(f"MaskFormer: width: expected a multiple of 32 and of the {heads} heads, got {width}")
         self.width = width
         self.pyramid = Pyramid(resnet, pretrained)
         self.pixels = PixelDecoder(self.pyramid.channels, width)

@@ -15,7 +15,7 @@ Stages (``stage``): "step1" trains all, with a, b = 1, 0; in "mixed" the network
 likely) and Z ~ N(0, 1); the classifier, and with ``generator_step2`` the generator, learn from these made features. No
 layout of unseen classes is read from labels anywhere.
 
-Otherwise than published: the three losses share one backward pass, so that D is not stepped before the others'
+Unlike the published code: the three losses share one backward pass, so that D is not stepped before the others'
 gradients are taken; ``fc_1``, which was in no group of the optimiser, is trained; there is no extra class without
 labels unless ``extra_class`` (which published checkpoints need; its score is dropped in testing); images are not warped
 to squares; and there is one optimiser.

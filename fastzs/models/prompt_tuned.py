@@ -97,7 +97,9 @@ class PromptTuned(TrainedModel):
                     f"{type(self).__name__}: {backbone} is not a vision transformer, which its prompts need"
                 )
             if crop < plain.patch_size:
-                raise ValueError(f"{type(self).__name__}: crop is {crop}; expected {plain.patch_size} pixels at least")
+                raise ValueError(
+                    f"{type(self).__name__}: crop: expected at least {plain.patch_size} pixels, got {crop}"
+                )
             sizes = vit_sizes(plain) | {"grid": crop // plain.patch_size}
         super().__init__(
             backbone=backbone,

@@ -266,7 +266,7 @@ class SZN(TrainedModel):
             return {self.loss: loss}
         if not held_out:
             raise ValueError(
-                "SZN: stage 'seenmask' wants classes with labels that stand for the unseen ones: train_unseen=[...]"
+                "SZN: stage 'seenmask' needs labelled classes in place of the unseen ones: pass train_unseen=[...]"
             )
         ignored = target == ignore_index
         is_seen = (~ignored & ~is_held_out).long()

@@ -1,12 +1,12 @@
 """What ZegFormer and zsseg share: mask proposals of a MaskFormer, each cut out and shown to a frozen CLIP.
 
 Both name a proposal twice: by its embedding, trained on the seen classes, and by CLIP's embedding of the cut-out. They
-differ in how the former is compared with the text, in how cut-outs are sampled, and in how the two opinions are
-joined. The score of a pixel for class c is then the sum over the proposals of p_q(c) m_q(pixel).
+differ in how the former is compared with the text, in how cut-outs are sampled, and in how the two
+probabilities are combined. The score of a pixel for class c is then the sum over the proposals of p_q(c) m_q(pixel).
 
 All of it stays at the resolution of the proposals, a quarter of the image's, and no masked copy of the image is
 made. Proposals without a pixel are not cut out, and of CLIP's last block only the row of CLS is computed, which changes
-no result. Otherwise than in the published code the sigmoid of the masks is taken before they are enlarged, and boxes
+no result. Unlike in the published code the sigmoid of the masks is taken before they are enlarged, and boxes
 are made of whole cells of 4 x 4 pixels.
 """
 
@@ -38,7 +38,7 @@ CUT_OUTS = 32  # that CLIP is shown at a time
 
 @dataclass(frozen=True)
 class Proposals(Features):
-    """Mask proposals and what both opinions know of them."""
+    """Mask proposals, with their own embeddings and CLIP's."""
 
     masks: Tensor  # [B, Q, h, w] logits, fp32 at least
     embeddings: Tensor  # [B, Q, width]

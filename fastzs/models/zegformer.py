@@ -30,7 +30,7 @@ from fastzs.registry import register
 @register(
     "zegformer",
     paper="ZegFormer (Ding et al., CVPR 2022)",
-    does="a ResNet and a query decoder propose 100 masks, CLIP sees each cut out, both opinions are joined",
+    does="a ResNet and a query decoder propose 100 masks, CLIP sees each cut out, both probabilities are combined",
     trained="a MaskFormer (ResNet, pyramid, query decoder); CLIP is frozen",
     needs="masks of the seen classes; SciPy in training",
     checkpoints=OWN,
@@ -46,7 +46,8 @@ class ZegFormer(TwoStage):
         proposals: the MaskFormer's other sizes, by name; the published ones if omitted.
         seen: the training classes, by name or index. All classes count as unseen if omitted.
         calibration: what seen classes lose where labels are decided; published: 0.1.
-        ensemble_weight: l, the weight of the opinion that knows more of a class; published: 2/3.
+        ensemble_weight: l, the weight of the more reliable probability of a class: the proposal's own for seen
+            classes, CLIP's for unseen ones; published: 2/3.
 
     Trained: everything but CLIP. Published recipe: AdamW 1e-4 (a tenth for the ResNet), weight decay 1e-4, 60,000
     steps of 32 images of COCO-Stuff or 10,000 of VOC.

@@ -13,7 +13,7 @@ What is told about unseen pixels (``layout``): as published, images that show un
 default, "permuted", is not told: a copy of each image's seen label map, in which seen classes are exchanged for
 unseen ones at random, is made whole, and labels of unseen classes are never read.
 
-Otherwise than published: generator and classifier take one common step a batch instead of one for each class, and the
+Unlike the published code, generator and classifier take one common step a batch instead of one for each class, and the
 norms of the frozen network keep their statistics.
 """
 

@@ -47,7 +47,8 @@ class ZSSeg(TwoStage):
         proposals: the MaskFormer's other sizes, by name; the published ones if omitted.
         seen: the training classes, by name or index. All classes count as unseen if omitted.
         calibration: what seen classes lose where labels are decided; published: nothing.
-        ensemble_weight: w, the weight of the opinion that knows more of a class; published: 0.8.
+        ensemble_weight: w, the weight of the more reliable probability of a class: the proposal's own for seen
+            classes, CLIP's for unseen ones; published: 0.8.
 
     Trained: everything but CLIP.
     """

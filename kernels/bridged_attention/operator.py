@@ -72,7 +72,9 @@ def _setup_context(ctx, inputs, output):
 
 def _of_prompts(grad, q, prompt_k, prompt_v, out, lse, prefix, h, w, rh, rw, scale) -> tuple[Tensor, Tensor]:
     """dprompt_k and dprompt_v alone, from the prompts' columns of the map."""
-    grad, q, out, lse = (x[:, :, : prefix + h * w].float() for x in (grad, q, out, lse))  # bridge rows see no prompts
+    grad, q, out, lse = (
+        x[:, :, : prefix + h * w].float() for x in (grad, q, out, lse)
+    )  # region tokens do not attend to the prompts
     weights = torch.exp(q @ prompt_k.float().transpose(2, 3) * scale - lse.unsqueeze(-1))  # [B, H, prefix + N, P]
     d_weights = grad @ prompt_v.float().transpose(2, 3) - (grad * out).sum(-1, keepdim=True)
     d_scores = weights * d_weights * scale
