@@ -2,6 +2,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,9 +11,12 @@ from PIL import Image
 
 import fastzs
 from fastzs.cli import main
+from fastzs.commands.evaluate import _show, _show_fold
 from fastzs.data.datasets import DataError, FolderDataset, ShapesDataset
 from fastzs.data.protocols import Protocol, protocol
 from fastzs.evaluate import evaluate, evaluate_predictions, own_calibration, report, save_overlay, summary
+from fastzs.folds import FoldScores
+from fastzs.metrics import ConfusionMatrix
 from fastzs.models import ClipRC
 from fastzs.result import Segmentation
 from fastzs.vocabulary import Vocabulary
@@ -179,6 +183,20 @@ def test_command_scores_predictions(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "100.0" in shown
     assert "protocol names" in shown
+
+
+def test_no_name_is_cut_in_the_printed_table(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    names = (*(f"class {i} 道路" for i in range(90)), "a very long name " * 5 + "!")
+    matrix, dataset = ConfusionMatrix(len(names)), SimpleNamespace(what="drawn")
+    everything = torch.arange(len(names))
+    matrix.add(everything, everything)
+    _show({0.0: matrix}, Protocol("own", names, unseen=(90,)), dataset, {"model": "m", "pictures": 1})
+    _show_fold(FoldScores(dict.fromkeys(names, 1.0), 1.0, 1.0), Protocol("own", names), dataset, "m")
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    for name in names:
+        assert shown.count(f" {name} ") == 2
 
 
 def test_command_on_a_benchmark_layout(tmp_path, capsys):

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PLOTS = ("iou.png", "confusion.png")
 HELP = "score a model, or label maps, on a data set"
 ROWS = 40  # classes in a column of the printed table
+LEAST = 80  # letters of the table of all classes together
+WIDE = 30  # letters of a column beside the name: " (unseen)", two figures and the lines between
 
 
 def parser() -> ArgumentParser:
@@ -357,11 +359,14 @@ def _about(segmenter: "Segmenter", config: Namespace) -> dict[str, Any]:
 
 
 def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", dataset: "AnyDataset", about: dict) -> None:
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(soft_wrap=True)
+    wide = max(map(cell_len, protocol.classes)) + WIDE
+    console.width = max(console.width, wide, LEAST)  # names are never cut
     what = f"predictions in {about['predictions']}" if "predictions" in about else about["model"]
     console.print(f"{what} on {dataset.what}, {about['pictures']} images", markup=False, highlight=False)
     console.print(f"protocol {protocol}", markup=False, highlight=False)
@@ -375,7 +380,7 @@ def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", datase
         summary.add_row(first, *(_percent(value) for value in (s.pAcc, s.mAcc, s.mIoU, s.seen, s.unseen, s.hIoU)))
     console.print(summary)
     scores = next(iter(matrices.values())).scores_of(protocol)
-    columns = -(-len(protocol.classes) // ROWS)
+    columns = min(-(-len(protocol.classes) // ROWS), console.width // wide)
     table = Table()
     for _ in range(columns):
         table.add_column("class")
@@ -398,11 +403,13 @@ def _show(matrices: "dict[float, ConfusionMatrix]", protocol: "Protocol", datase
 
 
 def _show_fold(found: "FoldScores", protocol: "Protocol", dataset: "AnyDataset", model: str) -> None:
+    from rich.cells import cell_len
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(soft_wrap=True)
+    console.width = max(console.width, max(map(cell_len, found.iou)) + WIDE)
     console.print(f"{model} on {dataset.what}, one unseen class at a time", markup=False, highlight=False)
     console.print(f"protocol {protocol}", markup=False, highlight=False)
     table = Table("class")
