@@ -21,7 +21,7 @@ from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset
 from fastzs.data.protocols import Protocol
 from fastzs.metrics import ConfusionMatrix, Metric, Scores
 from fastzs.models.base import SegmentationModel
-from fastzs.regions import find
+from fastzs.regions import check_source, find
 from fastzs.result import Segmentation, read_labels
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary, class_indices, normal_name
@@ -91,6 +91,8 @@ def evaluate(
         raise ValueError("calibrations has no constant in it")
     if workers < 0:
         raise ValueError(f"workers: expected at least 0, got {workers}")
+    if regions is not None:
+        check_source(regions)
     matrices = {constant: ConfusionMatrix(len(protocol.classes), metric) for constant in constants}
     rejected = {"threshold": threshold, "below": 0} if threshold else {}
     question = segmenter.question(vocabulary, seen=protocol.seen, calibrations=list(matrices), **rejected)

@@ -66,11 +66,25 @@ def find(regions: Regions, image: Tensor, name: str | None = None) -> Tensor:
     return found.to(image.device, torch.int64)
 
 
-def _read(path: Path) -> np.ndarray:
-    if not path.is_file():
+def check_source(regions: str | Path) -> None:
+    """See that there is something to take regions from, before any image is read.
+
+    Raises:
+        RegionsError: no such file or folder, or scikit-image is needed and not installed.
+    """
+    if str(regions) in SUPERPIXELS:
+        if util.find_spec("skimage") is None:
+            raise RegionsError(
+                f"regions {str(regions)!r} need scikit-image, which is not installed: pip install 'fastzs[regions]'"
+            )
+    elif not Path(os.path.expanduser(regions)).exists():
         raise RegionsError(
-            f"regions {path}: there is no such file; expected a PNG, a folder of them, or {' or '.join(SUPERPIXELS)}"
+            f"regions {regions}: there is no such file; expected a PNG, a folder of them, or {' or '.join(SUPERPIXELS)}"
         )
+
+
+def _read(path: Path) -> np.ndarray:
+    check_source(path)
     try:
         _, values = read_labels(path)
     except (OSError, ValueError) as error:
@@ -84,10 +98,7 @@ def superpixels(method: str, image: Tensor) -> Tensor:
     Raises:
         RegionsError: scikit-image is not installed.
     """
-    if util.find_spec("skimage") is None:
-        raise RegionsError(
-            f"regions {method!r} need scikit-image, which is not installed: pip install 'fastzs[regions]'"
-        )
+    check_source(method)
     from skimage.segmentation import felzenszwalb, slic
 
     size = (image.shape[1], image.shape[2])

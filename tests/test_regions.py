@@ -162,7 +162,7 @@ def test_regions_of_a_data_set(tmp_path):
     assert kinds[0] == kinds[2] == 1 < kinds[1]
 
 
-def test_the_command(image, tmp_path, monkeypatch):
+def test_the_command(image, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for folder in ("in", "regions"):
         (tmp_path / folder).mkdir()
@@ -179,3 +179,6 @@ def test_the_command(image, tmp_path, monkeypatch):
     assert len(np.unique(np.array(Image.open("out/7.png")))) == 2
     assert '"done": 1' in (tmp_path / "out" / "run.json").read_text()  # other regions, so it was done again
     assert before != (tmp_path / "out" / "run.json").read_text()
+    assert main(["segment", "in", "--output", "other", "--classes", "wood,paper", "--regions", "nowhere"]) == 2
+    assert "regions nowhere: there is no such file" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

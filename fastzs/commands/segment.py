@@ -190,9 +190,12 @@ def run(config: Namespace) -> int:
     from fastzs.locks import hold
     from fastzs.outputs import EXTRAS
     from fastzs.pictures import find_pictures
+    from fastzs.regions import check_source
     from fastzs.vocabulary import Vocabulary
 
     output = output_path(config.output)
+    if config.regions is not None:
+        check_source(config.regions)
     pictures = find_pictures(config.paths, skip=output)
     vocabulary = Vocabulary(entries, templates=_templates(config.templates))
     actors = _actors(config)
