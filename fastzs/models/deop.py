@@ -27,13 +27,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastzs import clip as clip_module
 from fastzs.clip import VisionTransformer, WeightsError
-from fastzs.clip.vision import vit_sizes
 from fastzs.decoders.maskformer import COARSEST, STRIDE, MaskFormer, QueryLayer, sine_position
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels, join
 from fastzs.models.matching import matched_losses
 from fastzs.models.trained import OWN, TrainedModel
+from fastzs.models.two_stage import clip_vit
 from fastzs.models.words import wide
 from fastzs.registry import register
 from fastzs.trace import span, traced
@@ -216,13 +215,7 @@ class DeOP(TrainedModel):
                 "DeOP: severance must be 'mask', 'identity' or 'similarity' and stage 'proposals' or 'anchors', got "
                 f"{severance!r} and {stage!r}"
             )
-        clip = tower = None
-        if sizes is None:
-            clip = clip_module.load(backbone, weights)
-            tower = clip.vision()
-            if not isinstance(tower, VisionTransformer):
-                raise ValueError(f"DeOP: {backbone} is not a vision transformer, which it needs")
-            sizes = vit_sizes(tower)
+        clip, tower, sizes = clip_vit("DeOP", backbone, weights, sizes)
         super().__init__(
             backbone=backbone,
             weights=weights,

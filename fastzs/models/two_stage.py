@@ -36,6 +36,26 @@ LOGIT_SCALE = 100.0
 CUT_OUTS = 32  # that CLIP is shown at a time
 
 
+def clip_vit(
+    model: str, backbone: str, weights: str, sizes: Mapping[str, Any] | None
+) -> tuple[clip_module.Clip | None, VisionTransformer | None, Mapping[str, Any]]:
+    """A CLIP, its vision tower and the tower's sizes; given sizes alone, whose weights come later.
+
+    Args:
+        model: name of the class that asks, for messages.
+
+    Raises:
+        ValueError: the tower is not a vision transformer.
+    """
+    if sizes is not None:
+        return None, None, sizes
+    clip = clip_module.load(backbone, weights)
+    tower = clip.vision()
+    if not isinstance(tower, VisionTransformer):
+        raise ValueError(f"{model}: {backbone} is not a vision transformer, which it needs")
+    return clip, tower, vit_sizes(tower)
+
+
 @dataclass(frozen=True)
 class Proposals(Features):
     """Mask proposals, with their own embeddings and CLIP's."""
@@ -72,13 +92,7 @@ class TwoStage(TrainedModel):
         ensemble_weight: float,
         projection: Callable[[int, int], nn.Module],
     ):
-        clip = tower = None
-        if sizes is None:
-            clip = clip_module.load(backbone, weights)
-            tower = clip.vision()
-            if not isinstance(tower, VisionTransformer):
-                raise ValueError(f"{type(self).__name__}: {backbone} is not a vision transformer, which it needs")
-            sizes = vit_sizes(tower)
+        clip, tower, sizes = clip_vit(type(self).__name__, backbone, weights, sizes)
         super().__init__(
             backbone=backbone,
             weights=weights,
