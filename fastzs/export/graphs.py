@@ -125,8 +125,15 @@ def program(module: nn.Module, arguments: tuple[Tensor, ...], dynamic: Any, what
         with references():
             return torch.export.export(module.eval(), arguments, dynamic_shapes=tuple(shapes), strict=False)
     except Exception as error:  # torch.export raises whatever comes to it
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"{what} cannot be exported: {reason.strip()[:300]}") from error
+        raise ExportError(f"{what} cannot be exported: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what an exporter's error goes back to."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def sample(model: SegmentationModel, size: Size, rows: int | None = None) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.export import ExportedProgram
 
-from fastzs.export.graphs import ExportError
+from fastzs.export.graphs import ExportError, reason_of
 from fastzs.needed import needed
 
 WEIGHTS = "weights.bin"
@@ -61,8 +61,7 @@ def model_proto(program: ExportedProgram, inputs: Sequence[str], outputs: Sequen
                 program, dynamo=True, verbose=False, input_names=list(inputs), output_names=list(outputs)
             )
     except Exception as error:  # the exporter raises whatever comes to it
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ExportError(f"{what} cannot be written as ONNX: {reason.strip()[:300]}") from error
+        raise ExportError(f"{what} cannot be written as ONNX: {reason_of(error)}") from error
     finally:
         logging.disable(level)
     assert made is not None

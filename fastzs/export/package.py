@@ -115,7 +115,7 @@ def _write(
     if form == "onnx":
         varying = _varying(model, size, features.tensors()) if dynamic else [set() for _ in fields]
         encoder = program(Encoder(model), (image,), [sides], f"{name}'s encoder")
-        values = (text, *features.tensors().values())
+        values = (text, *(value.contiguous() for value in features.tensors().values()))  # as runtimes give them
         decoder = program(Decoder(model, kind, fields), values, [rows, *varying], f"{name}'s decoder")
         parts["encoder"] = (encoder, ["images"], fields)
         parts["decoder"] = (decoder, ["text", *fields], ["logits"])

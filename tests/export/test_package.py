@@ -12,7 +12,7 @@ from fastzs.clip import WeightsError
 from fastzs.export import package
 from fastzs.export.check import bound, judge
 from fastzs.export.graphs import ExportError, Labels, foreign_ops, program, references, sample
-from fastzs.models import MaskCLIP, ResCLIP
+from fastzs.models import NACLIP, MaskCLIP, ResCLIP
 from fastzs.ops import label_map
 from tests.tiny import VISION, tiny_clip
 
@@ -56,14 +56,15 @@ def test_references_are_taken_meanwhile_only(monkeypatch):
 
 
 def test_errors_and_wrong_labels_are_found():
-    right = torch.randn(1, 4, 6, 6, dtype=torch.float64)
+    right = torch.rand(1, 4, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert judge(right.float(), right, 1e-6, "x")["labels"] == 1
     with pytest.raises(ExportError, match=r"off by .* at most 1.0e-06 allowed"):
         judge(right.float() * 1.001, right, 1e-6, "x")
     with pytest.raises(ExportError, match="got \\[1, 4, 6, 5\\]"):
         judge(right.float()[..., :5], right, 1e-6, "x")
     labels = right.argmax(1)
-    labels[0, 0, 0] = right[0, :, 0, 0].argmin()
+    right[0, :, 0, 0] = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    labels[0, 0, 0] = 3
     with pytest.raises(ExportError, match="1 labels differ"):
         judge(labels, right, 1e-6, "x")
     right[0, :, 0, 0] = 1  # all equally good
@@ -93,6 +94,12 @@ def test_what_cannot_be_exported(tmp_path, capsys):
     (tmp_path / "out" / "photo.jpg").write_text("mine")
     assert "expected a new or empty folder" in refused(*shapes)
     assert (tmp_path / "out" / "photo.jpg").read_text() == "mine"
+
+
+def test_a_dynamic_size_that_positions_do_not_have_is_explained(tmp_path):
+    model = NACLIP(tiny_clip()).eval()
+    with pytest.raises(ExportError, match=r"NACLIP cannot be exported: positions='offset' are resized .* or one size"):
+        package.export(model, tmp_path / "out", "onnx", size=(32, 32), dynamic=True)
 
 
 def test_nothing_is_left_of_an_export_that_fails(model, tmp_path, monkeypatch):
