@@ -28,3 +28,11 @@ def pytest_collection_modifyitems(config, items):
     if slow and len(slow) < len(items):  # a file or a test that is named runs, even where all of it is slow
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+
+
+@pytest.fixture(autouse=True)
+def pillows_guard(monkeypatch):
+    """Commands that run in this process set Pillow's limit of pixels for all of it."""
+    from PIL import Image
+
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
