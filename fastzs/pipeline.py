@@ -45,7 +45,7 @@ class Task(NamedTuple):
     """One image to do.
 
     Attributes:
-        image: its path.
+        picture: its path.
         target: the path of its label map, without ending.
         stale: files of an earlier run that are to go.
     """
@@ -59,7 +59,7 @@ class Attempt(NamedTuple):
     """How one image went, as plain values, since it may come from another process.
 
     Attributes:
-        image: its path.
+        picture: its path.
         state: its size and time of change, from before it was read; None if it was not there.
         digest: SHA-256 of its content, or "" where it could not be read.
         problem: why it did not come out, or None.
