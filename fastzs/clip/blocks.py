@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastzs.clip import frozen
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.packable import Packable
+from fastzs.clip.products import Linear, linear
 from fastzs.trace import traced
 
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         self.norm = None if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
         nn.init.normal_(self.in_proj_weight, std=width**-0.5)
 
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         width = x.shape[-1]
         first, last = "qkv".index(which[0]), "qkv".index(which[-1]) + 1
         rows = slice(first * width, last * width)
-        y = F.linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        y = linear(x, self.in_proj_weight[rows], self.in_proj_bias[rows])
         y = y.unflatten(-1, (len(which), self.heads, width // self.heads))  # [B, L, n, H, d]
         return y.permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -96,10 +97,10 @@ class GatedMlp(nn.Module):
         sizes = {"hidden": hidden, "input": width}
         self.norm_of = norm
         self.norm = None if norm is None else nn.LayerNorm(sizes[norm], eps=norm_eps)
-        self.gate = nn.Linear(width, hidden)
+        self.gate = Linear(width, hidden)
         self.act = {"silu": nn.SiLU, "gelu": nn.GELU}[gate]()
-        self.c_fc = nn.Linear(width, hidden)
-        self.c_proj = nn.Linear(hidden, width)
+        self.c_fc = Linear(width, hidden)
+        self.c_proj = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is not None and self.norm_of == "input":
@@ -111,9 +112,9 @@ class GatedMlp(nn.Module):
 def plain_mlp(width: int, hidden: int, activation: nn.Module) -> nn.Sequential:
     """``c_proj(activation(c_fc(x)))``."""
     mlp = nn.Sequential()
-    mlp.add_module("c_fc", nn.Linear(width, hidden))
+    mlp.add_module("c_fc", Linear(width, hidden))
     mlp.add_module("gelu", activation)
-    mlp.add_module("c_proj", nn.Linear(hidden, width))
+    mlp.add_module("c_proj", Linear(hidden, width))
     return mlp
 
 

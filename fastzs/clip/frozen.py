@@ -3,14 +3,16 @@
 They give what the ordinary layers give, to rounding, and keep and move less. No weight gets a gradient, so each
 product has one other in backward, and the factor of QuickGELU goes into the products on its two sides. Under autocast
 no weights in low precision are kept for backward. On a CPU wide tensors are never made: their columns are cut into
-parts as wide as the tokens, whose products are added up in place, and what is kept is taken before what is not: else
-glibc's allocator leaves holes between.
+parts as wide as the tokens, whose products are added up, and what is kept is taken before what is not: else glibc's
+allocator leaves holes between.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from fastzs.clip.products import product, takes
 
 QUICK_GELU = 1.702  # of the activation OpenAI trained CLIP with, x sigmoid(1.702 x)
 aten = torch.ops.aten
@@ -54,10 +56,9 @@ def _precision(x: Tensor) -> torch.dtype:
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, dtype):  # pyright: ignore[reportIncompatibleMethodOverride]
-        outs = [torch.empty_like(x, dtype=dtype) for _ in range(3)]
-        rows = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(dtype).flatten(0, -2)
-        for out, w, b in zip(outs, weight.to(dtype).chunk(3), bias.to(dtype).chunk(3), strict=True):
-            torch.addmm(b, rows, w.t(), out=out.view(rows.shape))
+        y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(dtype)
+        parts = zip(weight.to(dtype).chunk(3), bias.to(dtype).chunk(3), strict=True)
+        outs = [_biased_product(y, w, b) for w, b in parts]
         ctx.save_for_backward(x, norm_weight, norm_bias, weight)
         ctx.eps = eps
         return tuple(outs)
@@ -68,7 +69,7 @@ class _Projections(torch.autograd.Function):
         x, norm_weight, norm_bias, weight = ctx.saved_tensors
         dy = torch.zeros_like(x)
         for grad, w in zip(grads, weight.to(grads[0].dtype).chunk(3), strict=True):
-            _add_product(dy, grad, w)
+            dy = _add_product(dy, grad, w)
         return _norm_backward(dy, x, norm_weight, norm_bias, ctx.eps), *(None,) * 6
 
 
@@ -80,11 +81,10 @@ class _Mlp(torch.autograd.Function):
         factor, activation = (QUICK_GELU, F.silu) if quick_gelu else (1.0, F.gelu)
         parts = list(zip(w1.to(dtype).split(part), b1.to(dtype).split(part), w2.to(dtype).split(part, 1), strict=True))
         out = x + b2
-        hidden = [x.new_empty(x.shape[:-1].numel(), len(b), dtype=dtype) for _, b, _ in parts]  # [B L, part]
-        rows = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(dtype).flatten(0, -2)
-        for h, (w, b, v) in zip(hidden, parts, strict=True):
-            torch.addmm(b, rows, w.t(), beta=factor, alpha=factor, out=h)
-            _add_product(out, activation(h), v.t(), 1 / factor)
+        y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(dtype)
+        hidden = [_biased_product(y, w, b, factor).flatten(0, -2) for w, b, _ in parts]  # [B L, part]
+        for h, (_, _, v) in zip(hidden, parts, strict=True):
+            out = _add_product(out, activation(h), v.t(), 1 / factor)
         ctx.save_for_backward(x, norm_weight, norm_bias, w1, w2, *hidden)
         ctx.eps, ctx.quick_gelu, ctx.part = eps, quick_gelu, part
         return out
@@ -99,19 +99,30 @@ class _Mlp(torch.autograd.Function):
         rows = grad.to(dtype).flatten(0, -2)
         dy = torch.zeros_like(grad)
         for h, w, v in zip(hidden, w1.to(dtype).split(ctx.part), w2.to(dtype).split(ctx.part, 1), strict=True):
-            dh = rows @ v
+            dh = product(rows, v.t()) if takes(rows) else rows @ v
             slope.grad_input(dh, h, grad_input=dh)
-            _add_product(dy, dh, w)
+            dy = _add_product(dy, dh, w)
         return _norm_backward(dy, x, norm_weight, norm_bias, ctx.eps).add_(grad), *(None,) * 10
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
-    """Add ``factor a b`` to ``total`` [B, L, C] in place and in its dtype; a [B L, D] or [B, L, D], b [D, C]."""
-    total, a = total.view(-1, total.shape[-1]), a.flatten(0, -2)
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, alpha=factor)
+def _biased_product(x: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
+    """``factor (x w^T + b)``, [B, L, D], of x [B, L, C]."""
+    if takes(x):
+        return product(x, weight, bias) if factor == 1 else product(x, weight * factor, bias * factor)
+    rows = x.flatten(0, -2)
+    return torch.addmm(bias, rows, weight.t(), beta=factor, alpha=factor).view(*x.shape[:-1], -1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
+    """``total + factor a b`` [B, L, C] in its dtype, perhaps in place; a [B L, D] or [B, L, D], b [D, C]."""
+    rows, a = total.view(-1, total.shape[-1]), a.flatten(0, -2)
+    if a.dtype != total.dtype:
+        rows.add_(a @ b, alpha=factor)
+    elif takes(a):
+        return product(a, b.t() if factor == 1 else b.t() * factor, add=rows).view(total.shape)
     else:
-        total.add_(a @ b, alpha=factor)
+        rows.addmm_(a, b, alpha=factor)
+    return total
 
 
 def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -8,7 +8,6 @@ from the unpacked tower's by rounding.
 
 import copy
 import functools
-import platform
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,23 +19,9 @@ from fastzs.clip.blocks import GatedMlp
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, activation_of, fused_pays
 from fastzs.clip.packable import Packable
+from fastzs.clip.products import onednn_pays
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
 from fastzs.decoders.blocks import DecoderLayer
-
-
-def onednn_pays(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's packed products are taken where ``packed_linear`` is not; ``bench/test_tower.py`` measures.
-
-    bf16: where the CPU has instructions for it torch multiplies through oneDNN anyway, and packing saves reordering
-    the weights in every call. fp32: not on Intel's CPUs, where torch's default, MKL, is as fast (oneDNN took 1.05
-    times as long for a ViT-B/16's products on an Ice Lake Xeon), but on AMD's, where MKL avoids the wide instructions.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return False
-    can = torch.cpu.get_capabilities()
-    if dtype == torch.bfloat16:
-        return bool(can.get("avx512_bf16") or can.get("amx_bf16"))
-    return dtype == torch.float32 and platform.machine() in ("x86_64", "AMD64") and "AMD" in can.get("cpu_name", "")
 
 
 class PackedLinear(nn.Module):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastzs.clip.blocks import Block, Rotation
 from fastzs.clip.memo import Memo
+from fastzs.clip.products import Linear
 from fastzs.clip.vision import VisionTransformer
 from fastzs.ops import TokenLayout, bridged_attention
 from fastzs.trace import traced
@@ -72,7 +73,7 @@ class PromptedVisionTransformer(VisionTransformer):
             if deep:
                 self.deep_prompt_embeddings = nn.Parameter(torch.empty(deep, prompts, width).uniform_(-bound, bound))
                 self.prompt_norm = nn.LayerNorm(width, eps=prompt_norm_eps)
-            self.prompt_proj = nn.Linear(width, width)
+            self.prompt_proj = Linear(width, width)
             nn.init.kaiming_normal_(self.prompt_proj.weight, mode="fan_out")
         if self.bridge:
             self.region_level_bridge = nn.Parameter(torch.empty(self.bridge[0] * self.bridge[1], width))

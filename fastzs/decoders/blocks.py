@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastzs import ops
 from fastzs.clip.memo import Memo
 from fastzs.clip.packable import Packable
+from fastzs.clip.products import Linear, linear
 
 
 class CrossAttention(nn.Module):
@@ -22,7 +23,7 @@ class CrossAttention(nn.Module):
         if dim % heads:
             raise ValueError(f"decoder width {dim} is not a multiple of its {heads} heads")
         self.heads, self.dropout = heads, dropout
-        self.q, self.k, self.v, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q, self.k, self.v, self.proj = (Linear(dim, dim) for _ in range(4))
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x [B, Q, D], memory [B, N, D] -> [B, Q, D]."""
@@ -45,7 +46,7 @@ class DecoderLayer(Packable):
         super().__init__()
         self.dropout = dropout
         self.multihead_attn = CrossAttention(dim, heads, dropout)
-        self.linear1, self.linear2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.linear1, self.linear2 = Linear(dim, hidden), Linear(hidden, dim)
         self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class HeadMeanScores(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.scale = (dim / heads) ** -0.5 / heads
-        self.multihead_attn = nn.ModuleDict({"q": nn.Linear(dim, dim), "k": nn.Linear(dim, dim)})
+        self.multihead_attn = nn.ModuleDict({"q": Linear(dim, dim), "k": Linear(dim, dim)})
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
         """x [B, C, D], memory [B, N, D] -> scores [B, C, N], fp32 at least."""
@@ -93,7 +94,7 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
         return q.to(wide) @ k.to(wide).transpose(1, 2)
 
 
-class RelationDescriptor(nn.Linear):
+class RelationDescriptor(Linear):
     """Queries of the classes from how they relate to the picture: W [v * t; t] + b (ZegCLIP, equation 4).
 
     The half of W that meets the text alone gives the same for every picture: it is computed once for a vocabulary.
@@ -107,7 +108,7 @@ class RelationDescriptor(nn.Linear):
         """visual [B, V, D] (V vectors that stand for the picture), text [C, D] -> [B, V * C, D], classes inner."""
         dim = text.shape[-1]
         constant = self._text_half(
-            (self.weight, self.bias, text), lambda: F.linear(text, self.weight[:, dim:], self.bias)
+            (self.weight, self.bias, text), lambda: linear(text, self.weight[:, dim:], self.bias)
         )
         relation = visual[:, :, None] * text  # [B, V, C, D]
-        return (F.linear(relation, self.weight[:, :dim]) + constant).flatten(1, 2)
+        return (linear(relation, self.weight[:, :dim]) + constant).flatten(1, 2)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip import WeightsError
+from fastzs.clip.products import Linear, linear
 from fastzs.decoders import DecoderLayer, Layers, RelationDescriptor, scores
 from fastzs.models.base import Labels
 from fastzs.models.prompt_tuned import PromptFeatures, PromptTuned
@@ -37,8 +38,8 @@ class Recovery(nn.Module):
         self.decouple_q, self.decouple_v = (
             nn.ModuleList([DecoderLayer(dim, heads, hidden, dropout)]) for _ in range(2)
         )
-        self.linear_q_in, self.linear_k_in = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.linear_q_out, self.linear_k_out = nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.linear_q_in, self.linear_k_in = Linear(dim, dim), Linear(dim, dim)
+        self.linear_q_out, self.linear_k_out = Linear(dim, 2 * dim), Linear(dim, dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -58,7 +59,7 @@ class ClipRCHead(nn.Module):
     def __init__(self, dim: int, layers: int, heads: int, hidden: int, dropout: float, recovery: bool):
         super().__init__()
         self.q_proj = RelationDescriptor(dim)
-        self.lateral_proj = nn.Linear(3 * dim, dim)
+        self.lateral_proj = Linear(3 * dim, dim)
         self.decoder_q = Layers(DecoderLayer(dim, heads, hidden, dropout), layers)
         self.decoder_v = Layers(DecoderLayer(dim, heads, hidden, dropout), layers)
         self.recovery_decoder = Recovery(dim, heads, hidden, dropout) if recovery else None
@@ -154,10 +155,10 @@ class ClipRC(PromptTuned):
         projection = self.decode_head.lateral_proj
         assert features.bridge is not None
         of_regions, of_picture, of_patches = projection.weight.chunk(3, dim=1)
-        regions = F.linear(features.bridge, of_regions).transpose(1, 2).unflatten(2, self.bridge)  # [B, D, rh, rw]
+        regions = linear(features.bridge, of_regions).transpose(1, 2).unflatten(2, self.bridge)  # [B, D, rh, rw]
         regions = F.interpolate(regions, features.grid, mode="bilinear", align_corners=False)
-        picture = F.linear(features.cls, of_picture, projection.bias)
-        return F.linear(features.tokens, of_patches) + regions.flatten(2).transpose(1, 2) + picture[:, None]
+        picture = linear(features.cls, of_picture, projection.bias)
+        return linear(features.tokens, of_patches) + regions.flatten(2).transpose(1, 2) + picture[:, None]
 
     @traced("model.decoder")
     def streams(self, features: PromptFeatures, text: Tensor) -> Streams:

@@ -290,7 +290,9 @@ def test_exports_with_any_vocabulary(kind, images, text):
     dynamic = ({0: torch.export.Dim("batch", max=64)}, {0: torch.export.Dim("classes", max=4096)})
     exported = torch.export.export(net, (images, text), dynamic_shapes=dynamic).module()
     more, names = torch.randn(3, 3, 64, 64), torch.randn(9, 32)
-    assert torch.allclose(exported(more, names), net(more, names), rtol=1e-5, atol=1e-6)
+    ours = net(more, names)
+    # rounding only: the graph has torch's own products, the model on AMD those of oneDNN
+    assert torch.allclose(exported(more, names), ours, rtol=1e-5, atol=2e-6 * ours.abs().max().item())
 
 
 def test_sizes_of_a_published_checkpoint(kind):
