@@ -1,5 +1,7 @@
 """Colours of labels, and an image with its labels and a legend drawn on it."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -63,21 +65,33 @@ def draw_overlay(
         RGB image, at least as wide as the image (wider where a name would not fit) and higher by the legend.
     """
     height, width = labels.shape
+    canvas = legend(names, labels_present(labels, len(names)), background, (height, width))
+    tint(canvas, picture, labels, len(names), background, opacity)
+    return canvas
+
+
+def legend(names: tuple[str, ...], listed: Iterable[int], background: int | None, size: tuple[int, int]) -> Image.Image:
+    """A white canvas with room for a picture of ``size`` (height, width), and below it the names of some labels."""
     colours = label_colours(len(names), background)
-    entries = [
-        (_one_line(names[i]), None if i == background else tuple(colours[i].tolist()))
-        for i in labels_present(labels, len(names))
-    ]
-    canvas = _legend(entries, width, height)
+    entries = [(_one_line(names[i]), None if i == background else tuple(colours[i].tolist())) for i in listed]
+    return _legend(entries, size[1], size[0])
+
+
+def tint(
+    canvas: Image.Image, picture: np.ndarray, labels: np.ndarray, count: int, background: int | None, opacity: float
+) -> None:
+    """Paste a picture into the upper left corner of a canvas, tinted by its ``count`` labels; see
+    :func:`draw_overlay`."""
+    width = labels.shape[1]
+    colours = label_colours(count, background)
     rows = max(PIECE // width, 1)
-    for top in range(0, height, rows):
+    for top in range(0, len(labels), rows):
         some = labels[top : top + rows]
         plain = Image.fromarray(np.ascontiguousarray(picture[:, top : top + rows].transpose(1, 2, 0)))
         tinted = Image.blend(plain, Image.fromarray(colours[some]), opacity)
         if background is not None:
             tinted.paste(plain, mask=Image.fromarray(some == background))
         canvas.paste(tinted, (0, top))
-    return canvas
 
 
 def _legend(entries: list[tuple[str, tuple[int, ...] | None]], width: int, height: int) -> Image.Image:

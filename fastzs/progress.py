@@ -33,8 +33,8 @@ class ProgressBar:
     def __exit__(self, *problem: object) -> None:
         self.bar.stop()
 
-    def start(self, total: int) -> None:
-        """Begin with 0 of ``total``."""
+    def start(self, total: int | None) -> None:
+        """Begin with 0 of ``total``, or of an unknown number."""
         self.task = self.bar.add_task("", total=total, rate="", title=self.title)
 
     def advance(self, steps: int = 1) -> None:

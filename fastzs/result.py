@@ -85,6 +85,12 @@ class Segmentation:
         return self.image
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        tensors = (self.labels, self.scores, self.image, self.probabilities)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    @property
     def background(self) -> int | None:
         """The label of pixels that belong to no class: the last one, if it is named ``"background"``, else None."""
         return len(self.names) - 1 if self.names[-1] == "background" else None

@@ -5,7 +5,7 @@ at once by calling the segmenter.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -311,14 +311,25 @@ class Segmenter:
 
     @torch.inference_mode()
     def answer_views(
-        self, views: Iterable[View], question: Question, *, batch_size: int | None = None
+        self,
+        views: Iterable[View],
+        question: Question,
+        *,
+        batch_size: int | None = None,
+        through: Callable[[Iterable[Tensor]], Iterable[Tensor]] = lambda parts: parts,
     ) -> Iterator[Answer]:
-        """The answers for images that :meth:`view` has read, in their order."""
+        """The answers for images that :meth:`view` has read, in their order.
+
+        Args:
+            through: is called with the class maps of each image's windows before labels are made of them, such as
+                :class:`fastzs.smoothing.Smoothing`.
+        """
         batch_size = batch_size or self.batch_size
         for some in batches(iter(views), batch_size):
             for view, parts in self._maps(some, question, batch_size):
                 with span("predict.picture"):
-                    found = answer(self.model, view.image, view.size, view.windows, parts, question, view.regions)
+                    maps = through(parts)
+                    found = answer(self.model, view.image, view.size, view.windows, maps, question, view.regions)
                 yield found.ordinary()
 
     def _views(self, images: Iterable[ImageLike], on_error: OnError, regions: Regions | None) -> Iterator[View]:
@@ -353,6 +364,11 @@ class Segmenter:
                     maps[i].append(logits[None])
         yield from zip(views, maps, strict=True)
 
+    @torch.inference_mode()
+    def class_maps(self, crops: Sequence[Crop], question: Question) -> Tensor:
+        """Class maps of windows of one size, fp32 [W, C, h, w]."""
+        return self._decode(self._encode(crops), question)
+
     def view(self, image: ImageLike, regions: Regions | None = None) -> View:
         """An image as the model sees it; in any thread.
 
@@ -364,13 +380,20 @@ class Segmenter:
             resized = self._resize(original)
             name = Path(image).stem if isinstance(image, str | PathLike) else None
             shared = None if regions is None else find(regions, original, name)
-        size = (resized.shape[1], resized.shape[2])
+        return View(original, resized, self.grid((resized.shape[1], resized.shape[2])), shared)
+
+    def grid(self, size: tuple[int, int]) -> Tensor:
+        """The windows int64 [W, 4] over an image of (height, width) as the model sees it.
+
+        Raises:
+            ImageError: the crop that was asked for is larger.
+        """
         if self.crop and self.stride:  # a crop always has a stride
             if self._crop_is_given:
                 check_crop(self.crop, size)
             if self.windows == "separate":
-                return View(original, resized, window_grid(size, self.crop, self.stride), shared)
-        return View(original, resized, torch.tensor([[0, 0, *size]]), shared)
+                return window_grid(size, self.crop, self.stride)
+        return torch.tensor([[0, 0, *size]])
 
     def _resize(self, picture: Tensor) -> Tensor:
         size = (picture.shape[1], picture.shape[2])

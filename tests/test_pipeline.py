@@ -13,7 +13,7 @@ import fastzs
 from fastzs import pipeline
 from fastzs.commands.segment import Job
 from fastzs.data.shapes import draw
-from fastzs.pipeline import Task, flow
+from fastzs.pipeline import Task, ahead, flow
 from fastzs.result import Segmentation
 from fastzs.vocabulary import Vocabulary
 
@@ -184,3 +184,15 @@ def test_labels_are_those_of_one_image_after_the_other(tmp_path):
         ours = Segmentation.load(f"{task.target}.png")
         assert ours.names == alone.names
         assert torch.equal(ours.labels, alone.labels)
+
+
+def test_ahead_keeps_the_order_and_passes_errors_on():
+    def items():
+        yield from range(20)
+        raise ValueError("the end")
+
+    found = ahead(items())
+    taken = [next(found) for _ in range(20)]
+    with pytest.raises(ValueError, match="the end"):
+        next(found)
+    assert taken == list(range(20))

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fastzs.commands import videos
 from fastzs.commands.classes import given_classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from torch import Tensor
 
     from fastzs.locks import Hold
     from fastzs.ray_engine import Actors
@@ -25,26 +28,50 @@ if TYPE_CHECKING:
     from fastzs.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-HELP = "label every pixel of images"
+HELP = "label every pixel of images and videos"
 
 
 def parser() -> ArgumentParser:
     options = ArgumentParser(
         description="Label every pixel of images with one of the classes. Writes an indexed PNG for each image, "
         "a manifest by which the same command goes on where it stopped, and run.json with all that was used. "
-        "Started by torchrun, each process takes a share of the images; --engine ray shares them out among actors."
+        "Started by torchrun, each process takes a share of the images; --engine ray shares them out among actors. "
+        "Of a video, which is named by its file, each frame gets a PNG; docs/video.md has more."
     )
     add = options.add_argument
-    add("paths", nargs="*", type=str, help="images, folders, globs")
+    add("paths", nargs="*", type=str, help="images, videos, folders of images, globs")
     add("--config", action="config", help="YAML file with any of these options (see --print_config)")
     add("--classes", type=str | list[str] | None, help="names, separated by commas")
     add("--classes-file", type=str | None, help="YAML file with a list of names, or of name: [synonyms]")
     add("--output", type=str, required=True, help="folder for the results")
-    add("--overlay", action="store_true", help="also write the labels drawn over the image, with a legend")
+    add("--overlay", action="store_true", help="also write the labels drawn over the image or video, with a legend")
+    videos.add_options(options)
     add("--coco", action="store_true", help="also write COCO run-length masks, of each image and in coco.json of all")
     add("--scores", action="store_true", help="also write each pixel's score as a 16-bit PNG (65535 for 1)")
     add("--probabilities", action="store_true", help="also write the scores of all classes as float16 in .npz: large")
     add("--max-pixels", type=int | None, help="largest image that is read; 178 million if omitted")
+    add_model_options(options)
+    add(
+        "--regions",
+        type=str | None,
+        help="regions of the images, one label for each: slic, felzenszwalb, or a folder with a NAME.png for each, "
+        "integers of the image's size, 0 for none",
+    )
+    add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
+    add(
+        "--windows",
+        type=Literal["separate", "stitched"],
+        default="separate",
+        help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
+    )
+    add("--engine", type=Literal["plain", "ray"], default="plain", help="this process, or actors of Ray Data")
+    add("--workers", type=int | None, help="Ray's actors, each with its own model; else one for each GPU or CPU core")
+    return options
+
+
+def add_model_options(options: ArgumentParser) -> None:
+    """Which model, and how it is asked; see :func:`given_job`."""
+    add = options.add_argument
     add(
         "--model",
         type=str | None,
@@ -72,12 +99,6 @@ def parser() -> ArgumentParser:
     add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
     add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
     add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
-    add(
-        "--regions",
-        type=str | None,
-        help="regions of the images, one label for each: slic, felzenszwalb, or a folder with a NAME.png for each, "
-        "integers of the image's size, 0 for none",
-    )
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
     add(
@@ -85,23 +106,13 @@ def parser() -> ArgumentParser:
         type=float | None,
         help="score below which --background threshold says so; the model's own if omitted",
     )
-    add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole image; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
-    add(
-        "--windows",
-        type=Literal["separate", "stitched"],
-        default="separate",
-        help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
-    )
     add("--batch-size", type=int, default=8, help="windows at a time")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add(
         "--precision", type=Literal["auto", "fp32", "bf16", "fp16", "int8"], default="auto", help="numbers of the model"
     )
-    add("--engine", type=Literal["plain", "ray"], default="plain", help="this process, or actors of Ray Data")
-    add("--workers", type=int | None, help="Ray's actors, each with its own model; else one for each GPU or CPU core")
-    return options
 
 
 @dataclass
@@ -125,10 +136,18 @@ class Job:
             limit_pixels(self.max_pixels)
         return self.segmenter.view(picture, self.regions)
 
-    def label(self, images: "Iterable[View]") -> "Iterator[Segmentation]":
-        """The results of some images, windows of several in one batch."""
+    def frame(self, image: "Tensor") -> "View":
+        """A frame of a video, uint8 [3, H, W], in any thread."""
+        return self.segmenter.view(image, self.regions)
+
+    def label(self, images: "Iterable[View]", **more: Any) -> "Iterator[Segmentation]":
+        """The results of some images, windows of several in one batch.
+
+        Args:
+            more: arguments of :meth:`fastzs.Segmenter.answer_views`.
+        """
         question = self.segmenter.question(self.vocabulary, **self.asked)
-        return (answer.result(question) for answer in self.segmenter.answer_views(images, question))
+        return (answer.result(question) for answer in self.segmenter.answer_views(images, question, **more))
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -172,10 +191,13 @@ class Job:
         return {item.name: getattr(self, item.name) for item in fields(self)}
 
 
-def run(config: Namespace) -> int:
-    """Segment; 0 if every image came out, else 1."""
+def given_vocabulary(config: Namespace) -> "Vocabulary":
+    """The names that are asked for.
+
+    Raises:
+        ValueError: they or the threshold do not fit.
+    """
     entries = given_classes(config.classes, config.classes_file)
-    _check_coco(config.coco)
     if config.threshold is not None and config.background != "threshold":
         raise ValueError(
             f"--threshold {config.threshold} is the score that --background threshold asks for, but --background is "
@@ -183,22 +205,21 @@ def run(config: Namespace) -> int:
         )
     if not 0 <= (config.threshold or 0) <= 1:
         raise ValueError(f"--threshold: expected a score from 0 to 1, got {config.threshold}")
-    if config.max_pixels is not None and config.max_pixels < 1:
-        raise ValueError(f"--max-pixels must be at least 1, got {config.max_pixels}")
-    # Before the model, so that what is asked for wrongly is said at once.
-    from fastzs.files import output_path
-    from fastzs.locks import hold
-    from fastzs.outputs import EXTRAS
-    from fastzs.pictures import find_pictures
-    from fastzs.regions import check_source
     from fastzs.vocabulary import Vocabulary
 
-    output = output_path(config.output)
-    if config.regions is not None:
-        check_source(config.regions)
-    pictures = find_pictures(config.paths, skip=output)
-    vocabulary = Vocabulary(entries, templates=_templates(config.templates))
-    actors = _actors(config)
+    return Vocabulary(entries, templates=_templates(config.templates))
+
+
+def given_job(config: Namespace, vocabulary: "Vocabulary", sizes: dict[str, Any], **more: Any) -> Job:
+    """What is to be done, of the options of :func:`add_model_options`.
+
+    Args:
+        sizes: arguments of :class:`fastzs.Segmenter` that are not among these options.
+        more: of :class:`Job`.
+
+    Raises:
+        ValueError: settings that do not fit.
+    """
     from fastzs import ranks
     from fastzs.commands.training_free import model_options
     from fastzs.loading import default_model
@@ -209,42 +230,47 @@ def run(config: Namespace) -> int:
         seen = config.seen.split(",") if isinstance(config.seen, str) else config.seen
         options["seen"] = [name.strip() for name in seen if name.strip()] or None
         _tell_unknown(options["seen"] or [], vocabulary)
-    names = (
-        "model",
-        "backbone",
-        "weights",
-        "checkpoint",
-        "precision",
-        "short_side",
-        "crop",
-        "stride",
-        "batch_size",
-        "windows",
-    )
-    load = {**{name: config[name] for name in names}, "device": ranks.own_device(config.device), **options}
-    job = Job(
-        load,
-        vocabulary,
-        config.background,
-        config.threshold,
-        options,
-        tuple(extra for extra in EXTRAS if config[extra]),
-        config.max_pixels,
-        config.regions,
-    )
+    names = ("model", "backbone", "weights", "checkpoint", "precision", "crop", "stride", "batch_size")
+    load = {name: config[name] for name in names} | sizes | {"device": ranks.own_device(config.device)} | options
+    return Job(load, vocabulary, config.background, config.threshold, options, **more)
+
+
+def run(config: Namespace) -> int:
+    """Segment; 0 if every image came out, else 1."""
+    _check_coco(config.coco)
+    if config.max_pixels is not None and config.max_pixels < 1:
+        raise ValueError(f"--max-pixels must be at least 1, got {config.max_pixels}")
+    vocabulary = given_vocabulary(config)
+    # Before the model, so that what is asked for wrongly is said at once.
+    from fastzs.files import output_path
+    from fastzs.locks import hold
+    from fastzs.outputs import EXTRAS
+    from fastzs.regions import check_source
+
+    output = output_path(config.output)
+    if config.regions is not None:
+        check_source(config.regions)
+    pictures, clips = videos.found(config, output)
+    actors = _actors(config)
+    from fastzs import ranks
+
+    extras = tuple(extra for extra in EXTRAS if config[extra])
+    sizes = {"short_side": config.short_side, "windows": config.windows}
+    job = given_job(config, vocabulary, sizes, extras=extras, max_pixels=config.max_pixels, regions=config.regions)
     with hold(output, "segment") as held, nullcontext() if actors is None else actors:
-        return _segment(config, pictures, job, actors, ranks.started(), held)
+        return _segment(config, pictures, clips, job, actors, ranks.started(), held)
 
 
 def _segment(
     config: Namespace,
     pictures: list[Path],
+    clips: list[Path],
     job: Job,
     actors: "Actors | None",
     share: tuple[int, int],
     held: "Hold",
 ) -> int:
-    """Segment the images and keep the record."""
+    """Segment the images and videos and keep the record."""
     from fastzs.progress import ProgressBar
     from fastzs.runs import Outcome, segment_pictures, settings_hash, write_record
 
@@ -273,12 +299,15 @@ def _segment(
     def end(how: str) -> None:
         counts = {"found": outcome.found, "done": outcome.done, "done_before": outcome.skipped}
         record["pictures"] = {**counts, "failed": len(outcome.failed)}
-        record["failed"] = outcome.failed
+        record["failed"] = outcome.failed | of_clips.failed
+        if clips:
+            done = {"found": of_clips.found, "done": of_clips.done, "done_before": of_clips.skipped}
+            record["videos"] = {**done, "failed": len(of_clips.failed)}
         record["ended"] = how
         record["finished"], record["seconds"] = _now(), round(time.monotonic() - begun, 3)
         write_record(folder, record, share)
 
-    outcome = Outcome(0)
+    outcome, of_clips = Outcome(0), Outcome(0)
     try:
         with ProgressBar("segmenting", "picture", shown=share[0] == 0) as progress:
 
@@ -304,18 +333,27 @@ def _segment(
                 share=share,
                 **({} if actors is None else {"through": actors.map}),
             )
+        if clips:
+            videos.segment(config, clips, job, folder, settings, share, held, of_clips, pictures)
     except BaseException as error:
         # On a full disk not even this can be written, and the first problem is the one to tell.
         with suppress(Exception):
             end("interrupted" if isinstance(error, KeyboardInterrupt) else str(error))
         raise
-    end("complete" if outcome.complete else "incomplete")
+    complete = outcome.complete and of_clips.complete
+    end("complete" if complete else "incomplete")
     of_all = f" (process {share[0]} of {share[1]}, of {len(pictures)} images in all)" if share[1] > 1 else ""
-    print(
-        f"{outcome.done} of {outcome.found} images segmented, {outcome.skipped} done before, "
-        f"{len(outcome.failed)} failed{of_all}; results in {folder}"
-    )
-    return 0 if outcome.complete else 1
+    if pictures:
+        print(
+            f"{outcome.done} of {outcome.found} images segmented, {outcome.skipped} done before, "
+            f"{len(outcome.failed)} failed{of_all}; results in {folder}"
+        )
+    if clips:
+        print(
+            f"{of_clips.done} of {of_clips.found} videos segmented, {of_clips.skipped} done before, "
+            f"{len(of_clips.failed)} failed or not whole; results in {folder}"
+        )
+    return 0 if complete else 1
 
 
 def _actors(config: Namespace) -> "Actors | None":

@@ -1,0 +1,1 @@
+"""Videos: frames streamed in, label maps and an overlay out (extra ``video``)."""
