@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastzs
-from fastzs.demo.answers import Shelf
+from fastzs.demo.answers import Answers, Shelf
 from fastzs.demo.names import MOST, read_names
 from fastzs.models import MaskCLIP
 from fastzs.pictures import ImageError
@@ -29,7 +29,8 @@ def test_names_as_people_type_them():
             read_names(text)
 
 
-def test_the_network_runs_once_for_an_image_a_system_and_a_precision(answers, scene, monkeypatch):
+def test_the_network_runs_once_for_an_image_a_system_and_a_precision(scene, monkeypatch):
+    answers = Answers(precision="fp32")  # which has seen no image yet, as those of other tests may have
     runs: list[str] = []
     encode = MaskCLIP.encode
     monkeypatch.setattr(MaskCLIP, "encode", lambda self, images: runs.append("ran") or encode(self, images))
