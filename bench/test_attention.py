@@ -118,13 +118,18 @@ def with_gradients(function):
     def run(q, k, v):
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         out = function(*leaves)
-        weights = torch.linspace(-1, 1, out.numel(), device=q.device, dtype=torch.float64).view(out.shape)
         try:
-            return out, *torch.autograd.grad(out, leaves, weights.to(q.dtype))
+            return out, *torch.autograd.grad(out, leaves, weights(out.shape, q.dtype, q.device))
         except NotImplementedError as problem:
             raise Unavailable(str(problem)) from problem
 
     return run
+
+
+@functools.cache  # made in the warm-up: in a timed call it would be a part of every rival's time
+def weights(shape, dtype, device):
+    """A gradient of the output."""
+    return torch.linspace(-1, 1, shape.numel(), device=device, dtype=torch.float64).view(shape).to(dtype)
 
 
 def attention(dtype, backward, batch, device):

@@ -73,6 +73,31 @@ def test_any_layout(prefix, h, w, rh, rw, prompts):
 
 
 @interpreted
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 128), st.integers(0, 2), st.integers(1, 5), st.integers(1, 5), st.booleans(), st.integers(0, 3))
+def test_any_head(dim, prefix, h, w, bridge, prompts):
+    """Heads of any width, and grids down to one patch."""
+    check(TokenLayout(prefix, (h, w), (1, 1) if bridge else None), prompts, f32, heads=1, batch=1, dim=dim)
+
+
+@interpreted
+def test_a_batch_that_is_one_image_again_and_again():
+    """Its stride is 0, as ``expand`` makes it, and so is that of a gradient that comes from a sum."""
+    layout, prompts = TokenLayout(1, (3, 2), (1, 2)), 2
+    one = [t.requires_grad_() for t in inputs(layout, prompts, f32, batch=1, heads=2, dim=20)]
+
+    def answer(batch_of):
+        q, k, v = (batch_of(t) for t in one[:3])
+        out = bridged_attention(q, k, v, layout, prompt_kv=(one[3], one[4]), impl="triton")
+        return out, *torch.autograd.grad(out.sum(), one)
+
+    ours = answer(lambda t: t.expand(3, -1, -1, -1))
+    for mine, copied in zip(ours, answer(lambda t: t.repeat(3, 1, 1, 1)), strict=True):
+        torch.testing.assert_close(mine, copied, rtol=1e-5, atol=1e-6)  # the sums over copies have another order
+    assert torch.equal(ours[0][0], ours[0][2])
+
+
+@interpreted
 def test_strided_inputs_inside_frames_of_nan():
     """The interpreter does not notice a read out of bounds, but NaN would show."""
     layout, _ = LAYOUTS["left-over"]

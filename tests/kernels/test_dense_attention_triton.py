@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastzs.ops import dense_attention
 
@@ -49,6 +51,21 @@ def test_shapes(grid, prefix):
 @pytest.mark.parametrize("dim", [40, 64, 128])
 def test_head_sizes(dim):
     check("kk+gaussian", (4, 5), dim=dim)
+
+
+@interpreted
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(KINDS), st.integers(1, 6), st.integers(1, 6), st.integers(0, 2), st.integers(1, 128))
+def test_any_size(kind, h, w, prefix, dim):
+    check(kind, (h, w), prefix, dim)
+
+
+@interpreted
+def test_a_batch_that_is_one_image_again_and_again():
+    """Its stride is 0, as ``expand`` makes it."""
+    q, k, v = (torch.randn(1, 7, 2, 20).transpose(1, 2) for _ in range(3))
+    several = dense_attention(*(t.expand(3, -1, -1, -1) for t in (q, k, v)), "kk+gaussian", (2, 3), impl="triton")
+    assert torch.equal(several, dense_attention(q, k, v, "kk+gaussian", (2, 3), impl="triton").expand(3, -1, -1, -1))
 
 
 @interpreted

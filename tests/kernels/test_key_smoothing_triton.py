@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastzs.kernels.key_smoothing.api import WIDEST_TRITON, key_smoothing
 
@@ -60,6 +62,16 @@ def test_agrees_with_the_tensor_cores_rounding(dtype, options, tf32):  # noqa: F
         patch.setattr(torch.Tensor, "to", lambda x, *_, **__: x)  # the last rounding is left out
         out = tiles.key_smoothing(keys, probs, options.get("mode", "paper"), options.get("threshold", 1.0))
     assert out.dtype == torch.float32
+    assert_close("key_smoothing", out, key_smoothing(keys.double(), probs.double(), impl="reference", **options))
+
+
+@interpreted
+@settings(max_examples=10, deadline=None, derandomize=True, database=None)
+@given(st.integers(1, 2), st.integers(1, 20), st.integers(1, 40), st.integers(1, 90), st.sampled_from(OPTIONS))
+def test_any_size(batch, classes, positions, width, options):
+    keys, probs = (x.float() for x in random_case(1, classes, positions, width))
+    keys, probs = keys.expand(batch, -1, -1), probs.expand(batch, -1, -1)  # one image again and again: stride 0
+    out = key_smoothing(keys, probs, impl="triton", **options)
     assert_close("key_smoothing", out, key_smoothing(keys.double(), probs.double(), impl="reference", **options))
 
 
