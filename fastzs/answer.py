@@ -1,6 +1,8 @@
 """From the class maps of an image's windows to its labels."""
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,8 @@ from fastzs.readout import read_image
 from fastzs.regions import share_labels
 from fastzs.result import Segmentation
 from fastzs.trace import span
+from fastzs.transfers import Fetched
+from fastzs.views import View
 
 
 class Answer(NamedTuple):
@@ -40,46 +44,77 @@ class Answer(NamedTuple):
         return Segmentation(self.labels[0], question.names, scores, self.image, self.probabilities)
 
 
-def answer(
-    model: SegmentationModel,
-    image: Tensor,
-    size: tuple[int, int],
-    windows: Tensor,
-    parts: Iterable[Tensor],
-    question: Question,
-    regions: Tensor | None = None,
-) -> Answer:
+@dataclass(frozen=True)
+class Pending:
+    """An answer that the device may still be at work on.
+
+    Attributes:
+        image: uint8 [3, H, W], as it was read.
+        labels, scores: for each of the question's constants, the image's bands from top to bottom.
+        probabilities: the same of every class's scores.
+        regions: int64 [H, W]; each gets the label of most of its pixels.
+    """
+
+    image: Tensor
+    labels: Sequence[Sequence[Fetched]]
+    scores: Sequence[Sequence[Fetched]]
+    probabilities: Sequence[Fetched]
+    regions: Tensor | None
+
+    def wait(self) -> Answer:
+        """The answer, as soon as it is on the host."""
+        labels = [_joined(parts, 0) for parts in self.labels]
+        scores = [_joined(parts, 0) for parts in self.scores]
+        if self.regions is not None:
+            pairs = zip(labels, scores or [None] * len(labels), strict=True)
+            shared = [share_labels(*pair, self.regions) for pair in pairs]
+            labels, scores = [pair[0] for pair in shared], [pair[1] for pair in shared if pair[1] is not None]
+        every = _joined(self.probabilities, 1) if self.probabilities else None
+        return Answer(self.image, labels, scores, every)
+
+
+def _joined(parts: Sequence[Fetched], dim: int) -> Tensor:
+    return parts[0].get() if len(parts) == 1 else torch.cat([part.get() for part in parts], dim)
+
+
+def in_turn(pending: Iterator[Pending], late: int) -> Iterator[Answer]:
+    """Answers in their order, each taken when ``late`` more were asked for, so that the device is never idle meanwhile.
+
+    Before an error come the answers to what was before it.
+    """
+    waiting: deque[Pending] = deque()
+    problem = None
+    while problem is None:
+        try:
+            waiting.append(next(pending))
+        except StopIteration:
+            break
+        except Exception as error:
+            problem = error
+            break
+        if len(waiting) > late:
+            yield waiting.popleft().wait()
+    while waiting:
+        yield waiting.popleft().wait()
+    if problem is not None:
+        raise problem
+
+
+def answer(model: SegmentationModel, view: View, parts: Iterable[Tensor], question: Question) -> Pending:
     """The labels of one image.
 
     Args:
-        regions: int64 [H, W]; each gets the label of most of its pixels.
-        image: uint8 [3, H, W], as it was read.
-        size: (height, width) of the image as the model saw it.
-        windows: int64 [W, 4] over that.
-        parts: class maps [W', C, h, w] of the windows, in their order.
+        parts: class maps [W', C, h, w] of the view's windows, in their order.
     """
-    make = _mapped if model.readout is None else _read
-    found = make(model, image, size, windows, parts, question)
-    if regions is None:
-        return found
-    pairs = zip(found.labels, found.scores or [None] * len(found.labels), strict=True)
-    labels, scores = zip(*(share_labels(*pair, regions.cpu()) for pair in pairs), strict=True)
-    return found._replace(labels=list(labels), scores=[one for one in scores if one is not None])
+    return (_mapped if model.readout is None else _read)(model, view, parts, question)
 
 
-def _mapped(
-    model: SegmentationModel,
-    image: Tensor,
-    size: tuple[int, int],
-    windows: Tensor,
-    parts: Iterable[Tensor],
-    question: Question,
-) -> Answer:
+def _mapped(model: SegmentationModel, view: View, parts: Iterable[Tensor], question: Question) -> Pending:
     """Labels from class maps, see :func:`fastzs.ops.label_map`."""
-    labels: list[list[Tensor]] = [[] for _ in question.calibrations]
-    scores: list[list[Tensor]] = [[] for _ in question.calibrations]
-    every: list[Tensor] = []
-    for band in bands(size, (image.shape[1], image.shape[2]), windows, parts):
+    labels: list[list[Fetched]] = [[] for _ in question.calibrations]
+    scores: list[list[Fetched]] = [[] for _ in question.calibrations]
+    every: list[Fetched] = []
+    for band in bands(view.size, (view.image.shape[1], view.image.shape[2]), view.windows, parts):
         for i, constant in enumerate(question.calibrations):
             with span("predict.label_map"):
                 mapped = label_map(
@@ -90,27 +125,15 @@ def _mapped(
                     calibration=constant,
                     **question.options,
                 )
-            labels[i].append(mapped.labels[band.rows].cpu())
-            if mapped.scores is not None:
-                scores[i].append(mapped.scores[band.rows].cpu())
+                labels[i].append(Fetched(mapped.labels[band.rows]))
+                if mapped.scores is not None:
+                    scores[i].append(Fetched(mapped.scores[band.rows]))
         if question.probabilities:
-            every.append(_every_score(band, question)[:, band.rows].half().cpu())
-    return Answer(
-        image.cpu(),
-        [torch.cat(rows) for rows in labels],
-        [torch.cat(rows) for rows in scores if rows],
-        torch.cat(every, 1) if every else None,
-    )
+            every.append(Fetched(_every_score(band, question)[:, band.rows].half()))
+    return Pending(view.image, labels, [rows for rows in scores if rows], every, view.regions)
 
 
-def _read(
-    model: SegmentationModel,
-    image: Tensor,
-    size: tuple[int, int],
-    windows: Tensor,
-    parts: Iterable[Tensor],
-    question: Question,
-) -> Answer:
+def _read(model: SegmentationModel, view: View, parts: Iterable[Tensor], question: Question) -> Pending:
     """Labels from the windows' cosines of every name, see :mod:`fastzs.readout`."""
     assert model.readout is not None
     with span("predict.readout"):
@@ -118,9 +141,9 @@ def _read(
         found = read_image(
             model.readout,
             cosines,
-            model.covered(windows),
-            size,
-            image.to(cosines.device),
+            model.covered(view.windows),
+            view.size,
+            view.there.to(cosines.device),
             question.text,
             classes=question.groups,
             threshold=question.options["threshold"],
@@ -128,10 +151,10 @@ def _read(
             scores=question.options["return_scores"],
             probabilities=question.probabilities,
         )
-    labels = found.labels.to("cpu", torch.uint8 if len(question.names) <= 255 else torch.int16)
-    scores = [] if found.scores is None else [found.scores.cpu()] * len(question.calibrations)
-    every = None if found.probabilities is None else found.probabilities.half().cpu()
-    return Answer(image.cpu(), [labels] * len(question.calibrations), scores, every)
+        labels = Fetched(found.labels.to(torch.uint8 if len(question.names) <= 255 else torch.int16))
+        scores = [] if found.scores is None else [[Fetched(found.scores)]] * len(question.calibrations)
+        every = [] if found.probabilities is None else [Fetched(found.probabilities.half())]
+    return Pending(view.image, [[labels]] * len(question.calibrations), scores, every, view.regions)
 
 
 def _every_score(band: Band, question: Question) -> Tensor:

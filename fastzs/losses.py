@@ -6,7 +6,9 @@ ignored labels as they are. In :func:`fastzs.ops.mask_loss`, ignored pixels, and
 inductive setting, count as negatives of every class unless an option says otherwise.
 """
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,8 @@ def inductive_target(target: Tensor, seen: Sequence[int], classes: int, ignore_i
     Raises:
         ValueError: a label is out of range.
     """
-    table = torch.full((classes,), ignore_index, device=target.device)
-    table[torch.tensor(list(seen), device=target.device)] = torch.arange(len(seen), device=target.device)
+    among = _among(classes, tuple(seen), target.device)
+    table = torch.where(among.is_seen, among.place, ignore_index)
     target, ignored = _wide(target, ignore_index)
     return torch.where(ignored, ignore_index, table[_in_range(target, ignored, classes)])
 
@@ -76,14 +78,31 @@ def honest_target(
     return torch.where(labelled, target, torch.where(probability >= threshold, best, ignore_index))
 
 
+class _Among(NamedTuple):
+    """The seen classes among all."""
+
+    is_seen: Tensor  # bool [C]
+    place: Tensor  # int64 [C]: the how many-th of the seen ones it is
+    unseen: Tensor  # int64, the others
+
+
+@functools.lru_cache(16)
+def _among(classes: int, seen: tuple[int, ...], device: torch.device) -> _Among:
+    """Copied to the device once, for a copy in every step would wait for it."""
+    is_seen, place = [False] * classes, [0] * classes
+    for n, c in enumerate(seen):
+        is_seen[c], place[c] = True, n
+    unseen = [c for c in range(classes) if not is_seen[c]]
+    with torch.inference_mode(False):
+        return _Among(*(torch.tensor(x).to(device) for x in (is_seen, place)), torch.tensor(unseen).long().to(device))
+
+
 def _split(classes: int, seen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Which classes are seen, bool [C], and the indices of the others."""
-    is_seen = torch.zeros(classes, dtype=torch.bool, device=device)
-    is_seen[torch.tensor(list(seen), device=device)] = True
-    unseen = (~is_seen).nonzero().flatten()
-    if len(unseen) == 0:
+    among = _among(classes, tuple(seen), device)
+    if len(among.unseen) == 0:
         raise ValueError("transductive training: every class is seen; leave out `seen` to train on all labels")
-    return is_seen, unseen
+    return among.is_seen, among.unseen
 
 
 def _best(logits: Tensor, unseen: Tensor, shape: torch.Size, scores: bool) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class Question:
         names: of the labels, in their order; the background is the last, where there is one.
         text: text vectors [T, D] on the device.
         groups: int64 [T], the class of each row; None if each row is a class.
-        seen: bool [C], classes that the model treats as seen in training; None if it was told none.
+        seen: bool [C] on the device, classes that the model treats as seen in training; None if it was told none.
         calibrations: constants taken from the scores of the seen classes; there is one answer for each.
         options: of :func:`fastzs.ops.label_map`.
         below: the class of pixels whose score is below the threshold, if it is not the background.
@@ -123,11 +123,12 @@ class Questions:
             threshold = 0.5 if readout is None else readout.threshold(len(vocabulary.phrases))
         check_fixed_classes(self.model, vocabulary.names)
         trained, competing = seen_classes(self.model, vocabulary.names)
+        text = self._text(vocabulary)
         return Question(
             names=(*vocabulary.names, "background") if background == "threshold" else vocabulary.names,
-            text=self._text(vocabulary),
+            text=text,
             groups=vocabulary.row_groups,
-            seen=competing,
+            seen=None if competing is None else competing.to(text.device),
             calibrations=[self.model.calibration] if calibrations is None else calibrations,
             below=below,
             options={

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastzs.models.base import kept_groups
 from fastzs.ops import refine
 
 Refinement = Literal["none", "pamr", "laplacian"]
@@ -148,14 +149,15 @@ def read(
         assert found.maps is not None
         every = (readout.scale * found.maps).softmax(0)
         if classes is not None:
-            index = classes.to(every.device)[:, None, None].expand_as(every)
-            joined = every.new_zeros(int(classes.max()) + 1, *every.shape[1:])
+            placed, count = kept_groups(tuple(classes.tolist()), every.device)
+            index = placed[:, None, None].expand_as(every)
+            joined = every.new_zeros(count, *every.shape[1:])
             every = joined.scatter_reduce(0, index, every, "amax")
     return Read(labels, score.float() if scores and score is not None else None, every)
 
 
 def _classes(names: Tensor, classes: Tensor | None) -> Tensor:
-    return names if classes is None else classes.to(names.device)[names]
+    return names if classes is None else kept_groups(tuple(classes.tolist()), names.device)[0][names]
 
 
 def _working_size(readout: Readout, size: tuple[int, int]) -> tuple[int, int]:

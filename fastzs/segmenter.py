@@ -4,6 +4,7 @@ An image is encoded once and can be labelled with any names: :meth:`Segmenter.en
 at once by calling the segmenter.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from os import PathLike
@@ -16,10 +17,11 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 
-from fastzs.answer import Answer, answer
+from fastzs.answer import Answer, Pending, answer, in_turn
 from fastzs.clip.packed import computes_int8, pack, unpack
 from fastzs.errors import FastzsError
 from fastzs.features import FeaturesError, ImageFeatures
+from fastzs.graphs import Graphs
 from fastzs.models.base import Features, SegmentationModel
 from fastzs.pictures import ImageError, ImageLike, find_pictures, read_picture, split_batch
 from fastzs.question import Background, Names, Question, Questions
@@ -27,6 +29,7 @@ from fastzs.regions import Regions, at_size, find
 from fastzs.renamed import old_arguments
 from fastzs.result import Segmentation
 from fastzs.trace import span, traced
+from fastzs.transfers import Sending
 from fastzs.views import Crop, View, batches, check_crop
 from fastzs.windows import resize_size, window_grid
 
@@ -117,6 +120,8 @@ class Segmenter:
 
     def optimize(self, *, int8: bool = False) -> None:
         """Rearrange weights for inference where that pays: on a CPU the tower's products are packed.
+
+        On an NVIDIA GPU nothing is rearranged, but of many images batches whose size came before become CUDA graphs.
 
         The packed weights stand beside the plain ones and take as much memory again. The model is saved as it was;
         training, moving or casting it, and :meth:`unoptimize`, bring it back.
@@ -243,13 +248,13 @@ class Segmenter:
         Raises:
             ImageError, RegionsError, ValueError: as when the segmenter is called.
         """
-        view = self.view(image, regions)
+        view = self.view(image, regions).arrive()
         if self.windows == "stitched":
             windows = self._stitched(view, self.batch_size)
         else:
-            parts = [self._encode(list(view.crops(some))) for some in view.windows.split(self.batch_size)]
+            parts = [self._encode(*_stacked(list(view.crops(some)))) for some in view.windows.split(self.batch_size)]
             windows = type(parts[0]).cat(parts)
-        return ImageFeatures(windows, view.windows, view.size, view.image.cpu(), self._identity)
+        return ImageFeatures(windows, view.windows, view.size, view.image, self._identity)
 
     @traced("predict.picture")
     @torch.inference_mode()
@@ -280,8 +285,10 @@ class Segmenter:
             probabilities=probabilities,
         )
         parts, shared = self._decoded(features, question), None if regions is None else find(regions, features.image)
-        found = answer(self.model, features.image, features.size, features.places, parts, question, shared)
-        return found.result(question)
+        image = features.image
+        seen = image[:, :1, :1].expand(3, *features.size)  # of the image as the model saw it only the size is needed
+        found = answer(self.model, View(image, image, seen, features.places, shared), parts, question)
+        return found.wait().ordinary().result(question)
 
     @torch.no_grad()  # what leaves the package are ordinary tensors
     def logits(self, features: ImageFeatures, names: Names) -> Tensor:
@@ -325,12 +332,23 @@ class Segmenter:
                 :class:`fastzs.smoothing.Smoothing`.
         """
         batch_size = batch_size or self.batch_size
+        late = batch_size if self.device.type == "cuda" else 0  # images: those of the batch before
+        for found in in_turn(self._pending(views, question, batch_size, through), late):
+            yield found.ordinary()
+
+    def _pending(
+        self,
+        views: Iterable[View],
+        question: Question,
+        batch_size: int,
+        through: Callable[[Iterable[Tensor]], Iterable[Tensor]],
+    ) -> Iterator[Pending]:
+        maps_of = self._asking(question)
         for some in batches(iter(views), batch_size):
-            for view, parts in self._maps(some, question, batch_size):
+            for view, parts in self._maps([view.arrive() for view in some], question, batch_size, maps_of):
                 with span("predict.picture"):
-                    maps = through(parts)
-                    found = answer(self.model, view.image, view.size, view.windows, maps, question, view.regions)
-                yield found.ordinary()
+                    found = answer(self.model, view, through(parts), question)
+                yield found
 
     def _views(self, images: Iterable[ImageLike], on_error: OnError, regions: Regions | None) -> Iterator[View]:
         for i, image in enumerate(images):
@@ -343,16 +361,24 @@ class Segmenter:
                 log.warning("left out: %s", problem)
 
     def _maps(
-        self, views: Sequence[View], question: Question, batch_size: int
+        self,
+        views: Sequence[View],
+        question: Question,
+        batch_size: int,
+        maps_of: Callable[[Sequence[Crop]], Tensor],
     ) -> Iterator[tuple[View, Iterable[Tensor]]]:
-        """Each image with the class maps of its windows, [W', C, h, w] in their order."""
+        """Each image with the class maps of its windows, [W', C, h, w] in their order.
+
+        Args:
+            maps_of: the class maps of crops of one size, see :meth:`_asking`.
+        """
         if self.windows == "stitched":
             for view in views:
                 yield view, [self._decode(self._stitched(view, batch_size), question)]
             return
         if len(views) == 1:  # perhaps of thousands of windows: no more than a batch is held
             windows = views[0].windows.split(batch_size)
-            yield views[0], (self._decode(self._encode(list(views[0].crops(some))), question) for some in windows)
+            yield views[0], (maps_of(list(views[0].crops(some))) for some in windows)
             return
         crops = [(i, crop) for i, view in enumerate(views) for crop in view.crops(view.windows)]
         maps: list[list[Tensor]] = [[] for _ in views]
@@ -360,7 +386,7 @@ class Segmenter:
             same = [(i, crop) for i, crop in crops if crop.image.shape == size]
             for start in range(0, len(same), batch_size):
                 indices, some = zip(*same[start : start + batch_size], strict=True)
-                for i, logits in zip(indices, self._decode(self._encode(some), question), strict=True):
+                for i, logits in zip(indices, maps_of(some), strict=True):
                     maps[i].append(logits[None])
         yield from zip(views, maps, strict=True)
 
@@ -377,10 +403,14 @@ class Segmenter:
         """
         with span("predict.preprocess"):
             original = read_picture(image)
-            resized = self._resize(original)
             name = Path(image).stem if isinstance(image, str | PathLike) else None
-            shared = None if regions is None else find(regions, original, name)
-        return View(original, resized, self.grid((resized.shape[1], resized.shape[2])), shared)
+            shared = None if regions is None else find(regions, original, name).cpu()
+            with Sending(self.device) as sending:
+                there = sending.send(original)
+                resized = self._resize(there)
+                size = (resized.shape[1], resized.shape[2])
+                cells = None if shared is None else sending.send(at_size(shared, size))
+        return View(original.cpu(), there, resized, self.grid(size), shared, cells, sending.arrived)
 
     def grid(self, size: tuple[int, int]) -> Tensor:
         """The windows int64 [W, 4] over an image of (height, width) as the model sees it.
@@ -403,17 +433,29 @@ class Segmenter:
         # antialiasing changes nothing where images grow, as in the published pipelines on their data sets
         return picture if wanted == size else TF.resize(picture, list(wanted), antialias=self.antialias)
 
-    def _encode(self, crops: Sequence[Crop]) -> Features:
-        """Features of crops of one size."""
-        images = self._normalised(torch.stack([crop.image for crop in crops]))
-        regions = [crop.regions for crop in crops if crop.regions is not None]
+    def _asking(self, question: Question) -> Callable[[Sequence[Crop]], Tensor]:
+        """A function that gives the class maps of crops of one size, for many batches and one question."""
+
+        def whole(images: Tensor) -> Tensor:
+            return self._decode(self._encode(images, []), question)
+
+        def maps_of(crops: Sequence[Crop]) -> Tensor:
+            images, regions = _stacked(crops)
+            return of_images(images) if not regions else self._decode(self._encode(images, regions), question)
+
+        of_images = Graphs(whole) if self.device.type == "cuda" and self.optimized else whole
+        return maps_of
+
+    def _encode(self, images: Tensor, regions: Sequence[Tensor]) -> Features:
+        """Features of images uint8 [B, 3, h, w]."""
+        images = self._normalised(images)
         with span("predict.encode"):
             return self.model.encode(images, **self._shared(regions))
 
     def _stitched(self, view: View, batch_size: int) -> Features:
         """Features of a whole image, put together from windows."""
         image = self._normalised(view.resized[None])
-        regions = [] if view.regions is None else [at_size(view.regions, view.size)]
+        regions = [] if view.cells is None else [view.cells]
         with span("predict.encode"):
             sizes = (self.crop or 0, self.stride or 0, batch_size)
             return self.model.encode_stitched(image, *sizes, **self._shared(regions))
@@ -423,10 +465,8 @@ class Segmenter:
         return {"regions": torch.stack(list(regions)).to(self.device)} if regions and self.model.takes_regions else {}
 
     def _normalised(self, images: Tensor) -> Tensor:
-        mean, std = (
-            torch.tensor(some, device=self.device)[:, None, None] for some in (self.model.mean, self.model.std)
-        )
-        return ((images.to(self.device, torch.float32) - mean * 255) / (std * 255)).to(self.dtype)
+        mean, std = _on_levels(tuple(self.model.mean), tuple(self.model.std), self.device)
+        return ((images.to(self.device, torch.float32) - mean) / std).to(self.dtype)
 
     def _decode(self, features: Features, question: Question) -> Tensor:
         """Class maps of windows, fp32 [W, C, h, w]."""
@@ -448,3 +488,15 @@ class Segmenter:
         """Class maps of an encoded image's windows, ``batch_size`` at a time."""
         for start in range(0, len(features.windows), self.batch_size):
             yield self._decode(features.windows[start : start + self.batch_size].to(self.device), question)
+
+
+def _stacked(crops: Sequence[Crop]) -> tuple[Tensor, list[Tensor]]:
+    """Images uint8 [B, 3, h, w] of crops of one size, and their regions."""
+    return torch.stack([crop.image for crop in crops]), [crop.regions for crop in crops if crop.regions is not None]
+
+
+@functools.lru_cache(16)
+def _on_levels(mean: Sequence[float], std: Sequence[float], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the channels on the scale 0 to 255, fp32 [3, 1, 1]; copied to the device once."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(some, device=device)[:, None, None] * 255 for some in (mean, std))  # pyright: ignore[reportReturnType]

@@ -4,6 +4,8 @@ The idea is OV-Stitcher's (CVPR 2026 Findings): the blocks of a transformer befo
 were trained on, and the last one, whose attention makes the masks, sees the whole image.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,9 +29,8 @@ def stitch(maps: Tensor, windows: Tensor, size: Size, grid: Size) -> Tensor:
     total = maps.new_zeros(maps.shape[1], *grid)
     weight = maps.new_zeros(grid)
     for one, (top, left, height, width) in zip(maps, windows.tolist(), strict=True):
-        rows, down = _shared(size[0], grid[0], top, height, one.shape[1])
-        columns, across = _shared(size[1], grid[1], left, width, one.shape[2])
-        down, across = down.to(one), across.to(one)
+        rows, down = _shared(size[0], grid[0], top, height, one.shape[1], one.dtype, one.device)
+        columns, across = _shared(size[1], grid[1], left, width, one.shape[2], one.dtype, one.device)
         total[:, rows, columns] += down @ one @ across.T
         weight[rows, columns] += down.sum(1)[:, None] * across.sum(1)
     return total / weight
@@ -70,10 +71,17 @@ def crops_of(image: Tensor, windows: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def _shared(length: int, cells: int, start: int, extent: int, parts: int) -> tuple[slice, Tensor]:
-    """Along one side: which of ``cells`` over ``length`` meet a window, and fp64 [those, parts], what they share."""
+@functools.lru_cache(256)
+def _shared(
+    length: int, cells: int, start: int, extent: int, parts: int, dtype: torch.dtype, device: torch.device
+) -> tuple[slice, Tensor]:
+    """Along one side: which of ``cells`` over ``length`` meet a window, and [those, parts], what they share.
+
+    Copied to the device once, for a copy of every window would wait for it.
+    """
     first, last = start * cells // length, min(-(-(start + extent) * cells // length), cells)
-    own = torch.arange(first, last + 1, dtype=torch.float64) * length / cells
-    theirs = start + torch.arange(parts + 1, dtype=torch.float64) * extent / parts
-    ends, begins = torch.minimum(own[1:, None], theirs[1:]), torch.maximum(own[:-1, None], theirs[:-1])
-    return slice(first, last), (ends - begins).clamp_min(0)
+    with torch.inference_mode(False):  # a training may meet it again
+        own = torch.arange(first, last + 1, dtype=torch.float64) * length / cells
+        theirs = start + torch.arange(parts + 1, dtype=torch.float64) * extent / parts
+        ends, begins = torch.minimum(own[1:, None], theirs[1:]), torch.maximum(own[:-1, None], theirs[:-1])
+        return slice(first, last), (ends - begins).clamp_min(0).to(device, dtype)

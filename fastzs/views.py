@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastzs.pictures import ImageError
-from fastzs.regions import at_size
+from fastzs.transfers import arrive
 
 
 class Crop(NamedTuple):
@@ -17,27 +18,35 @@ class Crop(NamedTuple):
 
 
 class View(NamedTuple):
-    """An image as the model sees it."""
+    """An image as the model sees it. For a model on a GPU, what it needs of the image is there, or on its way."""
 
-    image: Tensor  # uint8 [3, H, W], as it was read
-    resized: Tensor  # uint8 [3, h, w]
-    windows: Tensor  # int64 [W, 4] over the resized image, all of one size
-    regions: Tensor | None = None  # int64 [H, W], of the image as it was read
+    image: Tensor  # uint8 [3, H, W], as it was read, on the host
+    there: Tensor  # the same for the model
+    resized: Tensor  # uint8 [3, h, w] for the model
+    windows: Tensor  # int64 [W, 4] over the resized image, all of one size, on the host
+    regions: Tensor | None = None  # int64 [H, W], of the image as it was read, on the host
+    cells: Tensor | None = None  # int64 [h, w], the same for the model
+    arrived: torch.cuda.Event | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.image.nbytes + (0 if self.resized is self.image else self.resized.nbytes)
+        tensors = {id(tensor): tensor.nbytes for tensor in (self.image, self.there, self.resized)}
+        return sum(tensors.values())
 
     @property
     def size(self) -> tuple[int, int]:
         return (self.resized.shape[1], self.resized.shape[2])
 
+    def arrive(self) -> "View":
+        """For the work that is asked of the GPU from here on; the host does not wait."""
+        arrive(self.arrived, (self.there, self.resized, self.cells))
+        return self
+
     def crops(self, windows: Tensor) -> Iterator[Crop]:
         """The parts of the resized image under some windows."""
-        regions = None if self.regions is None else at_size(self.regions, self.size)
         for top, left, height, width in windows.tolist():
             rows, columns = slice(top, top + height), slice(left, left + width)
-            yield Crop(self.resized[:, rows, columns], None if regions is None else regions[rows, columns])
+            yield Crop(self.resized[:, rows, columns], None if self.cells is None else self.cells[rows, columns])
 
 
 def batches(views: Iterator[View], size: int) -> Iterator[list[View]]:

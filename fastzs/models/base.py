@@ -4,6 +4,7 @@ No system knows a class by its name. It gets text vectors [T, D], one for each p
 each row and which classes were seen in training; :mod:`fastzs.segmenter` and :mod:`fastzs.train` turn names into these.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -321,7 +322,17 @@ def join(scores: Tensor, groups: Tensor | None) -> Tensor:
     """The largest score of each class's rows: [B, T, h, w] and the class of each row, int64 [T] -> [B, C, h, w]."""
     if groups is None:
         return scores
-    classes = int(groups.max()) + 1
-    index = groups.to(scores.device)[None, :, None, None].expand_as(scores)
+    if torch.compiler.is_compiling():
+        placed, classes = groups.to(scores.device), int(groups.max()) + 1
+    else:
+        placed, classes = kept_groups(tuple(groups.tolist()), scores.device)
+    index = placed[None, :, None, None].expand_as(scores)
     out = scores.new_full((scores.shape[0], classes, *scores.shape[2:]), -torch.inf)
     return out.scatter_reduce(1, index, scores, "amax")
+
+
+@functools.lru_cache(64)
+def kept_groups(groups: tuple[int, ...], device: torch.device) -> tuple[Tensor, int]:
+    """The class of each row on a device, and how many classes: copied once, for the copy waits for the device."""
+    with torch.inference_mode(False):  # a training may meet it again
+        return torch.tensor(groups).to(device), max(groups) + 1

@@ -47,6 +47,13 @@ def build_tables(
     Kept on the device, for images of one size ask for the same: built anew, an image would cost nine copies from
     pageable memory, each of which waits for the GPU.
     """
+    return Tables(*(table.to(device) for table in host_tables(nodes, windows, image, output)))
+
+
+def host_tables(
+    nodes: tuple[int, int], windows: tuple[tuple[int, ...], ...], image: tuple[int, int], output: tuple[int, int]
+) -> Tables:
+    """As :func:`build_tables`, on the host."""
     box = torch.tensor(windows, dtype=torch.int32)
     first, height, count = box[:, 0], windows[0][2], len(windows)
     rows, cols = (resize_taps(nodes[i], windows[0][2 + i]) for i in (0, 1))
@@ -57,5 +64,4 @@ def build_tables(
     row_counts = over.sum(1).int()
     row_windows = (~over).int().argsort(dim=1, stable=True)[:, : int(row_counts.max())].int().contiguous()
     inside = [t.expand(count, -1).contiguous() for taps in (rows, cols) for t in (taps.low.int(), taps.weight.float())]
-    tables = (box, row_windows, row_counts, *inside, taps_y, taps_x)
-    return Tables(*(table.to(device) for table in tables))
+    return Tables(box, row_windows, row_counts, *inside, taps_y, taps_x)
