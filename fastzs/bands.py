@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAPS_BYTES = 128 << 20  # of class maps held at a time, where an image keeps its size
+MAPS_BYTES = 128 << 20  # of class maps held at a time, where an image keeps its size, ...
+PIXELS = 4 << 20  # ... and labels made at a time, about
 
 
 class Band(NamedTuple):
@@ -25,8 +26,8 @@ def bands(
     """Bands of an image from top to bottom.
 
     An image that keeps its size may have thousands of windows, whose maps would take gigabytes. What lies above
-    the next row of windows is final, so no more than about ``MAPS_BYTES`` of maps are held. Where the labels are
-    resized, rows mix, but the model's input is small: one band.
+    the next row of windows is final, so no more than about ``MAPS_BYTES`` of maps are held, and ``PIXELS`` labels made.
+    Where the labels are resized, rows mix, but the model's input is small: one band.
 
     Args:
         size: of the image as the model saw it.
@@ -41,7 +42,8 @@ def bands(
         held.append(part)
         stop += len(part)
         end = height if stop == len(windows) else int(windows[stop, 0])
-        if stop < len(windows) and (end == begin or sum(part.nbytes for part in held) < MAPS_BYTES):
+        few = sum(part.nbytes for part in held) < MAPS_BYTES and (end - begin) * width < PIXELS
+        if stop < len(windows) and (end == begin or few):
             continue
         held = [torch.cat(held)]
         places = windows[kept:stop]

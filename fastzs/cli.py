@@ -21,6 +21,7 @@ from fastzs.commands import (
     doctor,
     evaluate,
     export,
+    maps,
     models,
     profile,
     segment,
@@ -34,6 +35,7 @@ from fastzs.terminal import lenient_streams
 
 COMMANDS: dict[str, Any] = {
     "segment": segment,
+    "map": maps,
     "convert": convert,
     "export": export,
     "train": train,
