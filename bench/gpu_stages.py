@@ -62,6 +62,8 @@ def stages(folder: Path, dry: bool) -> Iterator[Stage]:
     yield Stage(
         "correct-gradients", test_budget, [*pytest, *which, "tests/kernels/test_gradient_cases.py"], interpreted
     )
+    file = "tests/test_transfers.py" if dry else "tests/test_transfers_gpu.py"
+    yield Stage("correct-transfers", test_budget, [*pytest, *([] if dry else ["-m", "gpu"]), file])
     sanitized = [*pytest, "-x", "-m", "gpu", "-k", "label_dtypes", "tests/kernels/test_mask_loss_gpu.py"]
     yield Stage("sanitizer", 45, ["compute-sanitizer", "--error-exitcode", "9", *sanitized], needs="compute-sanitizer")
     timed = [*python, "-m", "bench.tiles", "--measure", str(folder / "tiles.jsonl"), *few]
