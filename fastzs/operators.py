@@ -108,7 +108,7 @@ def find(dense: str | Function) -> str | Function:
     raise ValueError(f"unknown operator {dense!r}; nearest known: {', '.join(near)}; or FILE.py:FUNCTION")
 
 
-def identity_of(dense: str | Function) -> str:
+def identity_of(dense: str | Callable[..., object]) -> str:
     """What tells an operator from others in the key of a result: its name, or what its file or itself is made of."""
     if isinstance(dense, str):
         return dense

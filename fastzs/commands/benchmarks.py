@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
     from fastzs.data.benchmarks import Benchmark
-    from fastzs.evaluate import AnyDataset
+    from fastzs.data.datasets import PairsDataset
 
 HELP = "list the eight benchmarks and what their folders must hold"
 
@@ -107,19 +107,21 @@ def _scored(path: Path, key: dict[str, Any]) -> float | None:
         return None
 
 
-def _opened(benchmarks: "list[Benchmark]", data: str, split: str) -> "list[AnyDataset]":
+def _opened(benchmarks: "list[Benchmark]", data: str, split: str) -> "list[PairsDataset]":
     """The data sets of all benchmarks, so that what is missing is said before any is scored.
 
     Raises:
         DataError: says of each that cannot be used why.
     """
-    from fastzs.data.datasets import open_dataset
+    from fastzs.data.datasets import PairsDataset, open_dataset
     from fastzs.data.masks import DataError
 
     found, problems = [], []
     for benchmark in benchmarks:
         try:
-            found.append(open_dataset(benchmark.rules, os.path.expanduser(data), split))
+            dataset = open_dataset(benchmark.rules, os.path.expanduser(data), split)
+            assert isinstance(dataset, PairsDataset)  # all the eight are files
+            found.append(dataset)
         except DataError as error:
             problems.append(f"{benchmark.protocol}: {error}")
     if problems:
@@ -127,7 +129,7 @@ def _opened(benchmarks: "list[Benchmark]", data: str, split: str) -> "list[AnyDa
     return found
 
 
-def _score(config: Namespace, benchmark: "Benchmark", dataset: "AnyDataset", folder: Path | None, device: str) -> float:
+def _score(config: Namespace, benchmark: "Benchmark", dataset: "PairsDataset", folder: Path | None, device: str) -> float:
     """mIoU in percent."""
     import fastzs
     from fastzs import ranks
