@@ -129,7 +129,9 @@ def _opened(benchmarks: "list[Benchmark]", data: str, split: str) -> "list[Pairs
     return found
 
 
-def _score(config: Namespace, benchmark: "Benchmark", dataset: "PairsDataset", folder: Path | None, device: str) -> float:
+def _score(
+    config: Namespace, benchmark: "Benchmark", dataset: "PairsDataset", folder: Path | None, device: str
+) -> float:
     """mIoU in percent."""
     import fastzs
     from fastzs import ranks
