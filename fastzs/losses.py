@@ -94,7 +94,8 @@ def _among(classes: int, seen: tuple[int, ...], device: torch.device) -> _Among:
         is_seen[c], place[c] = True, n
     unseen = [c for c in range(classes) if not is_seen[c]]
     with torch.inference_mode(False):
-        return _Among(*(torch.tensor(x).to(device) for x in (is_seen, place)), torch.tensor(unseen).long().to(device))
+        tables = (torch.tensor(is_seen), torch.tensor(place), torch.tensor(unseen, dtype=torch.int64))
+        return _Among(*(table.to(device) for table in tables))
 
 
 def _split(classes: int, seen: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

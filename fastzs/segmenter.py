@@ -393,7 +393,7 @@ class Segmenter:
     @torch.inference_mode()
     def class_maps(self, crops: Sequence[Crop], question: Question) -> Tensor:
         """Class maps of windows of one size, fp32 [W, C, h, w]."""
-        return self._decode(self._encode(crops), question)
+        return self._decode(self._encode(*_stacked(crops)), question)
 
     def view(self, image: ImageLike, regions: Regions | None = None) -> View:
         """An image as the model sees it; in any thread.

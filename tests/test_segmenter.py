@@ -394,3 +394,11 @@ def tied(probabilities):
     """Where the two best are equal as fp16."""
     best = probabilities.float().topk(2, 0).values
     return best[0] == best[1]
+
+
+def test_class_maps_of_crops_are_those_of_an_encoded_image(picture):
+    seg = segmenter(crop=24, stride=16)
+    view = seg.view(picture)
+    assert torch.equal(
+        seg.class_maps(list(view.crops(view.windows)), seg.question(NAMES)), seg.logits(seg.encode(picture), NAMES)
+    )
