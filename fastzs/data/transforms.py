@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -40,7 +41,10 @@ class ScaleJitter(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
-            return TF.resize(inpt, params["size"], interpolation=v2.InterpolationMode.NEAREST_EXACT)
+            # torchvision before 0.29 takes "nearest" for masks whatever it is asked for, half a pixel beside the image
+            flat = inpt.as_subclass(Tensor).reshape(1, -1, *inpt.shape[-2:]).double()  # any label is exact
+            labels = F.interpolate(flat, params["size"], mode="nearest-exact").to(inpt.dtype)
+            return tv_tensors.wrap(labels.reshape(*inpt.shape[:-2], *params["size"]), like=inpt)
         return TF.resize(inpt, params["size"], antialias=True)
 
 
