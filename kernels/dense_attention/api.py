@@ -78,8 +78,9 @@ def dense_attention(
             to 128) and Triton compute fp32, bf16 and fp16 where no gradient is wanted, in memory [B, h * w, H, d], so
             that joining the heads is a view. ``"torch"`` is PyTorch's attention, for kinds other than "proxy",
             "procrustes" and "kk+gaussian". "procrustes" has the reference only, which calls PyTorch's attention.
-            "proxy" has no Triton kernel; the library computes it in fp32 and needs ``H * d`` to be a multiple of 32;
-            the reference goes through the rows in blocks, never ``[N, N]``.
+            Of "proxy" no backend has ``[N, N]`` in memory. The library computes it in fp32 and needs ``H * d`` to be a
+            multiple of 32. Triton rounds the weights and the interpolated values to the dtype of ``v``; ``"auto"``
+            takes it on a GPU where ``v`` and ``affinity`` are bf16 or fp16.
 
     Raises:
         RuntimeError: ``impl`` cannot run here.
@@ -109,10 +110,18 @@ def dense_attention(
         affinity = proxy.check(v, affinity, gamma)
         if regions is not None:
             within.check(regions, len(v), (affinity.shape[2], affinity.shape[3]), v.device)
-            choose("dense_attention", impl, {"cpu": REGIONS, "reference": None})
+            choose("dense_attention", impl, {"cpu": REGIONS, "triton": REGIONS, "reference": None})
             return within.proxy(v, affinity, grid, beta, gamma, floor, regions)
-        reasons = {"cpu": proxy.why_not_cpu(v, affinity), "reference": None}
-        run = proxy.compiled if choose("dense_attention", impl, reasons) == "cpu" else proxy.reference
+        reasons = {
+            "cpu": proxy.why_not_cpu(v, affinity),
+            "triton": proxy.why_not_triton(v, affinity),
+            "reference": None,
+        }
+        if torch.float32 in (affinity.dtype, v.dtype):
+            # After the reference: without tensor cores, similarities computed several times would set the time.
+            reasons["triton"] = reasons.pop("triton")
+        backend = choose("dense_attention", impl, reasons)
+        run = {"cpu": proxy.compiled, "triton": proxy.fused, "reference": proxy.reference}[backend]
         return run(v, affinity, grid, beta, gamma, floor)
     if affinity is not None or floor is not None:
         raise ValueError(f"dense_attention: affinity and floor are used only by kind='proxy', got kind={kind!r}")

@@ -1,12 +1,7 @@
 """``dense_attention(kind="proxy")``: weights from another network's features, values from CLIP.
 
 The reference goes through the rows in blocks; csrc/proxy_attention.cpp computes a block's weights from packed features
-and draws them together on the values' grid. Neither has all N x N of them in memory.
-
-There is no Triton kernel. On a GPU the reference is two matrix products for each block of rows, which cuBLAS computes
-at the device's rate, and a block's weights are all that it keeps. A fused kernel could not hold the similarities' 768
-channels and the values' 768 columns, which share one set of weights, in a program's registers; it would compute the
-similarities again for each group of columns.
+and draws them together on the values' grid; proxy_triton.py keeps them in registers. None has all N x N in memory.
 """
 
 import torch
@@ -16,10 +11,12 @@ from torch import Tensor
 from .. import library
 from ..extension import why_missing
 from ..refine.common import bilinear
+from ..triton_runtime import why_not_triton as why_not_on
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
 MISSING = why_missing("proxy_attention", "cpu")
 ROWS = 512  # of the reference, at a time
+SMALLEST_NORM = 1e-12  # F.normalize's
 LINEAR_EPS = 1e-6  # CLIP-DINOiser's, in the denominator
 
 
@@ -53,6 +50,17 @@ def why_not_cpu(v: Tensor, affinity: Tensor) -> str | None:
     if torch.is_grad_enabled() and (v.requires_grad or affinity.requires_grad):
         return "it has no gradient, and one is needed"
     return MISSING
+
+
+def why_not_triton(v: Tensor, affinity: Tensor) -> str | None:
+    """None if the Triton kernel can take them, else the reason."""
+    if reason := why_not_on("v is", v.device):
+        return reason
+    for name, dtype in (("v", v.dtype), ("affinity", affinity.dtype)):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"{name} is {dtype}; expected float32, bfloat16 or float16"
+    wanted = torch.is_grad_enabled() and (v.requires_grad or affinity.requires_grad)
+    return "the kernel has no gradient, and one is needed" if wanted else None
 
 
 def unit_and_shift(affinity: Tensor, beta: float, floor: float | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -113,6 +121,21 @@ def compiled(
     values = joined(v, grid, torch.float32).contiguous()
     linear = floor is not None
     out = torch.ops.fastzs.proxy_attention(unit.contiguous(), values, shift, *size, *grid, *tables, gamma, linear)
+    return split(out, v)
+
+
+def fused(v: Tensor, affinity: Tensor, grid: tuple[int, int], beta: float, gamma: float, floor: float | None) -> Tensor:
+    """:func:`reference` by the Triton kernel: sums in fp32, values and weights in the dtype of ``v``."""
+    unit, shift = unit_and_shift(affinity, beta, floor, torch.float32)
+    unit = unit.transpose(1, 2)  # [B, N, D]
+    if torch.float32 in (affinity.dtype, v.dtype):
+        features, inverse = unit, unit.new_ones(unit.shape[:2])
+    else:  # tensor cores multiply 16-bit numbers exactly
+        features = affinity.flatten(2).transpose(1, 2)
+        inverse = features.float().norm(dim=2).clamp_min(SMALLEST_NORM).reciprocal()
+    values = resampled(joined(v, grid, torch.float32), grid, (affinity.shape[2], affinity.shape[3])).to(v.dtype)
+    smallest = None if floor is None else LINEAR_EPS
+    out = torch.ops.fastzs.proxy_attention_triton(features, inverse, unit.norm(dim=2), values, shift, gamma, smallest)
     return split(out, v)
 
 

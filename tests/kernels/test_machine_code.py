@@ -25,6 +25,7 @@ if not INTERPRETED:
     from fastzs.kernels import probe
     from fastzs.kernels.bridged_attention import triton as bridged
     from fastzs.kernels.bridged_attention.layout import TokenLayout
+    from fastzs.kernels.dense_attention import proxy_triton as proxy
     from fastzs.kernels.dense_attention import triton as dense
     from fastzs.kernels.key_smoothing import triton as smoothing
     from fastzs.kernels.label_map import triton as label_map
@@ -48,6 +49,11 @@ def attention(dtype: torch.dtype, width: int, bridge: tuple[int, int] | None = (
 def near(dtype: torch.dtype, width: int, std: float | None):
     q = torch.empty(1, 2, 65, width, dtype=dtype)
     dense.attention(q, q, q, (8, 8), std)
+
+
+def outside(dtype: torch.dtype, smallest: float | None):
+    tokens, row = torch.empty(1, 1764, 768, dtype=dtype), torch.empty(1, 1764)
+    proxy.attention(tokens, row, row, tokens, torch.empty(1), 3.0, smallest)
 
 
 def smooth(dtype: torch.dtype, width: int, mode: str, classes: int = 171):
@@ -89,6 +95,8 @@ CASES: dict[str, tuple[Callable[[], None], bool]] = {
     "dense fp32 128": (lambda: near(f32, 128, 5.0), False),
     "dense bf16 64": (lambda: near(bf16, 64, 5.0), True),
     "dense bf16 128": (lambda: near(bf16, 128, None), True),
+    "proxy fp32": (lambda: outside(f32, 1e-6), False),
+    "proxy bf16": (lambda: outside(bf16, None), True),
     "key_smoothing fp32 1024": (lambda: smooth(f32, 1024, "paper"), False),
     "key_smoothing fp32 512": (lambda: smooth(f32, 512, "official"), False),
     "key_smoothing bf16 768": (lambda: smooth(bf16, 768, "official"), True),
@@ -131,8 +139,8 @@ def faults(launch: Launch, arch: int, tensor_cores: bool) -> list[str]:
 SMALLER = (86, 89, 120)
 DEMANDING = (
     "attention fp32 128", "attention bf16 64", "attention bf16 128", "dense fp32 64", "dense bf16 128",
-    "key_smoothing fp32 1024", "key_smoothing bf16 768", "label_map bf16", "mask_loss fp32", "pixel_text fp32",
-    "pixel_text bf16",
+    "proxy bf16", "key_smoothing fp32 1024", "key_smoothing bf16 768", "label_map bf16", "mask_loss fp32",
+    "pixel_text fp32", "pixel_text bf16",
 )  # fmt: skip
 
 
