@@ -133,12 +133,12 @@ def check_int8() -> None:
         raise Unavailable(why)
 
 
-def exported(folder: str) -> str:
-    """The plain tower as an ONNX file in ``folder``."""
+def exported(folder: str, module: nn.Module, side: int = SIDE) -> str:
+    """A tower for images of ``side`` pixels as an ONNX file in ``folder``."""
     path = Path(folder) / "tower.onnx"
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # of tracing
-        torch.onnx.export(Plain(), (torch.zeros(1, 3, SIDE, SIDE),), path, dynamo=False, verbose=False)
+        torch.onnx.export(module, (torch.zeros(1, 3, side, side),), path, dynamo=False, verbose=False)
     return str(path)
 
 
@@ -149,6 +149,12 @@ def check_installed(*packages: str) -> None:
 
 
 def openvino(device, dtype, int8=False):
+    with tempfile.TemporaryDirectory() as folder:  # as fast as what it makes of the module itself, and made sooner
+        return compiled_by_openvino(exported(folder, Plain()), dtype, int8)
+
+
+def compiled_by_openvino(path: str, dtype: torch.dtype, int8: bool = False):
+    """An ONNX file as a function of images."""
     check_installed("openvino", "onnx")
     from openvino import Core
 
@@ -158,11 +164,10 @@ def openvino(device, dtype, int8=False):
         "PERFORMANCE_HINT": "LATENCY",
     }
     core = Core()
-    with tempfile.TemporaryDirectory() as folder:  # as fast as what it makes of the module itself, and made sooner
-        model = core.read_model(exported(folder))
-        if int8:
-            model = quantised(model)
-        compiled = core.compile_model(model, "CPU", hints)
+    model = core.read_model(path)
+    if int8:
+        model = quantised(model)
+    compiled = core.compile_model(model, "CPU", hints)
     return lambda images: torch.from_numpy(compiled(images.float().numpy())[0])
 
 
@@ -195,7 +200,7 @@ def onnx_runtime(device, dtype, int8=False):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        path = exported(folder)
+        path = exported(folder, Plain())
         if int8:
             from onnxruntime.quantization import QuantType, quantize_dynamic
 

@@ -108,6 +108,12 @@ def find(dense: str | Function) -> str | Function:
     raise ValueError(f"unknown operator {dense!r}; nearest known: {', '.join(near)}; or FILE.py:FUNCTION")
 
 
+def why_not(setting: str, backbone: str, takes: Sequence[str]) -> str:
+    """The sentence for an operator, as a user set it, that is not among those a backbone's tower takes."""
+    reason = "" if "kk" in takes else ", since its last stage has no attention"
+    return f"{setting} does not apply to {backbone}; expected dense to be one of {', '.join(takes)}{reason}"
+
+
 def identity_of(dense: str | Callable[..., object]) -> str:
     """What tells an operator from others in the key of a result: its name, or what its file or itself is made of."""
     if isinstance(dense, str):

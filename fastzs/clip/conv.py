@@ -1,15 +1,18 @@
 """Convolutional towers as dense encoders: ConvNeXt, MobileCLIP's FastViTs. The networks are timm's."""
 
+import copy
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from timm.utils.model import reparameterize_model
+from torch import Tensor
 
+from fastzs.clip.packable import Packable
 from fastzs.windows import next_multiple
 
 
-class ConvTower(nn.Module):
+class ConvTower(Packable):
     """A timm network whose last feature map is read position by position.
 
     A position goes to the text space as the whole map does, through the head's norm and layers, the mean over
@@ -28,6 +31,15 @@ class ConvTower(nn.Module):
         self.patch_size: int = tower.trunk.feature_info[-1]["reduction"]
         self.width: int = tower.trunk.num_features
         self.output_dim = output_dim
+
+    def join_branches(self) -> None:
+        """Let one convolution stand in for parallel ones and their batch norms, which MobileCLIP's networks have.
+
+        They are joined in fp32, so that weights in low precision are rounded once.
+        """
+        self.unpack()
+        joined = reparameterize_model(copy.deepcopy(self.network).float())
+        self.stand_in({"network": joined.to(self.dtype)})
 
     @property
     def dtype(self) -> torch.dtype:

@@ -9,9 +9,11 @@ import platform
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastzs.clip.blocks import Attention, Block, QuickGELU, Rotation
+from fastzs.clip.blocks import Attention, Block, GatedMlp, QuickGELU, Rotation
+from fastzs.clip.pools import AttentionPool
 from fastzs.decoders.blocks import CrossAttention, DecoderLayer
 from fastzs.kernels.packed_linear.compiled import MISSING
 from fastzs.kernels.packed_linear.weights import PANEL, PackedNorm, PackedWeight, pack_norm, pack_weight
@@ -105,6 +107,7 @@ class FusedAttention(Attention):
     def __init__(self, attention: Attention, int8: bool):
         nn.Module.__init__(self)
         self.heads, self.norm = attention.heads, None
+        self.before_out = None if attention.norm is None else pack_norm(attention.norm)
         pairs = zip(attention.in_proj_weight.chunk(3), attention.in_proj_bias.chunk(3), strict=True)
         self.in_proj = FusedProjections(list(pairs), self.heads, int8)
         self.out = _packed(attention.out_proj.weight, attention.out_proj.bias, int8)
@@ -117,7 +120,7 @@ class FusedAttention(Attention):
         return [self.in_proj.packed.columns]
 
     def merge(self, heads: Tensor, residual: Tensor | None = None) -> Tensor:
-        return packed_linear(heads.transpose(1, 2).flatten(2), self.out, residual=residual)
+        return packed_linear(heads.transpose(1, 2).flatten(2), self.out, before=self.before_out, residual=residual)
 
 
 class FusedMLP(nn.Module):
@@ -132,11 +135,36 @@ class FusedMLP(nn.Module):
         return packed_linear(x, self.first, self.last, activation=self.activation, before=before, residual=residual)
 
 
+class FusedGatedMLP(nn.Module):
+    """:class:`GatedMlp` with the norm of the block before it, packed.
+
+    Args:
+        ln: the block's norm; where the MLP has one of its input, that one comes second and is fused with the products.
+    """
+
+    def __init__(self, mlp: GatedMlp, ln: nn.LayerNorm):
+        super().__init__()
+        linears = (cast(nn.Linear, mlp.get_submodule(name)) for name in ("gate", "c_fc", "c_proj"))
+        self.gate, self.first, self.last = (_packed(linear.weight, linear.bias, False) for linear in linears)
+        self.silu = isinstance(mlp.act, nn.SiLU)
+        self.hidden_norm = pack_norm(mlp.norm) if mlp.norm is not None and mlp.norm_of == "hidden" else None
+        self.input_norm = pack_norm(mlp.norm) if mlp.norm is not None and mlp.norm_of == "input" else None
+        self.ln = (ln.normalized_shape, ln.weight.detach(), ln.bias.detach(), ln.eps)
+
+    def forward(self, x: Tensor, before: PackedNorm, residual: Tensor) -> Tensor:
+        if self.input_norm is not None:
+            x, before = F.layer_norm(x, *self.ln), self.input_norm
+        gate = packed_linear(x, self.gate, before=before)
+        gate = F.silu(gate, inplace=True) if self.silu else F.gelu(gate)
+        hidden = gate.mul_(packed_linear(x, self.first, before=before))
+        return packed_linear(hidden, self.last, before=self.hidden_norm, residual=residual)
+
+
 class FusedBlock:
     """:class:`Block` with its products packed, and attention by the blocked kernel.
 
     Args:
-        block: one that :func:`activation_of` has a name for.
+        block: one with norms before attention and MLP; for int8 one that :func:`activation_of` has a name for.
         int8: round products to int8, but not those of attention, or of the MLP, if a weight of theirs says so.
     """
 
@@ -147,9 +175,12 @@ class FusedBlock:
         noise = int8_noise(block.attn.in_proj_weight, block.ln_1), int8_noise(block.attn.out_proj.weight)
         self.attn = FusedAttention(block.attn, int8 and max(noise) <= INT8_NOISE)
         mlp: Any = block.mlp
-        noise = int8_noise(mlp.c_fc.weight, block.ln_2), int8_noise(mlp.c_proj.weight)
-        activation = cast(str, activation_of(block))
-        self.mlp = FusedMLP(mlp.c_fc, mlp.c_proj, activation, int8 and max(noise) <= INT8_NOISE)
+        if isinstance(mlp, GatedMlp):
+            self.mlp = FusedGatedMLP(mlp, block.ln_2)
+        else:
+            noise = int8_noise(mlp.c_fc.weight, block.ln_2), int8_noise(mlp.c_proj.weight)
+            activation = cast(str, activation_of(block))
+            self.mlp = FusedMLP(mlp.c_fc, mlp.c_proj, activation, int8 and max(noise) <= INT8_NOISE)
         self.attn.eval()
         self.mlp.eval()
 
@@ -167,6 +198,31 @@ class FusedBlock:
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         q, k, v = self.project(x, rotation)
         return self.add_mlp(self.add_attended(x, dropout_attention(q, k, v, 0.0)))
+
+
+class FusedPool:
+    """The way of single tokens through an :class:`AttentionPool`, packed.
+
+    Between the value projection and the output projection nothing happens to one token, so they are one product.
+    """
+
+    def __init__(self, pool: AttentionPool):
+        value, out = pool.value, pool.out
+        weight = out.weight.double() @ value.weight.double()
+        bias = out.weight.double() @ value.bias.double() + out.bias.double()
+        dtype = value.weight.dtype
+        self.joined = _packed(weight.to(dtype), bias.to(dtype), False)
+        self.norm_in = pack_norm(pool.norm_in) if isinstance(pool.norm_in, nn.LayerNorm) else None
+        self.norm = self.mlp = None
+        if pool.mlp is not None and pool.norm is not None:
+            first, gelu, last = cast(tuple[nn.Linear, nn.GELU, nn.Linear], tuple(pool.mlp))
+            self.norm = pack_norm(pool.norm)
+            self.mlp = FusedMLP(first, last, "gelu" if gelu.approximate == "none" else "gelu_tanh", False)
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L, C] -> [B, L, D]."""
+        y = packed_linear(tokens, self.joined, before=self.norm_in)
+        return y if self.mlp is None else self.mlp(y, self.norm, y)
 
 
 class FusedDecoderLayer:

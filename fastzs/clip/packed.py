@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip.blocks import GatedMlp
+from fastzs.clip.conv import ConvTower
 from fastzs.clip.frozen import QUICK_GELU
-from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, activation_of, fused_pays
+from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, FusedPool, activation_of, fused_pays
 from fastzs.clip.packable import Packable
+from fastzs.clip.pools import AttentionPool
 from fastzs.clip.products import onednn_pays
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
 from fastzs.decoders.blocks import DecoderLayer
@@ -91,6 +93,8 @@ def packed_mlp(mlp: nn.Sequential | GatedMlp, onednn: bool) -> nn.Module:
 def pack(model: nn.Module, int8: bool = False) -> None:
     """Pack the transformer blocks and decoder layers inside ``model``, for evaluation on a CPU.
 
+    Branches of convolutional towers are joined, see :meth:`fastzs.clip.conv.ConvTower.join_branches`.
+
     The packed weights stand beside the plain ones, see :class:`fastzs.clip.packable.Packable`; :func:`unpack` drops
     them. Weights that are written to by hand have to be packed anew.
 
@@ -109,17 +113,32 @@ def pack(model: nn.Module, int8: bool = False) -> None:
             onednn = onednn_pays(dtype)
             for i, block in enumerate(module.blocks):
                 block.unpack()
-                if fused and activation_of(block) is not None:
+                if fused and not block.norm_last and not (int8 and activation_of(block) is None):
                     found += _stand_in(f"{name}, block {i}", block, functools.partial(FusedBlock, block, int8), int8)
                 else:
                     block.stand_in(
                         {"attn": PackedAttention(block.attn, onednn), "mlp": packed_mlp(block.mlp, onednn).eval()}
                     )
+        elif isinstance(module, AttentionPool):
+            module.unpack()
+            module.stand_in(_of_pool(module, fused, onednn_pays(dtype)))
+        elif isinstance(module, ConvTower) and not int8:
+            module.join_branches()
         elif fused and isinstance(module, DecoderLayer):
             module.unpack()
             found += _stand_in(name, module, functools.partial(FusedDecoderLayer, module, int8), int8)
     if int8 and not found:
+        unpack(model)
         raise ValueError("precision int8 needs transformer blocks of CLIP's form, got none; use auto, fp32 or bf16")
+
+
+def _of_pool(pool: AttentionPool, fused: bool, onednn: bool) -> dict[str, Any]:
+    """Stand-ins for the parts of a pool that see every token."""
+    if fused:
+        return {"read": FusedPool(pool).read}
+    linears = {name: cast(nn.Linear, pool.get_submodule(name)) for name in ("value", "out")}
+    parts: dict[str, Any] = {n: PackedLinear(one.weight, one.bias, onednn=onednn) for n, one in linears.items()}
+    return parts if pool.mlp is None else parts | {"mlp": packed_mlp(pool.mlp, onednn).eval()}
 
 
 def computes_int8(model: nn.Module) -> bool:

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.clip.packable import Packable
 
-class AttentionPool(nn.Module):
+
+class AttentionPool(Packable):
     """``y = out(softmax(query . key(x)) value(x))``, then ``y + mlp(norm(y))`` where there is an MLP.
 
     The published modules make the query of a learnt vector by weights alone; here it is stored as it comes out.

@@ -216,6 +216,8 @@ class DeOP(TrainedModel):
                 f"{severance!r} and {stage!r}"
             )
         clip, tower, sizes = clip_vit("DeOP", backbone, weights, sizes)
+        if sizes.get("variant"):
+            raise ValueError(f"DeOP: {backbone} is not CLIP's own vision transformer, whose positions its tables join")
         super().__init__(
             backbone=backbone,
             weights=weights,

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, SegmentationModel
+from fastzs.operators import why_not
 from fastzs.ops import key_smoothing, pixel_text_logits, prompt_denoising
 from fastzs.registry import register
 from fastzs.stitching import stitched_tokens
@@ -121,10 +122,7 @@ class MaskCLIP(SegmentationModel):
         wanted = ((dense, f"dense={dense!r}"), ("kk" if smoothing else dense, f"smoothing={smoothing!r}"))
         for operator, setting in wanted:
             if operator not in self.visual.operators:
-                raise ValueError(
-                    f"MaskCLIP: {setting} does not apply to {clip.backbone}; it takes dense={self.visual.operators}"
-                    + ("" if "kk" in self.visual.operators else ", since its last stage has no attention")
-                )
+                raise ValueError(why_not(f"MaskCLIP: {setting}", clip.backbone, self.visual.operators))
         self.activation = "none" if smoothing else "softmax"  # smoothed output is made of probabilities
         imagenet = clip.published if imagenet_normalization is None else imagenet_normalization
         self.mean, self.std = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (clip.mean, clip.std)
@@ -143,7 +141,9 @@ class MaskCLIP(SegmentationModel):
         return self._features(*self.visual.trunk(images))
 
     def why_not_stitched(self) -> str | None:
-        return None if isinstance(self.visual, VisionTransformer) else f"{self.clip.backbone} is a ResNet"
+        if isinstance(self.visual, VisionTransformer):
+            return None
+        return f"{self.clip.backbone} has no transformer block at its end"
 
     @traced("model.tower")
     def encode_stitched(self, image: Tensor, crop: int | Size, stride: int | Size, batch_size: int) -> DenseFeatures:

@@ -152,7 +152,7 @@ class PromptTuned(TrainedModel):
         Raises:
             ValueError: fewer patches along a side than the bridge has tokens.
         """
-        return PromptFeatures.of(self.backbone.encode(self._enlarged(images).to(self.backbone.proj.dtype)))
+        return PromptFeatures.of(self.backbone.encode(self._enlarged(images).to(self.backbone.dtype)))
 
     def _enlarged(self, images: Tensor) -> Tensor:
         size = [next_multiple(side, self.patch_size) for side in images.shape[2:]]

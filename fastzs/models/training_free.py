@@ -30,7 +30,7 @@ from fastzs import operators
 from fastzs.clip import Clip, VisionTransformer
 from fastzs.models.base import Activation, SegmentationModel
 from fastzs.models.maskclip import DenseFeatures
-from fastzs.operators import LastBlock
+from fastzs.operators import LastBlock, why_not
 from fastzs.ops import dense_attention, pixel_text_logits
 from fastzs.readout import Readout, Refinement
 from fastzs.regions import at_size
@@ -132,6 +132,10 @@ class TrainingFree(SegmentationModel):
                 )
         elif not isinstance(self.kind, str):
             raise ValueError(f"{clip.backbone} has no transformer block at its end, so no operator can replace it")
+        elif self.kind not in (*self.visual.operators, "proxy"):  # ProxyCLIP refuses towers itself
+            raise ValueError(
+                why_not(f"{type(self).__name__}: dense={self.kind!r}", clip.backbone, self.visual.operators)
+            )
         self.gaussian, self.key_weight = gaussian, key_weight
         self.residual = not ours.bare if residual is None else residual
         self.ffn = not ours.bare if ffn is None else ffn

@@ -175,7 +175,8 @@ class TwoStage(TrainedModel):
         side = self.settings["sizes"]["grid"] * self.settings["sizes"]["patch_size"]
         inside = masks > 0
         full = inside.flatten(2).any(2)  # [B, Q]
-        blank = self._blank((self.tower.proj,), lambda: self.tower(self.tower.proj.new_zeros(1, 3, side, side)).float())
+        weight = self.tower.blocks[0].ln_1.weight
+        blank = self._blank((weight,), lambda: self.tower(weight.new_zeros(1, 3, side, side)).float())
         out = F.normalize(blank, dim=-1).expand(*masks.shape[:2], -1).clone()  # [B, Q, D]
         images = self.for_clip(images)
         cell = images.new_tensor([images.shape[3] / masks.shape[3], images.shape[2] / masks.shape[2]]).repeat(2)
