@@ -44,7 +44,7 @@ class ScaleJitter(v2.Transform):
             # torchvision before 0.29 takes "nearest" for masks whatever it is asked for, half a pixel beside the image
             flat = inpt.as_subclass(Tensor).reshape(1, -1, *inpt.shape[-2:]).double()  # any label is exact
             labels = F.interpolate(flat, params["size"], mode="nearest-exact").to(inpt.dtype)
-            return tv_tensors.wrap(labels.reshape(*inpt.shape[:-2], *params["size"]), like=inpt)
+            return tv_tensors.Mask(labels.reshape(*inpt.shape[:-2], *params["size"]))
         return TF.resize(inpt, params["size"], antialias=True)
 
 

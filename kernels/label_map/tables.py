@@ -64,5 +64,5 @@ def host_tables(
     row_counts = over.sum(1).int()
     row_windows = (~over).int().argsort(dim=1, stable=True)[:, : int(row_counts.max())].int().contiguous()
     inside = [t.expand(count, -1).contiguous() for taps in (rows, cols) for t in (taps.low.int(), taps.weight.float())]
-    tables = (box, row_windows, row_counts, *inside, taps_y, taps_x)
-    return Tables(*tables)
+    row_low, row_weight, col_low, col_weight = inside
+    return Tables(box, row_windows, row_counts, row_low, row_weight, col_low, col_weight, taps_y, taps_x)
