@@ -18,7 +18,7 @@ class Graphs:
     """A function of images on a GPU, which for the second batch of a size becomes a graph.
 
     What the function reads besides, such as weights, is read where it lies. One that waits for the GPU, or copies from
-    the host, cannot be a graph and is called as it is.
+    the host, cannot be a graph and is called as it is; so is one whose graph gives anything else than it does itself.
     """
 
     def __init__(self, function: Callable[[Tensor], Tensor]):
@@ -47,7 +47,7 @@ class Graphs:
         stream.wait_stream(torch.cuda.current_stream(images.device))
         try:
             with torch.cuda.stream(stream):
-                self._function(given)  # what it computes once and keeps must not lie in the graph's memory
+                wanted = self._function(given)  # what it computes once and keeps must not lie in the graph's memory
             # other threads go on sending images, which a stricter capture would not bear
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 result = self._function(given)
@@ -57,4 +57,9 @@ class Graphs:
             self._can = False
             return
         torch.cuda.current_stream(images.device).wait_stream(stream)
+        graph.replay()
+        if not torch.equal(result, wanted):
+            log.warning("no CUDA graph: it gave other numbers than the function itself")
+            self._can = False
+            return
         self._graphs[images.shape] = (graph, given, result)
