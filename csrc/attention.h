@@ -59,7 +59,7 @@ struct __attribute__((visibility("hidden"))) Call {  // as Tensor is
 
   void check() const {
     const int64_t d = q.dim() == 4 ? q.size(3) : 0;
-    STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, op, ": wanted [B, H, L, d], d a multiple of 8 up to ", MAX_D);
+    STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, op, ": expected [B, H, L, d], d a multiple of 8 up to ", MAX_D);
     STD_TORCH_CHECK(layout.prefix >= 0 && layout.h > 0 && (layout.w > 0 || apart) && layout.rh >= 0 && layout.rh <= layout.h &&
         layout.rw >= 0 && layout.rw <= layout.w && (layout.rh == 0) == (layout.rw == 0), op, ": no such layout");
     fits(k, q.size(0), layout.length());

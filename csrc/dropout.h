@@ -18,7 +18,7 @@ struct Dropout {
 };
 
 inline Dropout dropout_of(const char* op, double rate, const torch::stable::Tensor& seed) {
-  STD_TORCH_CHECK(rate >= 0 && rate < 1, op, ": dropout is ", rate, "; wanted 0 to below 1");
+  STD_TORCH_CHECK(rate >= 0 && rate < 1, op, ": dropout is ", rate, "; expected 0 to below 1");
   STD_TORCH_CHECK(seed.numel() == 1 && seed.scalar_type() == torch::headeronly::ScalarType::Long,
       op, ": seed is no int64");
   const auto least = static_cast<int32_t>(std::min(std::round(rate * 0x1p31), 0x1p31 - 1));

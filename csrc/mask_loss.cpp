@@ -295,7 +295,7 @@ std::tuple<Tensor, Tensor> mask_sums(
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     wrong = read_labels<T>(target, C, ignore_index, padded, label.data(), counts.data());
   });
-  STD_TORCH_CHECK(wrong == ignore_index, "mask_loss: target holds label ", wrong, "; wanted labels in [0, ", C,
+  STD_TORCH_CHECK(wrong == ignore_index, "mask_loss: target holds label ", wrong, "; expected labels in [0, ", C,
       ") or ignore_index=", ignore_index);
 
   const auto float32 = torch::headeronly::ScalarType::Float;

@@ -246,7 +246,7 @@ __global__ void mask_sums_labels_kernel(Problem a, int64_t pixels) {
     const int64_t at = b * a.target_stride[0] + y * a.target_stride[1] + x * a.target_stride[2];
     const int64_t label = static_cast<const Given*>(a.target)[at];
     if (label != a.ignore_index && (label < 0 || label >= a.C)) {
-      printf("mask_loss: target holds label %lld; wanted labels in [0, %d) or ignore_index=%d\n",
+      printf("mask_loss: target holds label %lld; expected labels in [0, %d) or ignore_index=%d\n",
              static_cast<long long>(label), a.C, a.ignore_index);
       __trap();
     }

@@ -90,6 +90,8 @@ SYSTEMS = {
 @pytest.mark.parametrize("windows", ["separate", "stitched"])
 def test_nothing_waits_between_an_image_and_its_labels(system, windows, clock, monkeypatch):
     monkeypatch.setattr("fastzs.kernels.label_map.api.reasons", lambda *_: {"cuda": None})
+    # with a built CUDA part, too, which would ask the driver
+    monkeypatch.setattr("fastzs.kernels.pixel_text_logits.api.reasons", lambda *_: {"reference": None})
     monkeypatch.setattr("fastzs.kernels.checks.why_too_old", lambda device: None)
     monkeypatch.setattr("fastzs.kernels.triton_runtime.why_too_old", lambda device: "it is not there")
     image, model = torch.randint(256, (3, 50, 70), dtype=torch.uint8), SYSTEMS[system]()

@@ -168,7 +168,7 @@ def test_reads_and_writes_stay_inside():
 def test_label_out_of_range(label):
     logits, target = case()
     target[1, 2, 3] = label
-    with pytest.raises(RuntimeError, match=f"target holds label {label}; wanted labels in"):
+    with pytest.raises(RuntimeError, match=f"target holds label {label}; expected labels in"):
         mask_loss(logits, target, impl="cpu")
 
 

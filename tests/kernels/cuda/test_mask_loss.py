@@ -76,7 +76,7 @@ def test_a_label_out_of_range_stops_the_program(label, capfd):
     target[1, 2, 3] = label
     with pytest.raises(RuntimeError, match=r"mask_sums_labels_kernel.*stopped the program"):
         mask_loss(logits, target, impl="cpu")
-    assert f"target holds label {label}; wanted labels in [0, 4) or ignore_index=255" in capfd.readouterr().out
+    assert f"target holds label {label}; expected labels in [0, 4) or ignore_index=255" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("labels", [torch.uint8, torch.int64], ids=str)
