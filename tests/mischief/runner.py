@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import re
 import resource
@@ -77,7 +78,9 @@ def problems(case: Case, folder: Path) -> list[str]:
     """What is wrong with how a case went; an empty list is right."""
     folder.mkdir(parents=True)
     found: list[str] = []
-    with working_in(folder), changed(case.variables), patched(fastzs, "load", load_once):
+    # pytest's handlers would take the warnings that a terminal shows
+    terminal = patched(logging.getLogger(), "handlers", [])
+    with working_in(folder), changed(case.variables), patched(fastzs, "load", load_once), terminal:
         arguments = case.make(folder)
         begun, grown = time.monotonic(), resident()
         out, err = io.StringIO(), io.StringIO()
