@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,8 @@ def write_result(result: Segmentation, picture: Path, target: Path, also: Collec
 def _writable(folder: Path) -> bool:
     """Whether another file can be written there, so that a failure was about that one's name or size."""
     try:
-        write_atomically(folder / "probe", b"0" * 4096)
-        (folder / "probe").unlink(missing_ok=True)  # another thread may have asked at the same time
+        with tempfile.TemporaryFile(dir=folder) as stream:  # no name, so it is in nobody's way
+            stream.write(b"0" * 4096)
     except OSError:
         return False
     return True

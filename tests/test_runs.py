@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fastzs.files import write_atomically
+from fastzs.outputs import write_result
 from fastzs.pictures import ImageError, find_pictures, read_picture
 from fastzs.result import Segmentation
 from fastzs.runs import (
@@ -470,3 +471,12 @@ def test_records_of_more_processes_go(tmp_path):
     (tmp_path / "run-notes.json").touch()
     write_record(tmp_path, {}, (0, 2))
     assert tree(tmp_path) == ["run-1.json", "run-notes.json", "run.json"]
+
+
+def test_whether_a_folder_can_be_written_costs_nobody_a_file(tmp_path):
+    (tmp_path / "a.png").mkdir()  # in the way of the label map
+    (tmp_path / "probe").write_text("somebody's")
+    with pytest.raises(ImageError, match=r"cannot write .*a\.png"):
+        write_result(Segmentation(torch.zeros(4, 4, dtype=torch.uint8), ("cat",)), Path("a.jpg"), tmp_path / "a", ())
+    assert (tmp_path / "probe").read_text() == "somebody's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "probe"]
