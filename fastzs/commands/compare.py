@@ -4,6 +4,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
+from fastzs.commands.options import add_source
+
 HELP = "what another precision changes in the labels of images"
 
 
@@ -23,11 +25,8 @@ def parser() -> ArgumentParser:
         help="the one that is judged, and the one it is held against",
     )
     add("--model", type=str, default="maskclip", help="a name that fastzs models lists, or a checkpoint of any of them")
-    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
-    add("--weights", type=str | None, help="open_clip's name of weights, 'shapes', a file or folder")
-    add("--checkpoint", type=str | None, help="trained model: .pth or safetensors file, folder, hub id")
+    add_source(options)
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
     return options
 
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from fastzs import __version__
+from fastzs.commands.options import add_regions, add_windows
+from fastzs.commands.training_free import add_flags, model_options
 
 if TYPE_CHECKING:
     from fastzs.data.protocols import Protocol
@@ -68,17 +70,10 @@ def parser() -> ArgumentParser:
     add("--weights", type=str | None, help="as for fastzs segment")
     add("--checkpoint", type=str | None, help="trained model: file, folder, hub id")
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
-    add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
-    add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
-    add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
+    add_flags(options)
     add("--words", type=str | None, help="YAML file with other names, or synonyms, for the classes, in their order")
     add("--embeddings", type=str | None, help=".npy file with the classes' text vectors, instead of a text tower")
-    add(
-        "--regions",
-        type=str | None,
-        help="regions of the images, one label for each: slic, felzenszwalb, or a folder with a NAME.png for each, "
-        "integers of the image's size, 0 for none",
-    )
+    add_regions(options)
     add("--templates", type=str | None, help="named prompt templates")
     add(
         "--calibration",
@@ -94,12 +89,7 @@ def parser() -> ArgumentParser:
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
     add("--crop", type=int | tuple[int, int] | None, help="window size, 0 for the whole image; else the model's own")
     add("--stride", type=int | tuple[int, int] | None, help="distance of windows; two thirds of the crop if omitted")
-    add(
-        "--windows",
-        type=Literal["separate", "stitched"],
-        default="separate",
-        help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
-    )
+    add_windows(options)
     add("--batch-size", type=int, default=8, help="windows at a time")
     add("--workers", type=int, default=0, help="processes that read images ahead")
     add("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -236,7 +226,6 @@ def _dataset(config: Namespace, protocol: "Protocol") -> "AnyDataset":
 
 def _segmenter(config: Namespace, device: str) -> "Segmenter":
     import fastzs
-    from fastzs.commands.training_free import model_options
     from fastzs.loading import default_model
 
     config.model = config.model or default_model(config.weights, config.checkpoint)

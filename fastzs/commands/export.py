@@ -7,6 +7,7 @@ from typing import Any, Literal
 from jsonargparse import ArgumentParser, Namespace
 
 from fastzs.commands.classes import given_classes
+from fastzs.commands.options import add_source
 
 HELP = "a model as torch.export program, ONNX or OpenVINO"
 
@@ -28,10 +29,7 @@ def parser() -> ArgumentParser:
     add("--int8", action="store_true", help="int8 weights, by ONNX Runtime or NNCF; accuracy is told, not promised")
     add("--classes", type=str | list[str] | None, help="names whose text vectors are written, too")
     add("--classes-file", type=str | None, help="YAML file with a list of names, or of name: [synonyms]")
-    add("--backbone", type=str | None, help="CLIP architecture, as open_clip calls it; else the model's own")
-    add("--weights", type=str | None, help="open_clip's name of weights, 'shapes', a file or folder")
-    add("--checkpoint", type=str | None, help="trained model: .pth or safetensors file, folder, hub id")
-    add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
+    add_source(options)
     return options
 
 

@@ -14,6 +14,8 @@ from jsonargparse import ArgumentParser, Namespace
 
 from fastzs.commands import videos
 from fastzs.commands.classes import given_classes
+from fastzs.commands.options import add_regions, add_windows
+from fastzs.commands.training_free import add_flags, model_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -51,19 +53,9 @@ def parser() -> ArgumentParser:
     add("--probabilities", action="store_true", help="also write the scores of all classes as float16 in .npz: large")
     add("--max-pixels", type=int | None, help="largest image that is read; 178 million if omitted")
     add_model_options(options)
-    add(
-        "--regions",
-        type=str | None,
-        help="regions of the images, one label for each: slic, felzenszwalb, or a folder with a NAME.png for each, "
-        "integers of the image's size, 0 for none",
-    )
+    add_regions(options)
     add("--short-side", type=int | None, help="resize to this shorter side, 0 leaves the size; else the model's own")
-    add(
-        "--windows",
-        type=Literal["separate", "stitched"],
-        default="separate",
-        help="stitched: the last block (of clip_rc and zegclip the decoder) sees the whole image once; not published",
-    )
+    add_windows(options)
     add("--engine", type=Literal["plain", "ray"], default="plain", help="this process, or actors of Ray Data")
     add("--workers", type=int | None, help="Ray's actors, each with its own model; else one for each GPU or CPU core")
     return options
@@ -96,9 +88,7 @@ def add_model_options(options: ArgumentParser) -> None:
         help="the checkpoint's training classes, by commas, to calibrate against the others",
     )
     add("--options", type=dict[str, Any], default={}, help="settings of the model, as --options.dense=qq")
-    add("--refine", type=Literal["none", "pamr", "laplacian"] | None, help="of training-free systems; else their own")
-    add("--operator", type=str | None, help="last-block operator: a kind, or FILE.py:FUNCTION, which is run")
-    add("--affinity", type=str | None, help="of proxyclip: dino, dinov2 or a timm vision transformer")
+    add_flags(options)
     add("--templates", type=str | None, help="named prompt templates, or a file with one on each line ({} the name)")
     add("--background", type=Literal["none", "threshold", "prompt"], default="none", help="pixels of no class")
     add(
@@ -221,7 +211,6 @@ def given_job(config: Namespace, vocabulary: "Vocabulary", sizes: dict[str, Any]
         ValueError: settings that do not fit.
     """
     from fastzs import ranks
-    from fastzs.commands.training_free import model_options
     from fastzs.loading import default_model
 
     options = model_options(config)
