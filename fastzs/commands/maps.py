@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -35,7 +35,13 @@ def parser() -> ArgumentParser:
     add(
         "--polygons",
         type=float | None,
-        help="also write NAME.geojson, borders simplified to this tolerance in units of the map; 0 does not simplify",
+        help="also write polygons, borders simplified to this tolerance in units of the map; 0 does not simplify",
+    )
+    add(
+        "--polygons-format",
+        type=Literal["geojson", "gpkg"],
+        default="geojson",
+        help="NAME.geojson in longitudes and latitudes, or NAME.gpkg (GeoPackage) in the map's coordinates",
     )
     add_model_options(options)
     return options
@@ -57,7 +63,8 @@ def run(config: Namespace) -> int:
     bands, span = _numbers("--bands", config.bands, int), _numbers("--range", config.range, float)
     if span is not None and len(span) != 2:
         raise ValueError(f"--range: expected a lower and an upper value, as 0,3000, got {config.range}")
-    wanted = Wanted(bands, None if span is None else (span[0], span[1]), config.scale, config.polygons)
+    ends = None if span is None else (span[0], span[1])
+    wanted = Wanted(bands, ends, config.scale, config.polygons, config.polygons_format)
     paths = [Path(os.path.expanduser(path)) for path in config.paths]
     targets = _targets(paths)
     job = given_job(config, vocabulary, {"short_side": 0})

@@ -1,36 +1,40 @@
-"""Polygons of a GeoTIFF of labels, as GeoJSON."""
+"""Polygons of a GeoTIFF of labels, as GeoJSON or as a GeoPackage."""
 
 import importlib.util
-import json
 import warnings
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastzs.files import replacing
+from fastzs.files import write_atomically
 from fastzs.maps.raster import MapError
 from fastzs.outputs import OutputError
 
-LONGITUDE_LATITUDE = "OGC:CRS84"  # what GeoJSON is written in (RFC 7946)
+Form = Literal["geojson", "gpkg"]  # the ending of the file, too
+DRIVERS = {"geojson": "GeoJSON", "gpkg": "GPKG"}
+DECIMALS = "9"  # of longitudes and latitudes in GeoJSON: about a tenth of a millimetre
 
 
-def check_shapely() -> None:
+def check_packages() -> None:
     """
     Raises:
-        MapError: shapely is not installed.
+        MapError: a package that polygons need is not installed.
     """
-    if importlib.util.find_spec("shapely") is None:
-        raise MapError("polygons need shapely, which is not installed: pip install 'fastzs[geo]'")
+    for package in ("shapely", "pyogrio"):
+        if importlib.util.find_spec(package) is None:
+            raise MapError(f"polygons need {package}, which is not installed: pip install 'fastzs[geo]'")
 
 
 def write_polygons(raster: Path, path: Path, names: tuple[str, ...], background: int | None, tolerance: float) -> int:
     """Write a polygon for each connected region of one label; pixels that share an edge are connected.
 
-    Neighbours are simplified together, so that their common borders stay common: no gaps, no overlaps. Longitudes and
-    latitudes are written where the raster has a coordinate reference system, its own coordinates where it has none.
+    Neighbours are simplified together, so that their common borders stay common: no gaps, no overlaps. A GeoPackage
+    has the raster's coordinate reference system; GeoJSON has longitudes and latitudes, or the raster's coordinates
+    where it has no such system.
 
     Args:
         raster: as :class:`fastzs.maps.labels.Labels` writes it.
-        path: of the GeoJSON file, written whole or not at all.
+        path: of the file, which is written whole or not at all; its ending is a :data:`Form`.
         names: of the labels, for the property ``class``.
         background: a label that is left out.
         tolerance: about how far, in units of the raster's coordinates, a border may move; 0 moves none. Regions whose
@@ -40,14 +44,14 @@ def write_polygons(raster: Path, path: Path, names: tuple[str, ...], background:
         The number of polygons.
 
     Raises:
-        OutputError: it cannot be written.
+        MapError: their coordinates cannot be turned into longitudes and latitudes.
+        OutputError: the file cannot be written.
     """
     import numpy as np
     import rasterio
     import shapely
     from rasterio.errors import NotGeoreferencedWarning
     from rasterio.features import shapes
-    from rasterio.warp import transform_geom
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
@@ -58,25 +62,49 @@ def write_polygons(raster: Path, path: Path, names: tuple[str, ...], background:
                 if label != file.nodata
             ]
             crs = file.crs
-    labels = np.array([label for _, label in found], dtype=np.int64)
+    labels = np.array([label for _, label in found], dtype=np.int32)
     regions = np.array([region for region, _ in found], dtype=object)
     if tolerance > 0 and len(regions):
         regions = shapely.coverage_simplify(regions, tolerance)
-    count = 0
+    kept = (labels != (-1 if background is None else background)) & ~shapely.is_empty(regions)
+    data = _encoded(path, regions[kept], labels[kept], names, None if crs is None else crs.to_wkt())
     try:
-        with replacing(path) as stream:
-            stream.write(b'{"type": "FeatureCollection", "features": [')
-            for region, label in zip(regions, labels.tolist(), strict=True):
-                if label == background or region.is_empty:
-                    continue
-                geometry = shapely.geometry.mapping(region)
-                if crs is not None:
-                    geometry = transform_geom(crs, LONGITUDE_LATITUDE, geometry)
-                properties = {"class": names[label], "label": label}
-                feature = {"type": "Feature", "properties": properties, "geometry": geometry}
-                stream.write((",\n" * (count > 0) + json.dumps(feature)).encode())
-                count += 1
-            stream.write(b"]}\n")
+        write_atomically(path, data)
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from error
-    return count
+    return int(kept.sum())
+
+
+def _encoded(path: Path, regions: Any, labels: Any, names: tuple[str, ...], crs: str | None) -> bytes:
+    """The content of the file, made in memory, since GDAL does not tell of every full disk."""
+    import numpy as np
+    import pyogrio
+    import shapely
+
+    form = path.suffix.removeprefix(".")
+    classes = np.array([names[label] for label in labels], dtype=object)
+    options = {}
+    if form == "geojson":  # RFC 7946 has longitudes and latitudes
+        options = {"RFC7946": "NO" if crs is None else "YES", "COORDINATE_PRECISION": DECIMALS}
+    buffer = BytesIO()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", "'crs' was not provided")
+        try:
+            pyogrio.raw.write(
+                buffer,
+                shapely.to_wkb(regions),
+                [classes, labels],
+                ["class", "label"],
+                layer=path.stem,
+                driver=DRIVERS[form],
+                geometry_type="Polygon",
+                crs=crs,
+                layer_options=options,
+            )
+            reason = next((str(one.message) for one in told), None)  # it goes on where it cannot find longitudes
+        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
+            reason = str(error)
+    if reason is not None:
+        raise MapError(f"{path}: its polygons cannot be written as {DRIVERS[form]}: {' '.join(reason.split())}")
+    return buffer.getvalue()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastzs.bands import Band, bands
 from fastzs.maps.labels import Labels
-from fastzs.maps.polygons import check_shapely, write_polygons
+from fastzs.maps.polygons import Form, check_packages, write_polygons
 from fastzs.maps.raster import CACHE, MapError, Raster
 from fastzs.ops import label_map
 from fastzs.pipeline import ahead
@@ -33,6 +33,7 @@ class Wanted:
 
     Attributes:
         tolerance: of polygons, which are written unless it is None; see :func:`fastzs.maps.polygons.write_polygons`.
+        form: of the polygons' file.
 
     Raises:
         ValueError: a number is out of range.
@@ -42,6 +43,7 @@ class Wanted:
     span: tuple[float, float] | None = None
     scale: float = 1.0
     tolerance: float | None = None
+    form: Form = "geojson"
 
     def __post_init__(self):
         if not 0 < self.scale <= 16:
@@ -63,7 +65,7 @@ def segment_map(
     start: Callable[[int], None] = lambda windows: None,
     step: Callable[[int], None] = lambda windows: None,
 ) -> None:
-    """Segment a GeoTIFF of any height into ``TARGET.tif``, and ``TARGET.geojson`` if polygons are wanted.
+    """Segment a GeoTIFF of any height into ``TARGET.tif``, and polygons into ``TARGET.geojson`` or ``.gpkg``.
 
     Windows are read when it is their turn. What the model says of them is averaged where they overlap, as of an image
     that is held as a whole, so there are no seams. No refinement along edges takes place, since its reach is an image.
@@ -85,12 +87,12 @@ def segment_map(
         raise MapError(f"{path}: maps need rasterio, which is not installed: pip install 'fastzs[geo]'")
     import rasterio
 
-    labels_path, polygons_path = Path(f"{target}.tif"), Path(f"{target}.geojson")
+    labels_path, polygons_path = Path(f"{target}.tif"), Path(f"{target}.{wanted.form}")
     for made in (labels_path,) if wanted.tolerance is None else (labels_path, polygons_path):
         if made.exists():
             raise MapError(f"{path}: {made} exists already; remove it, or give another --output")
     if wanted.tolerance is not None:
-        check_shapely()
+        check_packages()
     background = len(question.names) - 1 if question.names[-1] == "background" else None
     with (
         rasterio.Env(GDAL_CACHEMAX=CACHE),

@@ -161,6 +161,35 @@ def test_polygons_cover_the_map_without_gaps(tmp_path):
             assert len(shapely.get_coordinates(union)) < 40  # and no holes along the borders
 
 
+@pytest.mark.parametrize("place", [PLACE, {}], ids=["georeferenced", "not georeferenced"])
+def test_polygons_as_a_geopackage(tmp_path, place):
+    """In the map's own coordinates, and with its reference system, if it has one."""
+    shapely = pytest.importorskip("shapely", reason="needs the extra 'geo'")
+    pyogrio = pytest.importorskip("pyogrio", reason="needs the extra 'geo'")
+    path = write(tmp_path / "a.tif", noise(3, 200, 240), place=place)
+    run(path, tmp_path / "out", Brightness(), tolerance=0, form="gpkg")
+    meta, _, shapes, (classes, numbers) = pyogrio.raw.read(tmp_path / "out.gpkg")
+    assert (meta["fields"].tolist(), meta["crs"]) == (["class", "label"], place.get("crs"))
+    assert pyogrio.list_layers(tmp_path / "out.gpkg").tolist() == [["out", "Polygon"]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        found = labels(tmp_path / "out.tif")
+    areas, pixel = shapely.area(shapely.from_wkb(shapes)), 100 if place else 1
+    for label in np.unique(found):
+        assert areas[numbers == label].sum() == (found == label).sum() * pixel
+    assert classes.tolist() == [f"level {label}" for label in numbers]
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.tif", "out.gpkg", "out.tif"]
+
+
+def test_polygons_that_have_no_longitudes(tmp_path):
+    """A plan in metres of a building, say: its label map is there, and the message says what went wrong."""
+    place = {"crs": 'LOCAL_CS["plan",UNIT["metre",1]]', "transform": PLACE["transform"]}
+    path = write(tmp_path / "a.tif", noise(3, 40, 40), place=place)
+    with pytest.raises(MapError, match=r"out\.geojson: its polygons cannot be written as GeoJSON"):
+        run(path, tmp_path / "out", Brightness(), tolerance=0)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["a.tif", "out.tif"]
+
+
 def test_a_result_that_exists_is_kept(tmp_path):
     segmenter = Brightness()
     path = write(tmp_path / "a.tif", noise(3, 40, 40))
@@ -207,15 +236,16 @@ def test_stitched_windows_are_refused(tmp_path):
         run(write(tmp_path / "a.tif", noise(3, 40, 40)), tmp_path / "out", segmenter)
 
 
-def test_without_rasterio_or_shapely(tmp_path, monkeypatch):
+def test_without_packages(tmp_path, monkeypatch):
     segmenter = Brightness()
     path = write(tmp_path / "a.tif", noise(3, 40, 40))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MapError, match=r"a\.tif: maps need rasterio, which is not installed: pip"):
         run(path, tmp_path / "out", segmenter)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "shapely" else name)
-    with pytest.raises(MapError, match=r"polygons need shapely"):
-        run(path, tmp_path / "out", segmenter, tolerance=1)
+    for package in ("shapely", "pyogrio"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name, package=package: name if name != package else None)
+        with pytest.raises(MapError, match=f"polygons need {package}"):
+            run(path, tmp_path / "out", segmenter, tolerance=1)
 
 
 def test_the_command(tmp_path, scene, capsys):
