@@ -88,9 +88,14 @@ def _reason(error: Exception) -> str:
 
 
 def cannot_fetch(what: str, filename: str, where: str, reason: str) -> WeightsError:
-    """The error that says what to do."""
+    """The error that says what to do: a path to weights can be passed, other files are looked for in the cache."""
+    problem = f"{filename} of {what} is not in the cache and could not be fetched ({reason})"
+    if filename.endswith(".json"):
+        return WeightsError(
+            f"{problem}; run 'hf download {where}' on a machine with a network and copy its cache to "
+            f"{huggingface_hub.constants.HF_HUB_CACHE}"
+        )
     return WeightsError(
-        f"the weights {what} are not in the cache and could not be fetched ({reason}); on a machine with a network "
-        f"fetch {filename} from {where} and pass its path as weights, or use weights='shapes' (drawn shapes only) or "
-        "weights='random' (no meaning, only the path) now"
+        f"{problem}; on a machine with a network fetch {filename} from {where} and pass its path as weights, or use "
+        "weights='shapes' (drawn shapes only) or weights='random' (no meaning, only the path) now"
     )

@@ -31,7 +31,7 @@ def onednn_pays(dtype: torch.dtype) -> bool:
 def takes(x: Tensor) -> bool:
     """Whether products of ``x`` [..., in] go through oneDNN."""
     return (
-        not torch.compiler.is_compiling()
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # an exported graph is for any machine
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and x.ndim > 1

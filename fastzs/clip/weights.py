@@ -338,7 +338,8 @@ def _download(backbone: str, tag: str, pretrained: dict) -> Path:
     try:
         return Path(open_clip.download_pretrained(pretrained))
     except Exception as error:
-        raise hub.cannot_fetch(what, "it", pretrained.get("url", ""), type(error).__name__) from error
+        url = pretrained.get("url", "")
+        raise hub.cannot_fetch(what, os.path.basename(url), url, type(error).__name__) from error
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> str:

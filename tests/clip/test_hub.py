@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastzs import clip
-from fastzs.clip import WeightsError, hub
+from fastzs.clip import WeightsError, hub, tokenizers
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "timm/vit_base_patch32_clip_224.openai"
@@ -195,6 +195,18 @@ def test_a_repository_that_is_not_there_or_gated_says_so(server):
     server.refused = (403, "GatedRepo")
     with pytest.raises(WeightsError, match="it is gated: accept its licence"):
         clip.load(weights="hf-hub:somebody/gated")
+
+
+def test_the_remedy_is_of_the_file_that_is_missing(server, weights, monkeypatch):
+    offline(server, monkeypatch)
+    with pytest.raises(WeightsError, match=rf"fetch open_clip_model\.safetensors from {REPOSITORY} and pass its path"):
+        clip.load("ViT-B-32", "openai")
+    config = {"hf_tokenizer_name": "somebody/words"}
+    with pytest.raises(WeightsError, match=r"run 'hf download somebody/words' on") as refused:
+        tokenizers.of_hub(config, "ViT-B-32")
+    assert "pass its path as weights" not in str(refused.value)
+    with pytest.raises(WeightsError, match=r"run 'hf download me/mine' on"):
+        clip.load(weights="hf-hub:me/mine")
 
 
 def test_a_hub_id_brings_its_configuration(server, weights):

@@ -73,6 +73,16 @@ def test_a_compiled_layer_is_one_graph():
     assert torch.allclose(compiled(x), F.linear(x, layer.weight, layer.bias), atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_traced_layer_has_torchs_own_products():
+    """torch.jit.trace, and torch.onnx.export without dynamo, know no others."""
+    layer = Linear(6, 3).requires_grad_(False)
+    traced = torch.jit.trace(layer, (numbers(4, 6),))
+    assert "aten::linear" in str(traced.inlined_graph)
+    x = numbers(5, 6, seed=1)
+    assert torch.allclose(traced(x), F.linear(x, layer.weight, layer.bias), atol=1e-6)
+
+
 @pytest.mark.parametrize("quick_gelu", [True, False])
 def test_a_frozen_block(quick_gelu):
     """Its halves in training, whose products do not go through :func:`linear`."""

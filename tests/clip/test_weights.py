@@ -183,7 +183,7 @@ def test_offline_and_not_cached_says_what_to_do_at_once(hub):
     wanted = r"fetch open_clip_model.safetensors from timm/vit_base_patch16_clip_224.openai .*weights='shapes'"
     with pytest.raises(WeightsError, match=wanted):
         clip.load("ViT-B-16", "openai")
-    with pytest.raises(WeightsError, match="from someone/something"):
+    with pytest.raises(WeightsError, match="hf download someone/something"):
         clip.load(weights="hf-hub:someone/something")
 
 
@@ -359,7 +359,7 @@ def test_text_towers_of_the_hub_need_transformers_and_say_so_at_once(monkeypatch
 
 
 def test_a_tokenizer_that_cannot_be_had_is_missed_at_once(hub):
-    with pytest.raises(WeightsError, match=r"ViT-B-16-SigLIP's tokenizer are not in the cache.*no network"):
+    with pytest.raises(WeightsError, match=r"of ViT-B-16-SigLIP's tokenizer is not in the cache.*no network"):
         clip.load("ViT-B-16-SigLIP", "webli")
 
 
