@@ -20,7 +20,7 @@ from .rivals import Contest, Rival, compete
 SHAPES = [  # positions, classes
     pytest.param(1024, 20, marks=pytest.mark.quick),
     (4096, 20),
-    (16384, 20),
+    pytest.param(16384, 20, marks=pytest.mark.full),
     (1024, 171),
     pytest.param(4096, 171, marks=pytest.mark.full),
     pytest.param(16384, 171, marks=pytest.mark.full),

@@ -1,7 +1,8 @@
 """pixel_text_mask_loss, forward and backward, against normalising, multiplying and a loss at full resolution.
 
-    pytest bench/test_pixel_text_mask_loss.py --benchmark-only           # the CPU
-    pytest bench/test_pixel_text_mask_loss.py --benchmark-only -m gpu    # a GPU
+    pytest bench/test_pixel_text_mask_loss.py --benchmark-only                         # the CPU
+    pytest bench/test_pixel_text_mask_loss.py --benchmark-only -m "full and not gpu"   # a larger step
+    pytest bench/test_pixel_text_mask_loss.py --benchmark-only -m gpu                  # a GPU
 
 The step is what a head on frozen features and fixed text trains with: the gradients of features and text. Rivals are
 judged, timed in turn and measured for memory as :mod:`bench.rivals` says; "faster" is relative to the first one.
@@ -20,7 +21,10 @@ from .baselines import mask_loss as full
 from .rivals import Contest, Rival, compete
 
 SCALE = 10.0
-SHAPES = [pytest.param((1, 15, 32, 512), marks=pytest.mark.quick), (2, 60, 32, 512)]  # B, C, sides of map and target
+SHAPES = [  # B, C, sides of map and target
+    pytest.param((1, 15, 32, 512), marks=pytest.mark.quick),
+    pytest.param((2, 60, 32, 512), marks=pytest.mark.full),
+]
 GPU_SHAPES = [(16, 150, 32, 512), (2, 156, 32, 512)]
 WIDTH = 512
 OPERATIONS = 59  # of mask_loss, for a pixel and class; see bench/test_mask_loss.py

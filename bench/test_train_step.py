@@ -207,9 +207,13 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
         images, target, text = scene(0, 20, 2, 64, "cpu", width=32)
         return twin.gradients(images.double(), target, text.double())
 
-    tokens = 1 + (side // 16) ** 2 + PROMPTS[classes]
-    block = 24 * tokens * SIZES["width"] ** 2 + 4 * tokens**2 * SIZES["width"]
-    tower = 2 * SIZES["layers"] * block  # forward, and backward to the prompts: the weights are not trained
+    width, layers = SIZES["width"], SIZES["layers"]
+    tokens, prompts = 1 + (side // 16) ** 2, PROMPTS[classes]
+    # of a prompt only keys and values count, since the next layer puts its own prompts in the place of the outputs
+    block = (24 * tokens + 4 * prompts) * width**2 + 4 * tokens * (tokens + prompts) * width
+    # forward, and backward to the prompts: weights are not trained, and the first layer's queries, keys and values
+    # of the image need no gradient
+    tower = 2 * layers * block - 6 * tokens * width**2
     return Contest(
         f"training step, {name}, {classes} classes, {pictures} x {side} x {side}, {device}",
         device,

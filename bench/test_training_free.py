@@ -1,6 +1,7 @@
 """A photograph's worth of work by the training-free systems, ViT-B/16 with random weights, 500 x 375 to labels.
 
-    pytest bench/test_training_free.py --benchmark-only
+    pytest bench/test_training_free.py --benchmark-only                         # 21 names
+    pytest bench/test_training_free.py --benchmark-only -m "full and not gpu"   # 171
 
 NACLIP with its refinement and without it, at 21 and 171 names: wanted are at most 1.35 times the time without. And its
 windows stitched before the last block, which then runs once over 588 patches in place of six times over 196.
@@ -78,6 +79,6 @@ def contest(names: int) -> Contest:
 
 
 @pytest.mark.parametrize("rival", WAYS)
-@pytest.mark.parametrize("names", [21, 171])
+@pytest.mark.parametrize("names", [21, pytest.param(171, marks=pytest.mark.full)])
 def test_naclip(benchmark, names, rival):
     compete(benchmark, rival, contest, names)
