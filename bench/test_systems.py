@@ -216,7 +216,15 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
     }
     bound = 0.1 if low else None
     return Rival(
-        run, bound=bound, answer=answer, judge=right, unavailable=why, prepare=made, once=name in SLOW, info=info
+        run,
+        products=dtype,
+        bound=bound,
+        answer=answer,
+        judge=right,
+        unavailable=why,
+        prepare=made,
+        once=name in SLOW,
+        info=info,
     )
 
 

@@ -195,6 +195,7 @@ def contest(name: str, classes: int, pictures: int, side: int, device: str) -> C
         return Rival(
             lambda *inputs: made()(*inputs),
             unavailable=why,
+            products=torch.bfloat16 if low else None,
             bound=3e-2 if low else None,
             answer=gradients,
             details=details if ours and not again else None,
