@@ -56,7 +56,7 @@ def find(regions: Regions, image: Tensor, name: str | None = None) -> Tensor:
         what, regions = f"regions {path}", _read(path)
     elif callable(regions):
         regions = regions(image)
-    found = torch.as_tensor(regions if isinstance(regions, Tensor) else np.asarray(regions))
+    found = regions if isinstance(regions, Tensor) else torch.as_tensor(np.array(regions))  # arrays may be read-only
     if found.shape != image.shape[1:] or found.is_floating_point() or found.is_complex():
         height, width = image.shape[1:]
         raise RegionsError(

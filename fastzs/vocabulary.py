@@ -297,7 +297,8 @@ def _read_embeddings(path: Path) -> np.ndarray:
 def _embeddings(given: Tensor | np.ndarray | str | Path, count: int) -> Tensor:
     if isinstance(given, str | Path):
         given = _read_embeddings(Path(os.path.expanduser(given)))
-    rows = torch.as_tensor(given).detach().to("cpu", torch.float32)
+    rows = given if isinstance(given, Tensor) else torch.as_tensor(np.array(given))  # arrays may be read-only
+    rows = rows.detach().to("cpu", torch.float32)
     if rows.ndim != 2 or rows.shape[0] != count:
         raise ValueError(f"vocabulary: expected embeddings [{count}, D] for {count} names, got {list(rows.shape)}")
     if not torch.isfinite(rows).all():

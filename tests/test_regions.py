@@ -37,6 +37,13 @@ def halves():
     return regions
 
 
+def test_a_read_only_array(image):
+    """Such as numpy gives of a PIL image."""
+    regions = np.ones(tuple(image.shape[1:]), np.uint8)
+    regions.setflags(write=False)
+    assert find(regions, image).sum() == regions.size
+
+
 def test_most_pixels_decide_and_scores_follow():
     labels = torch.tensor([[0, 1, 1, 2], [0, 1, 2, 2], [2, 0, 1, 1]], dtype=torch.uint8)
     regions = torch.tensor([[7, 7, 7, 0], [7, 7, 7, 0], [-1, 3, 3, 9]])

@@ -193,6 +193,12 @@ def test_given_embeddings_are_used_as_they_are(weights, tmp_path):
     np.save(tmp_path / "text.npy", rows)
     got = Vocabulary(["cat", "dog"], embeddings=tmp_path / "text.npy").embed(weights)
     assert torch.equal(got, torch.from_numpy(rows).float())
+    given = rows.astype(np.float32)
+    given.setflags(write=False)  # as an array that is mapped from a file
+    kept = Vocabulary(["cat", "dog"], embeddings=given)
+    given.setflags(write=True)
+    given[:] = 0
+    assert torch.equal(kept.embed(weights), got)
     with pytest.raises(ValueError, match=r"\[2, D\] for 2 names, got \[3, 4\]"):
         Vocabulary(["cat", "dog"], embeddings=torch.zeros(3, 4))
     with pytest.raises(ValueError, match="NaN"):
