@@ -35,10 +35,13 @@ def parser() -> ArgumentParser:
 
 def run(config: Namespace) -> int:
     """Export; 0."""
-    from fastzs.export.package import export
+    from fastzs.export.package import check_system, export
     from fastzs.loading import load
+    from fastzs.registry import systems
     from fastzs.vocabulary import Vocabulary
 
+    if config.model in systems():  # before it asks for a checkpoint
+        check_system(systems()[config.model].kind)
     vocabulary = None
     if config.classes is not None or config.classes_file is not None:
         vocabulary = Vocabulary(given_classes(config.classes, config.classes_file), synonyms="mean")

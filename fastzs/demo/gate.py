@@ -96,5 +96,5 @@ class Gate:
 
 def too_large(file_bytes: int) -> str:
     return (
-        f"expected a file of at most {file_bytes / (1 << 20):g} MB; shrink it, or start with a larger --max-megabytes"
+        f"expected a file of at most {file_bytes / (1 << 20):.4g} MB; shrink it, or start with a larger --max-megabytes"
     )

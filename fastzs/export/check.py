@@ -1,6 +1,7 @@
 """Exported graphs held against their model in fp64."""
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,13 +45,23 @@ def onnx_runtime(path: Path) -> Runner:
     return lambda feeds: session.run(None, {name: np.ascontiguousarray(feeds[name]) for name in inputs})
 
 
+def openvino_package() -> Any:
+    """OpenVINO, without the package by which it and NNCF tell their makers of each import and conversion.
+
+    Raises:
+        MissingPackage: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # cannot be imported any more
+    return needed("openvino", "openvino", "OpenVINO models", "export")
+
+
 def openvino(path: Path) -> Runner:
     """Runs an ONNX file or an OpenVINO model in OpenVINO on the CPU, in fp32.
 
     Raises:
         MissingPackage: it is not installed.
     """
-    ov = needed("openvino", "openvino", "OpenVINO models", "export")
+    ov = openvino_package()
     core = ov.Core()
     compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     names = [one.get_any_name() for one in compiled.inputs]

@@ -70,8 +70,7 @@ def export(
         MissingPackage: the extra ``export`` is not installed.
         ValueError: ``output`` holds something.
     """
-    if reason := model.why_not_exported():
-        raise ExportError(f"{type(model).__name__} cannot be exported: {reason}")
+    check_system(type(model))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output}: expected a new or empty folder, but it holds something; name another one")
     if int8 and form == "torch":
@@ -88,6 +87,15 @@ def export(
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return about
+
+
+def check_system(kind: type[SegmentationModel]) -> None:
+    """
+    Raises:
+        ExportError: models of this system cannot be exported.
+    """
+    if reason := kind.why_not_exported():
+        raise ExportError(f"{kind.__name__} cannot be exported: {reason}")
 
 
 def _write(
@@ -205,7 +213,7 @@ def _save_onnx(folder: Path, parts: dict[str, Any], int8: bool, say: Callable[[s
 
 
 def _save_openvino(folder: Path, parts: dict[str, Any], int8: bool, say: Callable[[str], None]) -> None:
-    ov = needed("openvino", "openvino", "OpenVINO models", "export")
+    ov = check.openvino_package()
     steps = folder / "onnx"
     steps.mkdir()
     _save_onnx(steps, parts, False, lambda sentence: None)

@@ -175,8 +175,9 @@ class SegmentationModel(nn.Module):
         """Features of images [B, 3, H, W] of any size, normalised with ``mean`` and ``std``."""
         raise NotImplementedError
 
-    def why_not_exported(self) -> str | None:
-        """Why the model has no graph of fixed shape for :mod:`fastzs.export`; None if it has."""
+    @classmethod
+    def why_not_exported(cls) -> str | None:
+        """Why models of this system have no graph of fixed shape for :mod:`fastzs.export`; None if they have."""
         return None
 
     def why_not_stitched(self) -> str | None:

@@ -100,7 +100,8 @@ class ResCLIP(TrainingFree):
         self.base, self.mix, self.feedback, self.strength = base, mix, feedback, strength
         self.certain, self.paths = certain, paths
 
-    def why_not_exported(self) -> str | None:
+    @classmethod
+    def why_not_exported(cls) -> str | None:
         return "between its two passes it labels the patches and walks the paths between them, which has no graph"
 
     def why_not_stitched(self) -> str | None:

@@ -145,7 +145,8 @@ class TwoStage(TrainedModel):
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))  # [B, Q, h, w]
         return Proposals(masks, found.embeddings[-1], *self.ask_clip(images, masks.detach()))
 
-    def why_not_exported(self) -> str | None:
+    @classmethod
+    def why_not_exported(cls) -> str | None:
         return "which proposals are cut out and shown to CLIP, and how large, depends on the image"
 
     def decode(

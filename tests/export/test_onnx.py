@@ -1,6 +1,7 @@
 """A model exported to ONNX: three calls as before, an example without torch, other formats, int8."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 import fastzs
 from fastzs.cli import main
 from fastzs.data.shapes import draw
+from fastzs.export.check import openvino_package
 from fastzs.export.package import export
 from fastzs.vocabulary import Vocabulary
 from tests.export.systems import tiny
@@ -112,17 +114,34 @@ def test_a_refinement_stays_outside(tmp_path, scene):
     agree(fastzs.load(tmp_path / "out", **options)(scene, NAMES), ours(scene, NAMES), 0.99)
 
 
-@pytest.mark.parametrize(("form", "int8"), [("onnx", True), ("openvino", False), ("torch", False)])
+@pytest.mark.parametrize(("form", "int8"), [("onnx", True), ("openvino", False), ("openvino", True), ("torch", False)])
 def test_other_formats_and_int8(tmp_path, form, int8, scene):
+    if form == "openvino" and int8:
+        pytest.importorskip("nncf", reason="needs the extra 'export'")
     about = export(tiny("zegclip"), tmp_path / "out", form, size=(64, 64), int8=int8)
     assert about.checks
     assert all(found.get("labels", 1) > (0.9 if int8 else 0.99) for found in about.checks.values())
     assert json.loads((tmp_path / "out" / "metadata.json").read_text())["format"] == form
     assert not [path for path in tmp_path.iterdir() if path.name != "out"]
-    if int8:
+    if form == "openvino":
+        model = openvino_package().Core().read_model(tmp_path / "out" / "model.xml")
+        types = {op.get_element_type().to_string() for op in model.get_ops() if op.get_type_name() == "Constant"}
+        assert bool(types & {"i8", "u8"}) == int8
+    if int8 and form == "onnx":
         graph = onnx.load(tmp_path / "out" / "model.onnx").graph
         assert "MatMulInteger" in {node.op_type for node in graph.node}
         assert fastzs.load(tmp_path / "out").model.fingerprint.endswith("int8")
-    else:
+    elif form != "onnx":
         with pytest.raises(fastzs.FastzsError, match=f"expected a model exported to onnx, got {form}"):
             fastzs.load(tmp_path / "out")
+
+
+def test_openvino_and_nncf_tell_nobody(tmp_path):
+    """Their telemetry would begin with a number for this user in the home folder."""
+    program = "from fastzs.export.check import openvino_package; openvino_package(); import nncf; print(nncf.__name__)"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    environment["HOME"] = str(tmp_path)
+    command = [sys.executable, "-c", program]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.strip() == "nncf", run.stderr
+    assert not (tmp_path / "intel").exists()

@@ -87,6 +87,8 @@ def test_what_cannot_be_exported(tmp_path, capsys):
     shapes = ["maskclip", "--weights", "shapes"]
     assert "--int8 needs --format onnx or openvino" in refused(*shapes, "--format", "torch", "--int8")
     assert "--size: expected positive numbers" in refused(*shapes, "--size", "-1")
+    assert "ResCLIP cannot be exported: between its two passes" in refused("resclip", "--weights", "shapes")
+    assert "ZegFormer cannot be exported: which proposals" in refused("zegformer")
     resclip = ResCLIP(tiny_clip({**VISION, "layers": 11}))
     with pytest.raises(ExportError, match="ResCLIP cannot be exported: between its two passes"):
         package.export(resclip, tmp_path / "out", "onnx", size=(32, 32))
