@@ -1,17 +1,22 @@
 """The pages: links lead somewhere, the site builds without a warning, and what Getting started and README show runs."""
 
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
 
 import fastzs
+from fastzs.cli import COMMANDS, main
+from fastzs.kernels.packed_linear.compiled import why_int8_is_slow
 from tests.tiny import tiny_clip
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +30,17 @@ def blocks(page: str) -> str:
     """A page's Python, all of it, since later blocks use what earlier ones made."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The arguments of each ``fastzs`` in a page's shell blocks."""
+    text, found = page.read_text(encoding="utf-8"), []
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if line.count("'") % 2 == 0 else []
+            if "fastzs" in words and "..." not in words:
+                found.append(words[words.index("fastzs") + 1 :])
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -49,6 +65,16 @@ def test_every_page_is_in_the_site():
 @pytest.mark.parametrize("path", [*(ROOT / ".github" / "workflows").glob("*.yml")], ids=lambda path: path.stem)
 def test_workflows_may_only_read(path):
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["permissions"] == {"contents": "read"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
+def test_commands_that_are_shown_are_understood(page, monkeypatch):
+    for words in commands(page):
+        given: list = []
+        monkeypatch.setattr(COMMANDS[words[0]], "run", lambda config, given=given: given.append(config) or 0)
+        assert main(words) == 0, words
+        assert len(given) == 1
 
 
 CALLS = """
@@ -115,3 +141,61 @@ def test_what_is_shown_runs(page, tmp_path, monkeypatch):
     assert shown["result"].labels.ndim == 2
     assert list(tmp_path.glob("*_overlay.jpg"))
     assert list(tmp_path.glob("*.png"))
+
+
+GUIDES = ["photographs", "concepts", "formats", "export", "evaluation", "operators"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with the files that the guides name, the built-in model's kind of them."""
+    monkeypatch.chdir(tmp_path)
+    scene = Image.open(ROOT / "docs" / "pictures" / "scene.png").convert("RGB")
+    for folder in ("photos", "masks"):
+        Path(folder).mkdir()
+    for name in ("photo.jpg", "street.jpg", "photos/one.png"):
+        scene.save(name)
+    Image.new("L", scene.size, 1).save("masks/one.png")
+    Path("names.yaml").write_text("- wood\n- red disc: [red ring, orange disc]\n- paper\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", GUIDES)
+def test_the_python_of_guides_runs(page, place):
+    code = (
+        blocks(f"docs/{page}.md").replace('backbone="ViT-B-16", ', "").replace('weights="openai"', 'weights="shapes"')
+    )
+    for word, other in WORDS.items():
+        code = code.replace(f'"{word}"', f'"{other}"')
+    assert code
+    if page == "export":
+        assert main(["export", "maskclip", "--weights", "shapes", "--output", "exported"]) == 0
+    # what they take for granted
+    known = {"fastzs": fastzs, "seg": fastzs.load(weights="shapes"), "masks": np.asarray(Image.open("masks/one.png"))}
+    known["queries"] = runpy.run_path(str(ROOT / "examples" / "own_operator.py"))["queries"]
+    exec(compile(code, page, "exec"), known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["photographs", "formats", "video", "maps"])
+def test_the_commands_of_guides_run(page, place):
+    if page == "video":
+        pytest.importorskip("av", reason="needs the extra 'video'")
+        from tests.video.clips import write_clip
+
+        write_clip("clip.mp4", 3)
+    elif page == "maps":
+        pytest.importorskip("rasterio", reason="needs the extra 'geo'")
+        from tests.maps.test_raster import noise, write
+
+        write("scene.tif", noise(3, 60, 80))
+    for words in commands(ROOT / "docs" / f"{page}.md"):
+        if "int8" in words and why_int8_is_slow():
+            continue
+        for option in ("--backbone", "--weights"):
+            if option in words:
+                del words[words.index(option) : words.index(option) + 2]
+        if "--classes" in words:
+            words[words.index("--classes") + 1] = "wood, red disc, paper"
+        assert main([*words, *(["--weights", "shapes"] if words[0] != "convert" else [])]) == 0, words
