@@ -1,7 +1,8 @@
 """The vision tower, ViT-B/16 at 512 x 512, one picture: CLIP-RC's with its bridge, and what exporting would give.
 
-    pytest bench/test_tower.py --benchmark-only            # the CPU
-    pytest bench/test_tower.py --benchmark-only -m gpu     # a GPU
+    pytest bench/test_tower.py --benchmark-only                         # the CPU, fp32
+    pytest bench/test_tower.py --benchmark-only -m "full and not gpu"   # bf16
+    pytest bench/test_tower.py --benchmark-only -m gpu                  # a GPU
 
 Random weights (the work is the same). The first rival is the tower as published: prompts are tokens with queries, the
 region mask is a dense additive matrix. "dense mask" is our tower on scaled_dot_product_attention under such a mask;
@@ -276,7 +277,9 @@ def contest(dtype, device):
 
 
 @pytest.mark.parametrize("rival", RIVALS["cpu"])
-@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, id="fp32"), pytest.param(BF16, marks=pytest.mark.full, id="bf16")]
+)
 def test_cpu(benchmark, dtype, rival):
     if dtype == BF16 and (why := why_no_bf16("cpu")):
         pytest.skip(why)
