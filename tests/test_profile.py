@@ -1,7 +1,9 @@
 """``fastzs profile``: warm-up and measured calls, and a trace."""
 
 import json
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +33,10 @@ def test_the_trace_and_the_table(tmp_path, capsys):
     convolution = next(event for event in events if event["name"] == "aten::conv2d")
     tower = next(event for event in events if event["name"] == "fastzs.model.tower")
     assert tower["ts"] <= convolution["ts"] <= tower["ts"] + tower["dur"]
+    page = (Path(__file__).parents[1] / "docs" / "profiling.md").read_text(encoding="utf-8")
+    filters = re.findall(r'--nvtx-include "fastzs@([a-z_.]+)/"', page)  # of ncu, on the same command
+    assert filters
+    assert [name for name in filters if counted[f"fastzs.{name}"] == 0] == []
     out = capsys.readouterr().out
     assert "Self CPU" in out
     assert f"trace in {trace}" in out

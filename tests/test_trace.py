@@ -121,7 +121,8 @@ def test_the_docs_list_all_names():
 
 def test_the_docs_name_nothing_else():
     """Neither in the text, nor in the filters of ncu's lines; and the lines of `fastzs profile` are understood."""
-    from fastzs.commands import profile
+    from fastzs.commands import profile, train
+    from fastzs.commands.train import preset_files
 
     page = (ROOT / "docs" / "profiling.md").read_text(encoding="utf-8")
     table, _, rest = page.partition("## On any machine")
@@ -135,6 +136,9 @@ def test_the_docs_name_nothing_else():
     assert len(lines) >= 4
     for line in lines:
         profile.parser().parse_args(line.split())
+    (trained,) = re.findall(r"fastzs train ([^\n]*)", rest.replace("\\\n", " "))
+    assert preset_files(trained.split(), [])
+    train.parser().parse_args(trained.split())
 
 
 def test_every_op_is_a_range():

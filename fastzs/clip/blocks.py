@@ -28,6 +28,20 @@ class QuickGELU(nn.Module):
         return F.silu(QUICK_GELU * x).mul_(1 / QUICK_GELU)
 
 
+def quick_gelu_mlp(x: Tensor, first: nn.Linear, last: nn.Linear) -> Tensor:
+    """``last(quick_gelu(first(x)))`` of tokens [B, L, C], on a GPU and without a gradient.
+
+    quick_gelu(h) is silu(1.702 h) / 1.702, and a product may have any factor: the factors go into the two products, and
+    silu works in place. The hidden layer is read and written once between them, 2 times its 4 B L C numbers, where
+    three passes, as :class:`QuickGELU` makes them, are 6 times. For 8 windows of 1025 tokens through ViT-B/16 in bf16
+    that is 1.2 GB in place of 3.6 (counted; 0.5 ms less on an H200, estimated).
+    """
+    rows = x.flatten(0, -2)
+    hidden = torch.addmm(first.bias * QUICK_GELU, rows, first.weight.t(), alpha=QUICK_GELU)
+    out = torch.addmm(last.bias, F.silu(hidden, inplace=True), last.weight.t(), alpha=1 / QUICK_GELU)
+    return out.view(*x.shape[:-1], -1)
+
+
 class Rotation(NamedTuple):
     """Rotary positions of the patches: each pair of channels (2 i, 2 i + 1) of q and k is turned by an angle."""
 
@@ -184,13 +198,21 @@ class Block(Packable):
             first, gelu, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.mlp))
             if isinstance(gelu, QuickGELU) or cast(nn.GELU, gelu).approximate == "none":
                 return frozen.mlp(x, self.ln_2, first, last, isinstance(gelu, QuickGELU))
-        return x + self.mlp(self.ln_2(x))
+        y = self.ln_2(x)
+        if isinstance(self.mlp, nn.Sequential) and isinstance(self.mlp[1], QuickGELU) and _on_gpu(x):
+            return x + quick_gelu_mlp(y, cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2]))
+        return x + self.mlp(y)
 
     @traced("model.tower.block")
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         q, k, v = self.project(x, rotation)
         x = self.add_attended(x, F.scaled_dot_product_attention(q, k, v))
         return self.add_mlp(x)
+
+
+def _on_gpu(x: Tensor) -> bool:
+    """Whether tokens are on a GPU, and no gradient is wanted."""
+    return x.is_cuda and not torch.is_grad_enabled()
 
 
 class Transformer(nn.Module):

@@ -5,6 +5,10 @@ product has one other in backward, and the factor of QuickGELU goes into the pro
 no weights in low precision are kept for backward. On a CPU wide tensors are never made: their columns are cut into
 parts as wide as the tokens, whose products are added up, and what is kept is taken before what is not: else glibc's
 allocator leaves holes between.
+
+A layer norm's means and deviations are kept, two numbers a token: found again in backward, they cost a pass that reads
+and writes all tokens. In fp32 that is 8 bytes of the 34 that a norm and the cast behind it move for each number of a
+token under autocast, forward and backward (counted).
 """
 
 import torch
@@ -56,21 +60,21 @@ def _precision(x: Tensor) -> torch.dtype:
 class _Projections(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, norm_weight, norm_bias, eps, weight, bias, dtype):  # pyright: ignore[reportIncompatibleMethodOverride]
-        y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(dtype)
+        y, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        y = y.to(dtype)
         parts = zip(weight.to(dtype).chunk(3), bias.to(dtype).chunk(3), strict=True)
         outs = [_biased_product(y, w, b) for w, b in parts]
-        ctx.save_for_backward(x, norm_weight, norm_bias, weight)
-        ctx.eps = eps
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, weight)
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, norm_weight, norm_bias, weight = ctx.saved_tensors
-        dy = torch.zeros_like(x)
+        *norm, weight = ctx.saved_tensors
+        dy = torch.zeros_like(norm[0])
         for grad, w in zip(grads, weight.to(grads[0].dtype).chunk(3), strict=True):
             dy = _add_product(dy, grad, w)
-        return _norm_backward(dy, x, norm_weight, norm_bias, ctx.eps), *(None,) * 6
+        return _norm_backward(dy, *norm), *(None,) * 6
 
 
 class _Mlp(torch.autograd.Function):
@@ -81,19 +85,20 @@ class _Mlp(torch.autograd.Function):
         factor, activation = (QUICK_GELU, F.silu) if quick_gelu else (1.0, F.gelu)
         parts = list(zip(w1.to(dtype).split(part), b1.to(dtype).split(part), w2.to(dtype).split(part, 1), strict=True))
         out = x + b2
-        y = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps).to(dtype)
+        y, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        y = y.to(dtype)
         hidden = [_biased_product(y, w, b, factor).flatten(0, -2) for w, b, _ in parts]  # [B L, part]
         for h, (_, _, v) in zip(hidden, parts, strict=True):
             out = _add_product(out, activation(h), v.t(), 1 / factor)
-        ctx.save_for_backward(x, norm_weight, norm_bias, w1, w2, *hidden)
-        ctx.eps, ctx.quick_gelu, ctx.part = eps, quick_gelu, part
+        ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, w1, w2, *hidden)
+        ctx.quick_gelu, ctx.part = quick_gelu, part
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         grad = grad.contiguous()
-        x, norm_weight, norm_bias, w1, w2, *hidden = ctx.saved_tensors
+        x, mean, rstd, norm_weight, norm_bias, w1, w2, *hidden = ctx.saved_tensors
         slope = aten.silu_backward if ctx.quick_gelu else aten.gelu_backward
         dtype = hidden[0].dtype
         rows = grad.to(dtype).flatten(0, -2)
@@ -102,7 +107,7 @@ class _Mlp(torch.autograd.Function):
             dh = product(rows, v.t()) if takes(rows) else rows @ v
             slope.grad_input(dh, h, grad_input=dh)
             dy = _add_product(dy, dh, w)
-        return _norm_backward(dy, x, norm_weight, norm_bias, ctx.eps).add_(grad), *(None,) * 10
+        return _norm_backward(dy, x, mean, rstd, norm_weight, norm_bias).add_(grad), *(None,) * 10
 
 
 def _biased_product(x: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
@@ -110,7 +115,9 @@ def _biased_product(x: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0
     if takes(x):
         return product(x, weight, bias) if factor == 1 else product(x, weight * factor, bias * factor)
     rows = x.flatten(0, -2)
-    return torch.addmm(bias, rows, weight.t(), beta=factor, alpha=factor).view(*x.shape[:-1], -1)
+    # with a beta that is not 1 PyTorch writes the bias into every row first, and the product reads it again
+    bias = bias if factor == 1 else bias * factor
+    return torch.addmm(bias, rows, weight.t(), alpha=factor).view(*x.shape[:-1], -1)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Tensor:
@@ -125,8 +132,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Te
     return total
 
 
-def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _norm_backward(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Gradient of a LayerNorm's input."""
-    _, mean, rstd = aten.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
     wanted = [True, False, False]
     return aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, weight, bias, wanted)[0]
