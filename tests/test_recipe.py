@@ -3,7 +3,7 @@
 import pytest
 
 from fastzs.commands.train import PRESETS, presets
-from fastzs.models import ClipRC, ZegCLIP
+from fastzs.models import ClipRC, SPNet, ZegCLIP
 from fastzs.recipe import Recipe, check_keys
 from fastzs.train import make_optimizer
 from tests.training import SIZES, settings
@@ -55,6 +55,23 @@ def test_published_recipes_train_everything_alike(name):
     (group,) = make_optimizer(model, plan).param_groups
     assert (plan.lr * group["factor"], group["weight_decay"]) == (pytest.approx(2e-4), 0.01)
     assert (plan.warmup, plan.power, plan.min_lr) == (1500, 0.9, 1e-6)
+
+
+def test_spnets_published_groups():
+    config = settings("--preset", "voc/spnet/inductive")
+    plan = Recipe(
+        **{key: config[key] for key in ("optimizer", "lr", "weight_decay", "groups", "warmup", "power", "min_lr")}
+    )
+    model = SPNet(weights="random", text_dim=6, resnet=(1, 1, 1, 1), width=4)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {}
+    for group in make_optimizer(model, plan).param_groups:
+        for p in group["params"]:
+            found[names[id(p)]] = (plan.learning_rate(0, group["factor"]), group["weight_decay"])
+    assert {v for n, v in found.items() if n.startswith("network.")} == {(2.5e-4, 5e-4)}
+    assert {v for n, v in found.items() if n.startswith("head.") and n.endswith("weight")} == {(2.5e-3, 5e-4)}
+    assert {v for n, v in found.items() if n.startswith("head.") and n.endswith("bias")} == {(5e-3, 0.0)}
+    assert not any(".bn" in n or "downsample.1" in n for n in found)  # norms are not trained
 
 
 @pytest.mark.parametrize(

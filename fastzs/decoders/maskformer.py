@@ -8,7 +8,7 @@ queries attend to the features at stride 32::
     x_0 = 0;  x_l = layer_l(x_{l-1} + query, res5 + position)      l = 1..L
     mask_q = MLP(norm(x_l))_q . E                                 logits, one map for each query
 
-Parameters have names of our own; the published implementations' checkpoints are not read.
+Parameters have names of our own; :mod:`fastzs.models.deop_files` renames published ones.
 """
 
 import math
@@ -19,7 +19,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import ResNet
+from torchvision.models.resnet import Bottleneck
 
+from fastzs.decoders.resnet import NormedConv
 from fastzs.trace import traced
 from fastzs.windows import next_multiple
 
@@ -35,26 +37,79 @@ class Proposals(NamedTuple):
 
 
 class Pyramid(nn.Module):
-    """The features of a torchvision ResNet at strides 4, 8, 16 and 32."""
+    """The features of a ResNet at strides 4, 8, 16 and 32: torchvision's, or DeepLab's form of it ("resnet101c").
+
+    That one's stem has three convolutions of 3x3, and the blocks of its last stage have dilations of 1, 2 and 4. In
+    inference norms are folded into the convolutions and channels lie last, as in :mod:`fastzs.decoders.resnet`.
+    """
 
     def __init__(self, name: str, pretrained: str | None):
         super().__init__()
-        known = ("resnet18", "resnet34", "resnet50", "resnet101")
+        known = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet50c", "resnet101c")
         if name not in known:
             raise ValueError(f"MaskFormer: resnet={name!r} is unknown; use one of {', '.join(known)}")
-        net = cast(ResNet, torchvision.models.get_model(name, weights=pretrained))
-        self.stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
+        deep = name.endswith("c")
+        if deep and pretrained is not None:
+            raise ValueError(f"MaskFormer: torchvision has no weights of {name}; expected pretrained=None")
+        net = cast(ResNet, torchvision.models.get_model(name.removesuffix("c"), weights=pretrained))
+        if deep:
+            _make_deep(net)
+        first = net.conv1 if deep else nn.Sequential(net.conv1, net.bn1, net.relu)
+        self.stem = nn.Sequential(*first, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
+        self._applied = nn.ModuleDict()  # how each convolution and its norm are applied, by the convolution's place
+        for place, module in list(self.named_modules()):
+            if isinstance(module, nn.Conv2d):
+                self._applied[place.replace(".", "/")] = NormedConv()
         last = net.fc.in_features
         self.channels = [last // 8, last // 4, last // 2, last]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """[B, 3, H, W] -> four maps [B, C_i, H / s, W / s], finest first."""
-        x, out = self.stem(images), []
-        for stage in self.stages:
-            x = stage(x)
+        if not self.training:
+            images = images.contiguous(memory_format=torch.channels_last)
+        x, out = images, []
+        *convolutions, pool = self.stem
+        for i in range(0, len(convolutions), 3):
+            x = self._apply_at(f"stem/{i}", x, convolutions[i], convolutions[i + 1])
+        x = pool(x)
+        for i, stage in enumerate(self.stages):
+            for j, block in enumerate(cast(nn.Sequential, stage)):
+                x = self._residual(f"stages/{i}/{j}", block, x)
             out.append(x)
         return out
+
+    def _residual(self, place: str, block: nn.Module, x: Tensor) -> Tensor:
+        """torchvision's BasicBlock or Bottleneck."""
+        count = 3 if isinstance(block, Bottleneck) else 2
+        y = x
+        for k in range(1, count + 1):
+            conv, norm = block.get_submodule(f"conv{k}"), block.get_submodule(f"bn{k}")
+            y = self._apply_at(f"{place}/conv{k}", y, conv, norm, relu=k < count)
+        if (short := block.downsample) is not None:
+            x = self._apply_at(f"{place}/downsample/0", x, *cast(nn.Sequential, short), relu=False)
+        return (y + x).relu_()
+
+    def _apply_at(self, place: str, x: Tensor, conv: nn.Module, norm: nn.Module, relu: bool = True) -> Tensor:
+        if x.dtype.itemsize < 4:  # a kernel that is rounded once more moves masks' borders, which decide what CLIP sees
+            y = norm(conv(x))
+            return y.relu_() if relu else y
+        return self._applied[place](x, conv, norm, relu)
+
+
+def _make_deep(net: ResNet) -> None:
+    """Give torchvision's network DeepLab's stem and dilations; the stem is as wide again as it was."""
+    width = net.bn1.num_features
+    stem: list[nn.Module] = []
+    for inner, outer, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 1)):
+        stem += [nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(inplace=True)]
+    net.conv1 = nn.Sequential(*stem)  # type: ignore[assignment]
+    entry = cast(Bottleneck, net.layer1[0])
+    entry.conv1 = nn.Conv2d(2 * width, width, 1, bias=False)
+    cast(nn.Sequential, entry.downsample)[0] = nn.Conv2d(2 * width, 4 * width, 1, bias=False)
+    for block, dilation in zip(net.layer4, (1, 2, 4), strict=True):
+        conv = cast(Bottleneck, block).conv2
+        conv.dilation = conv.padding = (dilation, dilation)
 
 
 class PixelDecoder(nn.Module):
@@ -104,7 +159,7 @@ class MaskFormer(nn.Module):
     """Mask proposals for images of any size.
 
     Args:
-        resnet: "resnet18", "resnet34", "resnet50" or "resnet101" of torchvision; published: 50 and 101.
+        resnet: "resnet18", "resnet34", "resnet50" or "resnet101" of torchvision, "resnet50c" or "resnet101c".
         pretrained: torchvision's name of the ResNet's weights, random if ``None``.
         width: channels D of queries and pixels; published: 256.
         queries: number of proposals Q; published: 100.

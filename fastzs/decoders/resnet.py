@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip.memo import Memo
+from fastzs.clip.state import fit
 
 Form = Literal["caffe", "torchvision"]
 DEPTHS = {"resnet26": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -45,11 +46,16 @@ class NormedConv(nn.Module):
 
 
 def fold_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Kernel and bias of the one convolution that a convolution without bias and its norm are with fixed statistics."""
-    mean, variance = statistics(norm)
-    gain = norm.weight * (variance + norm.eps).rsqrt()
-    weight = (conv.weight * gain[:, None, None, None]).contiguous(memory_format=torch.channels_last)
-    return weight, norm.bias - mean * gain
+    """Kernel and bias of the one convolution that a convolution without bias and its norm are with fixed statistics.
+
+    They are computed in fp32 at least, and rounded once.
+    """
+    dtype = conv.weight.dtype
+    accurate = torch.promote_types(dtype, torch.float32)
+    mean, variance, gain, bias = (x.to(accurate) for x in (*statistics(norm), norm.weight, norm.bias))
+    gain = gain * (variance + norm.eps).rsqrt()
+    weight = (conv.weight.to(accurate) * gain[:, None, None, None]).to(dtype)
+    return weight.contiguous(memory_format=torch.channels_last), (bias - mean * gain).to(dtype)
 
 
 def statistics(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -145,6 +151,25 @@ class DilatedResNet(nn.Module):
         if frozen:
             for norm in self.norms():
                 norm.requires_grad_(False).eval()
+
+    def start_from(self, state: Mapping[str, Tensor], source: str) -> None:
+        """Take the weights of a classifier, whose last layer is left out.
+
+        Args:
+            state: tensors by torchvision's names, or by Caffe's, see :func:`from_caffe`.
+            source: where they come from, for messages.
+
+        Raises:
+            WeightsError: tensors are missing, left over or of another shape.
+        """
+        stem = "layer1.conv1.conv.weight"
+        found = next((name for name in state if name.endswith(stem)), None)
+        used = dict(state) if found is None else from_caffe(state, found.removesuffix(stem))
+        used = {name: tensor for name, tensor in used.items() if not name.startswith("fc.")}
+        for name in self.state_dict():
+            if name.endswith("num_batches_tracked"):
+                used.setdefault(name, torch.tensor(0))
+        fit(self, used, source)
 
     def norms(self) -> list[nn.BatchNorm2d]:
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -17,7 +17,6 @@ As in the two-stage systems here, the sigmoid of masks is taken in testing befor
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from fastzs.clip import VisionTransformer, WeightsError
 from fastzs.decoders.maskformer import COARSEST, STRIDE, MaskFormer, QueryLayer, sine_position
+from fastzs.models import deop_files
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels, join
 from fastzs.models.matching import matched_losses
 from fastzs.models.trained import OWN, TrainedModel
@@ -167,7 +167,7 @@ class Anchors(nn.Module):
     does="a ResNet proposes masks, CLIP once over the image names them",
     trained="a MaskFormer (ResNet), then anchors; CLIP is frozen",
     needs="masks of the seen classes; SciPy in training",
-    checkpoints=OWN,
+    checkpoints=f"published .pth (detectron2), {OWN}",
 )
 class DeOP(TrainedModel):
     """DeOP on any CLIP ViT, for images of any size and vocabularies of any length.
@@ -316,11 +316,35 @@ class DeOP(TrainedModel):
         }
 
     @classmethod
+    def from_checkpoint(cls, path: str | Path, **options: Any) -> Self:
+        """Read a published checkpoint (detectron2's ``.pth``), or a safetensors file with the same names.
+
+        Sizes come from the tensors; heads have 64 channels, as in every CLIP, unless ``sizes`` says otherwise. The
+        text's learnt prefix is not read: names are put into templates. What only the first stage uses starts anew.
+
+        Raises:
+            WeightsError: see :meth:`TrainedModel.from_checkpoint`.
+        """
+        return super().from_checkpoint(path, **options)
+
+    @classmethod
     def _check_kind(cls, path: Path, state: Mapping[str, Tensor]) -> None:
-        raise WeightsError(
-            f"{path}: DeOP reads only what save_pretrained wrote, by its folder or hub id; of published files the "
-            "tower and the anchors are read by fastzs.models.deop.published"
-        )
+        if not deop_files.recognised(state):
+            raise WeightsError(
+                f"{path}: is no checkpoint of DeOP (no CLIP with positions of its own and anchors in it)"
+            )
+
+    @classmethod
+    def _used(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return deop_files.renamed(state)
+
+    @classmethod
+    def _sizes(cls, state: Mapping[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
+        return deop_files.sizes(state) | options
+
+    def _load(self, path: Path, state: Mapping[str, Tensor]) -> None:
+        fresh = nn.Linear(self.project.in_features, self.project.out_features)  # published ones are of two layers
+        super()._load(path, {f"project.{name}": tensor for name, tensor in fresh.state_dict().items()} | dict(state))
 
 
 @traced("train.loss")
@@ -342,38 +366,3 @@ def summed_losses(masks: Tensor, share: Tensor, target: Tensor, ignore_index: in
     p, wanted = p[:, :classes].flatten(1), wanted[:, :classes].flatten(1)
     dice = 1 - (2 * (p * wanted).sum(1) + 1) / (p.sum(1) + wanted.sum(1) + 1)
     return focal, dice.mean()
-
-
-def published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tower, the anchors and the vector of "no object" of a published checkpoint, by the names here.
-
-    The proposals' network has a stem of its own, which the MaskFormer here has not; no output depends on the decoder's
-    norm.
-    """
-    out: dict[str, Tensor] = {}
-    blocks = sorted(int(n.split("resblocks.")[1].split(".")[0]) for n in state if re.fullmatch(BLOCK_POSITION, n))
-    for name, tensor in state.items():
-        if name == "query_embedding.weight":
-            out["anchors.queries"] = tensor
-        elif name == "clip_adapter.non_object_embedding":
-            out["no_object"] = tensor
-        elif name == VISUAL + "learned_position":
-            out["tower.first"] = tensor
-        elif found := re.fullmatch(BLOCK_POSITION, name):
-            out[f"tower.more.{blocks.index(int(found[1]))}"] = tensor
-        elif name.startswith(VISUAL):
-            out[f"tower.tower.{name.removeprefix(VISUAL)}"] = tensor
-        elif found := re.fullmatch(r"decoder\.outlayer\.multihead_attn_my\.in_proj_(weight|bias)", name):
-            query, key, _ = tensor.chunk(3)  # values are pooled as they are
-            out |= {f"anchors.query.{found[1]}": query, f"anchors.key.{found[1]}": key}
-        elif name.startswith("decoder.outlayer."):
-            rest = name.removeprefix("decoder.outlayer.")
-            out["anchors." + rest.replace("self_attn.", "among.").replace("norm1.", "among_norm.")] = tensor
-        elif name.startswith("decoder.layers."):
-            rest = name.removeprefix("decoder.")
-            out["anchors." + rest.replace("self_attn.", "among.").replace("multihead_attn_my.", "to_picture.")] = tensor
-    return out
-
-
-VISUAL = "clip_adapter.clip_model.visual."
-BLOCK_POSITION = re.escape(VISUAL) + r"transformer\.resblocks\.(\d+)\.learned_position"

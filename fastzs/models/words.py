@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastzs import clip as clip_module
+from fastzs.clip.state import read_state
 from fastzs.decoders.multi_scale import nearest_labels
 from fastzs.decoders.resnet import DilatedResNet, Form
 from fastzs.losses import inductive_target
@@ -28,6 +30,8 @@ class WordModel(TrainedModel):
         text_dim: width D of the word vectors, if it should not be looked up in ``backbone``.
         resnet, width, form, frozen: see :class:`fastzs.decoders.resnet.DilatedResNet`. Frozen norms are right for
             pretrained weights, not for a network that starts at random.
+        pretrained: file of a ResNet that was trained for classification, whose weights the network starts from: with
+            torchvision's names, or with Caffe's as SPNet's code has them. Images are normalised as ``form`` says.
         crop: side of training images, and the shorter side of those in testing, which are taken whole.
         seen, calibration: the training classes, and what is taken from their scores in testing.
     """
@@ -54,6 +58,7 @@ class WordModel(TrainedModel):
         width: int = 64,
         form: Form = "caffe",
         frozen: bool = True,
+        pretrained: str | Path | None = None,
         crop: int = 321,
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.0,
@@ -79,6 +84,9 @@ class WordModel(TrainedModel):
             output_stride=8 if caffe else 16,
             multi_grid=(1,) if caffe else (1, 2, 4),
         )
+        if pretrained is not None:
+            place = Path(pretrained).expanduser()
+            self.network.start_from(read_state(place), str(place))
         self.form: Form = form
         self.mean, self.std = (CAFFE_MEAN, CAFFE_STD) if caffe else (IMAGENET_MEAN, IMAGENET_STD)
         self.short_side, self.crop, self.stride = crop, None, None
@@ -88,6 +96,7 @@ class WordModel(TrainedModel):
             width=width,
             form=form,
             frozen=frozen,
+            pretrained=None,  # a saved model has weights of its own
             crop=crop,
         )
 

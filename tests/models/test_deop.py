@@ -1,5 +1,7 @@
 """DeOP: one pass, its stages, what a proposal's name depends on."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,85 @@ def test_saves_and_loads(tmp_path):
     again = DeOP.from_pretrained(str(tmp_path)).eval()
     images, text = torch.randn(1, 3, 64, 64), words(8).embeddings
     assert torch.equal(net(images, text), again(images, text))
+
+
+# ours, and what detectron2 and CLIP call it
+PUBLISHED = (
+    (
+        r"maskformer\.pyramid\.stem\.(\d)\.",
+        lambda m: f"backbone.stem.conv1_{int(m[1]) // 3 + 1}.{_norm(int(m[1]) % 3)}",
+    ),
+    (r"maskformer\.pyramid\.stages\.(\d)\.(\d+)\.", lambda m: f"backbone.res{int(m[1]) + 2}.{m[2]}."),
+    (r"maskformer\.pixels\.embed\.", "sem_seg_head.pixel_decoder.mask_features."),
+    (r"maskformer\.pixels\.lateral\.(\d)\.(\d)\.", lambda m: f"{_pixels('adapter', m)}{_norm(int(m[2]))}"),
+    (r"maskformer\.pixels\.output\.(\d)\.0\.(\d)\.", lambda m: f"{_pixels('layer', m)}{_norm(int(m[2]))}"),
+    (r"maskformer\.pixels\.coarsest\.0\.(\d)\.", lambda m: f"sem_seg_head.pixel_decoder.layer_4.{_norm(int(m[1]))}"),
+    (r"maskformer\.queries", "sem_seg_head.predictor.query_embed.weight"),
+    (r"maskformer\.project\.", "sem_seg_head.predictor.input_proj."),
+    (r"maskformer\.norm\.", "sem_seg_head.predictor.transformer.decoder.norm."),
+    (r"maskformer\.to_mask\.(\d)\.", lambda m: f"sem_seg_head.predictor.mask_embed.layers.{int(m[1]) // 2}."),
+    (r"maskformer\.layers\.(\d)\.", r"sem_seg_head.predictor.transformer.decoder.layers.\1."),
+    (r"tower\.tower\.", "clip_adapter.clip_model.visual."),
+    (r"tower\.first", "clip_adapter.clip_model.visual.learned_position"),
+    (r"tower\.more\.0", "clip_adapter.clip_model.visual.transformer.resblocks.1.learned_position"),
+    (r"anchors\.queries", "query_embedding.weight"),
+    (r"anchors\.layers\.", "decoder.layers."),
+    (r"anchors\.among\.", "decoder.outlayer.self_attn."),
+    (r"anchors\.among_norm\.", "decoder.outlayer.norm1."),
+    (r"no_object", "clip_adapter.non_object_embedding"),
+)
+
+
+def _norm(place: int) -> str:
+    return "norm." if place else ""
+
+
+def _pixels(part: str, match: re.Match) -> str:
+    return f"sem_seg_head.pixel_decoder.{part}_{int(match[1]) + 1}."
+
+
+def as_published(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A DeOP's tensors by published names, with what is in such a file besides."""
+    out = {
+        "criterion.empty_weight": torch.ones(3),
+        "sem_seg_head.predictor.class_embed.layers.0.weight": torch.ones(2, 2),
+    }
+    out["clip_adapter.prompt_learner.prefix_prompt"] = torch.zeros(16, 8)
+    for leaf in ("weight", "bias"):
+        q, k = state[f"anchors.query.{leaf}"], state[f"anchors.key.{leaf}"]
+        out[f"decoder.outlayer.multihead_attn_my.in_proj_{leaf}"] = torch.cat([q, k, k])
+    for name, tensor in state.items():
+        if name.endswith("num_batches_tracked") or name.startswith(("project.", "anchors.query.", "anchors.key.")):
+            continue
+        (pattern, new), *rest = [pair for pair in PUBLISHED if re.match(pair[0], name)]
+        assert not rest
+        name = re.sub(pattern, new, name, count=1)
+        part = "multihead_attn_my." if name.startswith("decoder") else "multihead_attn."
+        for old, found in (("among.", "self_attn."), ("to_picture.", part), ("downsample.0.", "shortcut.")):
+            name = name.replace(old, found)
+        name = name.replace("downsample.1.", "shortcut.norm.")
+        out[re.sub(r"(res\d\.\d+\.)bn(\d)\.", r"\1conv\2.norm.", name)] = tensor
+    return out
+
+
+def test_reads_a_published_checkpoint(tmp_path):
+    sizes = {"width": 64, "layers": 3, "heads": 1, "patch_size": 8, "grid": 4, "output_dim": 8}
+    proposals = {"width": 32, "queries": 6, "layers": 2, "hidden": 16}
+    net = model(sizes=sizes, resnet="resnet50c", proposals=proposals).eval()
+    for name, buffer in net.named_buffers():  # statistics count, too
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    torch.save({"model": as_published(net.state_dict()), "iteration": 7}, tmp_path / "model.pth")
+    again = DeOP.from_checkpoint(tmp_path / "model.pth", anchor_heads=2, size=64)
+    images, text = torch.randn(1, 3, 64, 64), words(8).embeddings
+    assert torch.equal(net(images, text), again(images, text))
+    ours, theirs = ({k: v for k, v in m.settings.items() if k != "weights"} for m in (net, again))
+    assert {k for k in ours if ours[k] != theirs[k]} <= {"sizes", "proposals", "severed", "backbone"}
+    state = as_published(net.state_dict())
+    del state["sem_seg_head.pixel_decoder.adapter_2.norm.weight"]
+    torch.save({"model": state}, tmp_path / "model.pth")
+    with pytest.raises(WeightsError, match=r"missing: maskformer\.pixels\.lateral\.1\.1\.weight"):
+        DeOP.from_checkpoint(tmp_path / "model.pth", anchor_heads=2)
 
 
 def test_what_is_refused(tmp_path):

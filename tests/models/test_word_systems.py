@@ -1,5 +1,7 @@
 """SPNet, STRICT, Joint, ZS3, CaGNet, SIGN: what is trained, what labels are read, published checkpoints, bad input."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -256,6 +258,31 @@ def test_reads_published_checkpoints(case, tmp_path):
     save_file({"some.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(WeightsError, match="no checkpoint of"):
         kind.from_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(("name", "case"), [("spnet", "S_spnet"), ("zs3", "S_zs3_deeplab")])
+def test_starts_from_a_classifier(name, case, tmp_path):
+    """Caffe's and torchvision's names, with the classifier's last layer in the file."""
+    state = read(GOLDENS / f"{case}.safetensors").under("w.")
+    state = {n.removeprefix("backbone."): t for n, t in state.items() if re.search(r"(^|\.)(layer\d|conv1|bn1)\.", n)}
+    state = {n: t for n, t in state.items() if not n.startswith(("aspp", "decoder"))}
+    theirs = SYSTEMS[name][0].from_checkpoint(
+        _saved(tmp_path / "whole.pth", read(GOLDENS / f"{case}.safetensors").under("w."))
+    )
+    sizes = {"resnet": theirs.settings["resnet"], "width": theirs.settings["width"]}
+    path = _saved(tmp_path / "resnet.pth", state | {"fc.weight": torch.zeros(3, 3)})
+    net = model(name, **sizes, pretrained=str(path))
+    ours, wanted = net.network.state_dict(), theirs.network.state_dict()
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[key], wanted[key]) for key in ours)
+    assert net.settings["pretrained"] is None
+    with pytest.raises(WeightsError, match=r"resnet\.pth: the weights do not fit"):
+        model(name, **sizes | {"width": 8}, pretrained=path)
+
+
+def _saved(path, state):
+    torch.save(dict(state), path)
+    return path
 
 
 def test_reads_what_detectron2_wraps(tmp_path):

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD
-from fastzs.models.deop import DeOP, published, summed_losses
+from fastzs.models.deop import DeOP, summed_losses
+from fastzs.models.deop_files import naming
 from tests.parity.golden import DTYPES, Check, Golden
 
 SEVERANCE = {"mask": "mask", "identity": "identity", "mask_similarity": "similarity"}
@@ -39,7 +40,7 @@ def model_of(golden: Golden, dtype: torch.dtype) -> DeOP:
         anchor_heads=HEADS,
         anchor_hidden=config["hidden"],
     )
-    missing, unexpected = model.load_state_dict(published(golden.under("w.")), strict=False)
+    missing, unexpected = model.load_state_dict(naming(golden.under("w.")), strict=False)
     assert not unexpected
     assert {name.split(".")[0] for name in missing} == {"maskformer", "project"}
     return model.to(dtype)
@@ -98,7 +99,7 @@ def _losses(golden: Golden, model: DeOP, masks: Tensor, logits: Tensor) -> Itera
     largest = max(norm.item() for norm in norms.values())
     zero = set(config["gradients_zero_but_for_rounding"])
     for name in norms:
-        places = published({name: golden[f"w.{name}"]}).keys()
+        places = naming({name: golden[f"w.{name}"]}).keys()
         grads = [ours[place].grad if place in ours else None for place in places]
         grads = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, _like(model, places), strict=True)]
         grad = torch.cat([g.flatten() for g in grads]) if grads else torch.zeros(1, dtype=masks.dtype)
