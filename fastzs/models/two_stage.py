@@ -90,8 +90,11 @@ class TwoStage(TrainedModel):
         seen: Sequence[str] | Sequence[int] | None,
         calibration: float,
         ensemble_weight: float,
+        expand: float,
         projection: Callable[[int, int], nn.Module],
     ):
+        if not expand >= 1:
+            raise ValueError(f"{type(self).__name__}: expand: expected at least 1, got {expand}")
         clip, tower, sizes = clip_vit(type(self).__name__, backbone, weights, sizes)
         super().__init__(
             backbone=backbone,
@@ -105,7 +108,7 @@ class TwoStage(TrainedModel):
         self.tower = (tower or VisionTransformer(**sizes)).requires_grad_(False)
         self.project = projection(self.maskformer.width, self.text_dim)
         self.no_object = nn.Parameter(torch.randn(1, self.text_dim) * self.text_dim**-0.5)
-        self.short_side, self.ensemble_weight = size, ensemble_weight
+        self.short_side, self.ensemble_weight, self.expand = size, ensemble_weight, expand
         self._blank: Memo[Tensor] = Memo()
         if self.weights in ("openai", "random"):
             self.clip_mean, self.clip_std = OPENAI_MEAN, OPENAI_STD
@@ -117,6 +120,7 @@ class TwoStage(TrainedModel):
             resnet=resnet,
             proposals=dict(proposals or {}),
             ensemble_weight=ensemble_weight,
+            expand=expand,
         )
         self.settings.update(pretrained=None)  # a saved model has weights of its own
 
@@ -184,7 +188,7 @@ class TwoStage(TrainedModel):
         for image, mask, where, kept, vectors in zip(images, masks, inside, full, out, strict=True):
             if not kept.any():
                 continue
-            boxes = _boxes(where[kept])  # [K, 4] in cells
+            boxes = expanded(_boxes(where[kept]), self.expand)  # [K, 4] in cells
             chunks = zip(boxes.split(CUT_OUTS), mask[kept].split(CUT_OUTS), strict=True)
             found = [self.tower(self._cut(image, some, logits, cell, side)).float() for some, logits in chunks]
             vectors[kept] = F.normalize(torch.cat(found), dim=-1)
@@ -222,6 +226,15 @@ class TwoStage(TrainedModel):
             f"{path}: {cls.__name__} reads only what save_pretrained wrote, by its folder or hub id; the published "
             "checkpoints, of detectron2, are not read"
         )
+
+
+def expanded(boxes: Tensor, ratio: float) -> Tensor:
+    """Boxes [K, 4] with the same middles and ``ratio`` times the sides; they may reach beyond the image."""
+    if ratio == 1:
+        return boxes
+    low, high = boxes.chunk(2, dim=1)
+    middle, half = (low + high) / 2, (high - low) * (ratio / 2)
+    return torch.cat([middle - half, middle + half], dim=1)
 
 
 def _boxes(inside: Tensor) -> Tensor:

@@ -48,6 +48,7 @@ class ZegFormer(TwoStage):
         calibration: what seen classes lose where labels are decided; published: 0.1.
         ensemble_weight: l, the weight of the more reliable probability of a class: the proposal's own for seen
             classes, CLIP's for unseen ones; published: 2/3.
+        expand: sides of the box that is cut out, as a multiple of the mask's; published: 1.
 
     Trained: everything but CLIP. Published recipe: AdamW 1e-4 (a tenth for the ResNet), weight decay 1e-4, 60,000
     steps of 32 images of COCO-Stuff or 10,000 of VOC.
@@ -66,6 +67,7 @@ class ZegFormer(TwoStage):
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.1,
         ensemble_weight: float = 2 / 3,
+        expand: float = 1.0,
     ):
         super().__init__(
             backbone=backbone,
@@ -78,6 +80,7 @@ class ZegFormer(TwoStage):
             seen=seen,
             calibration=calibration,
             ensemble_weight=ensemble_weight,
+            expand=expand,
             projection=nn.Linear,
         )
 

@@ -49,6 +49,7 @@ class ZSSeg(TwoStage):
         calibration: what seen classes lose where labels are decided; published: nothing.
         ensemble_weight: w, the weight of the more reliable probability of a class: the proposal's own for seen
             classes, CLIP's for unseen ones; published: 0.8.
+        expand: sides of the box that is cut out, as a multiple of the mask's; published: 1.
 
     Trained: everything but CLIP.
     """
@@ -66,6 +67,7 @@ class ZSSeg(TwoStage):
         seen: Sequence[str] | Sequence[int] | None = None,
         calibration: float = 0.0,
         ensemble_weight: float = 0.8,
+        expand: float = 1.0,
     ):
         super().__init__(
             backbone=backbone,
@@ -78,6 +80,7 @@ class ZSSeg(TwoStage):
             seen=seen,
             calibration=calibration,
             ensemble_weight=ensemble_weight,
+            expand=expand,
             projection=_projection,
         )
 

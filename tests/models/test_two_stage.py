@@ -13,7 +13,7 @@ from fastzs.clip import WeightsError
 from fastzs.data import shapes
 from fastzs.decoders.maskformer import Proposals
 from fastzs.models import ZegFormer, ZSSeg
-from fastzs.models.two_stage import _boxes
+from fastzs.models.two_stage import _boxes, expanded
 from fastzs.question import seen_classes
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
@@ -91,6 +91,25 @@ def test_cut_outs_are_the_published_ones(kind):
     assert mine.shape == theirs.shape == (2, 3, side, side)
     # the enlarged mask reaches up to a cell beyond or less far than its cells, so its box does
     assert (mine - theirs).abs().mean() < 0.15 * theirs.abs().mean()  # measured 0.125 and 0.121
+
+
+@torch.no_grad()
+def test_a_larger_box_shows_the_mask_smaller(kind):
+    """Its middle stays; around the mask is CLIP's mean colour, zero."""
+    assert expanded(torch.tensor([[2.0, 4.0, 6.0, 16.0]]), 2.0).tolist() == [[0.0, -2.0, 8.0, 22.0]]
+    net, image = model(kind, expand=2.0), torch.ones(3, 64, 64)
+    logits = torch.full((1, 16, 16), -1.0)
+    logits[0, 1:5, 4:8] = 1.0  # its box reaches beyond the image
+    boxes = expanded(_boxes(logits > 0), net.expand)
+    side = 64
+    out = net._cut(image, boxes, logits, torch.tensor([4.0, 4.0, 4.0, 4.0]), side)[0, 0]
+    shown = (out > 0).nonzero()
+    (top, left), (bottom, right) = shown.amin(0).tolist(), shown.amax(0).tolist()
+    assert (bottom + top + 1) / 2 == pytest.approx(side / 2, abs=3)
+    assert (right + left + 1) / 2 == pytest.approx(side / 2, abs=3)
+    assert 0.4 * side < bottom - top + 1 < 0.7 * side
+    with pytest.raises(ValueError, match=r"expand: expected at least 1, got 0\.5"):
+        model(kind, expand=0.5)
 
 
 @torch.no_grad()
