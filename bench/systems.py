@@ -1,22 +1,23 @@
 """All systems side by side: the table of docs/systems.md, made of measured figures.
 
     pytest bench/test_systems.py -m "full and not gpu" --benchmark-only --benchmark-json speed.json
-    python -m bench.systems_shapes --output runs
-    python -m bench.systems --speed speed.json --runs runs
+    python -m bench.systems --speed speed.json
 
-It also writes ``bench/results/systems.md``: the published order of work, and the ratios of one stage to two.
+It also writes ``bench/results/systems.md``: the published order of work, and the ratios of one stage to two. Scores are
+in the table of :mod:`bench.shapes_page`.
 
 Parameters and multiply-adds are counted here: the full-size models with random weights, the same picture as in
 :mod:`bench.test_systems`, torch's flop counter over the whole way from the picture to the labels, halved. It counts
 matrix products, convolutions and attention, not what is done element by element, and for this first picture also what
-is then kept. Ops are counted as their references compute them (``FASTZS_IMPL=reference``).
+is then kept. Ops are counted as their references compute them (``FASTZS_IMPL=reference``). What was counted is kept in
+``bench/results/systems-figures.json``; ``--count SYSTEM ...`` counts anew.
 """
 
 import argparse
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastzs import clip, models
-from fastzs.registry import list_models
+from fastzs.files import write_atomically
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 
@@ -35,27 +36,11 @@ SIZES = {"width": 768, "layers": 12, "heads": 12, "patch_size": 16, "grid": 32, 
 CUT_OUT = SIZES | {"grid": 14}
 SIZE, CLASSES = (512, 683), 20
 ONE_STAGE, TWO_STAGE = ("zegclip", "clip_rc"), ("zegformer", "zsseg")
-# parameters and multiply-adds of a picture, as `figures` counts them (docs/systems.md), for the bench's floors
-COSTS = {
-    "maskclip": (86.2e6, 148.7e9),
-    "zegclip": (94.9e6, 218.5e9),
-    "clip_rc": (115.4e6, 249.5e9),
-    "lseg": (341.7e6, 1601.0e9),
-    "szn": (134.4e6, 237.8e9),
-    "maskclip_plus": (80.3e6, 663.8e9),
-    "zegformer": (127.6e6, 1752.6e9),
-    "zsseg": (127.7e6, 1752.6e9),
-    "spnet": (86.7e6, 455.9e9),
-    "strict": (86.7e6, 250.4e9),
-    "zs3": (59.6e6, 118.9e9),
-    "cagnet": (101.6e6, 545.4e9),
-    "sign": (106.0e6, 570.1e9),
-    "joint": (59.5e6, 118.9e9),
-    "deop": (154.0e6, 214.0e9),
-}
+ONE_PASS = (*ONE_STAGE, "deop")  # look at the image once, whatever proposes masks
 TABLE = ("<!-- systems: begin -->", "<!-- systems: end -->")
 DOCS = Path(__file__).parent.parent / "docs" / "systems.md"
 RESULTS = Path(__file__).parent / "results" / "systems.md"
+FIGURES = Path(__file__).parent / "results" / "systems-figures.json"  # what is counted, by system
 
 # every system at its published size, random weights
 FULL: dict[str, Callable[[], Any]] = {
@@ -113,31 +98,33 @@ def figures(name: str) -> dict[str, float]:
     }
 
 
-def counts(name: str, runs: Path) -> dict[str, float]:
-    """The figures of a system, counted once and kept in ``RUNS/SYSTEM/figures.json``."""
-    path = runs / name / "figures.json"
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures(name), indent=2) + "\n")
-    return json.loads(path.read_text())
+def counted() -> dict[str, dict[str, float]]:
+    """The figures that are kept, by system."""
+    return json.loads(FIGURES.read_text(encoding="utf-8"))
 
 
-def table(speed: dict[tuple[str, str], Row], runs: Path) -> str:
+def costs(name: str) -> tuple[float, float]:
+    """Parameters of a system and multiply-adds of an image."""
+    kept = counted()[name]
+    return 1e6 * kept["parameters (M)"], 1e9 * kept["multiply-adds (G)"]
+
+
+def count(names: Sequence[str]) -> None:
+    """Count the figures of some systems anew."""
+    kept = counted() if FIGURES.is_file() else {}
+    found = kept | {name: {key: round(value, 1) for key, value in figures(name).items()} for name in names}
+    write_atomically(FIGURES, (json.dumps({name: found[name] for name in FULL}, indent=1) + "\n").encode())
+
+
+def table(speed: dict[tuple[str, str], Row]) -> str:
     """The table in Markdown; "unmeasured" where a figure is not there."""
-    head = ["system", "parameters, M", "trained, M", "multiply-adds, G", "pictures/s", "peak MB", "pAcc", "mIoU(S)"]
-    lines = [[*head, "mIoU(U)", "hIoU", "steps"]]
-    for name in list_models():
-        counted = counts(name, runs)
+    lines = [["system", "parameters, M", "trained, M", "multiply-adds, G", "pictures/s", "peak MB"]]
+    kept = counted()
+    for name in FULL:
         timed = speed.get((name, "fastzs"))
-        path = runs / name / "scores.json"
-        scored = json.loads(path.read_text()) if path.is_file() else {}
-        numbers = [f"{value:.1f}" for value in counted.values()]
+        numbers = [f"{value:.1f}" for value in kept[name].values()]
         numbers.append(f"{timed['pictures per second']:.3g}" if timed else "unmeasured")
         numbers.append(f"{timed['peak MB']:.0f}" if timed and timed["peak MB"] is not None else "unmeasured")
-        for key in ("pAcc", "mIoU(S)", "mIoU(U)", "hIoU", "steps"):
-            value = scored.get(key)
-            part = f" of {scored['of']}" if key == "steps" and value != scored.get("of", value) else ""
-            numbers.append("unmeasured" if value is None else f"{value}{part}")
         lines.append([f"`{name}`", *numbers])
     rows = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
@@ -184,7 +171,7 @@ def report(rows: dict[tuple[str, str], Row]) -> str:
                 lines.append(f"| `{name}` | {how} | {row['pictures per second']:.3g} | {processor(row)} | {peak} |")
     lines += ["", "| faster | slower | times | in processor time |", "|---|---|---|---|"]
     for ours, theirs in (("published", "published"), ("fastzs", "fastzs"), ("fastzs", "published")):
-        for one, two in ((one, two) for one in ONE_STAGE for two in TWO_STAGE):
+        for one, two in ((one, two) for one in ONE_PASS for two in TWO_STAGE):
             if (one, ours) in rows and (two, theirs) in rows:
                 fast, slow = rows[one, ours], rows[two, theirs]
                 busy = ""
@@ -194,7 +181,8 @@ def report(rows: dict[tuple[str, str], Row]) -> str:
                 lines.append(f"| {one} ({ours}) | {two} ({theirs}) | {faster(fast, slow):.1f} | {busy} |")
     lines += [
         "",
-        "The published figures are about 5 (ZegCLIP over ZegFormer, on a GPU). Not measured on a GPU here.",
+        "The published figures, on GPUs, are about 5 (ZegCLIP over ZegFormer), and 2.5 and 3.9 (DeOP over zsseg on VOC "
+        "and COCO-Stuff). Not measured on a GPU here.",
         "",
     ]
     return "\n".join(lines)
@@ -203,13 +191,9 @@ def report(rows: dict[tuple[str, str], Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--speed", type=Path, help="JSON of bench/test_systems.py, or of the whole bench")
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs"),
-        help="output folder of bench.systems_shapes; also keeps what is counted",
-    )
+    parser.add_argument("--count", nargs="+", default=[], choices=list(FULL), help="systems to count anew")
     args = parser.parse_args()
+    count(args.count)
     speed = measured(args.speed) if args.speed else {}
     if speed:
         RESULTS.write_text(report(speed), encoding="utf-8")
@@ -217,7 +201,7 @@ def main() -> None:
     before, _, rest = text.partition(TABLE[0])
     _, _, after = rest.partition(TABLE[1])
     origin = about(speed) if speed else "Speed and memory are unmeasured."
-    made = f"{TABLE[0]}\n{table(speed, args.runs)}\n\n{origin}\n{TABLE[1]}"
+    made = f"{TABLE[0]}\n{table(speed)}\n\n{origin}\n{TABLE[1]}"
     DOCS.write_text(before + made + after, encoding="utf-8")
 
 

@@ -7,7 +7,8 @@ Protocol ``shapes``: 64 colour-shape pairs and 4 grounds, the labels of 16 pairs
 of 128 x 128 with 2 to 4 objects; 2,000 for training, 200 others for the scores; three seeds. CLIP is the small one that
 the package carries, so that all systems read the same text vectors; what else a system needs starts from random
 weights. Recipes are the presets ``shapes/SYSTEM/inductive`` with their stages, but for MaskCLIP+, which labels the
-hidden pairs itself (``transductive``). Systems that have no crop of their own are trained on parts of 96 x 96.
+hidden pairs itself (``transductive``). Scenes are as large in training as in testing; systems without a crop are
+trained on whole ones, as ``fastzs train`` does.
 
 The *control* is the same training, of the first seed, with the text vectors shuffled among the classes, and tested with
 them: what a system scores there on unseen classes it owes to nothing it read in their names.
@@ -91,18 +92,18 @@ def make(name: str, stage: dict[str, Any] | None, start: Path | None = None) -> 
 
 
 class Cropped:
-    """Training pictures: parts of scenes in the size of testing, flipped, colours as they are (names hold them)."""
+    """Training pictures: scenes in the size of testing, or parts of them, flipped, colours as they are."""
 
     def __init__(self, model: Any):
-        side = model.crop or SIDE * 3 // 4
+        side = model.crop or model.short_side
         self.transform = training_transform(
             side,
             model.mean,
             model.std,
-            short_side=max(model.short_side or SIDE, side),  # as in testing
+            short_side=max(model.short_side, side),  # as in testing
             scale=(1.0, 1.0),
             most=1.0,
-            distortion=False,
+            distortion=False,  # names hold colours
         )
 
     def __call__(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def contest(system: str, dtype: str) -> Contest:
             once=True,
         )
 
-    parameters, multiply_adds = systems.COSTS[system]
+    parameters, multiply_adds = systems.costs(system)
     size = f"{systems.SIZE[1]} x {systems.SIZE[0]}"
     return Contest(
         f"{COUNT} images of {size} to files, {system}, {systems.CLASSES} classes, {dtype}",

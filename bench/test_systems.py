@@ -201,7 +201,7 @@ def rival(name: str, order: str, device: str, dtype: torch.dtype) -> Rival:
             "bf16 moves mask logits across 0, which changes what is cut out and shown to CLIP: an answer's distance to "
             "fp64 has no bound"
         )
-    parameters, multiply_adds = systems.COSTS[name]
+    parameters, multiply_adds = systems.costs(name)
     kind = str(dtype).removeprefix("torch.")
     size = f"{systems.SIZE[1]} x {systems.SIZE[0]}"
     info = {

@@ -86,11 +86,14 @@ def test_the_page_says_what_is_there_and_which_bars_are_met(tmp_path):
         result(tmp_path, "clip_rc", f"seed-{seed}", hIoU)
     result(tmp_path, "zs3", "seed-0", 16.0)
     result(tmp_path, "zs3", "control", 16.0)
+    for title in ("seed-0", "seed-1", "seed-2", "control"):
+        result(tmp_path, "zsseg", title, 5.0 if title == "control" else 40.0)
     page = shapes_page.table(tmp_path)
     many = " | 50.0 | 20.0 | 10.0 | "
-    assert f"| `spnet` | 2 of 3{many}15.5 | 3.0 | 3.0 | 15 | yes | 1500 | 2.0 | 1.50 |" in page
+    assert f"| `spnet` | 2 of 3{many}15.5 | 3.0 | 3.0 | 15 | so far | 1500 | 2.0 | 1.50 |" in page
     assert "| `joint` | not run yet |" in page
     assert f"| `maskclip` | 1{many}53.0 |" in page
     assert f"| `clip_rc` | 3{many}64.3 | 19.0 |  | 60 | no: `maskclip` |" in page
     assert f"| `zs3` | 1 of 3{many}16.0 |  | 16.0 | 15 | no: control |" in page
+    assert f"| `zsseg` | 3{many}40.0 | 0.0 | 5.0 | 35 | yes |" in page
     assert page.endswith("Machine: a CPU, 1 thread(s), torch 2.14. Commits: abc.")
