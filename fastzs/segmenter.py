@@ -37,6 +37,9 @@ OnError = Literal["raise", "skip"]
 Windows = Literal["separate", "stitched"]
 log = logging.getLogger(__name__)
 LONG_SIDE = 4  # times the short side: published test pipelines resize to (2048, 512)
+# That a CPU gets in one forward pass: activations of more do not stay in its caches. ``bench/test_folder.py`` measures;
+# 8 windows of 683 x 512 at a time took 1.13 times as long as 2 on an EPYC, one at a time 1.03 times.
+CPU_PIXELS = 2 * 683 * 512
 
 
 class Segmenter:
@@ -50,7 +53,7 @@ class Segmenter:
         crop, stride: sliding windows over the resized image, a side or (height, width) in pixels; 0 takes the
             whole image at once; the model's own choice if omitted, which shrinks to images smaller than it, as
             published; ``stride`` two thirds of the crop.
-        batch_size: windows per forward pass, also of several images.
+        batch_size: windows per forward pass, also of several images; on a CPU fewer, if they are large.
         windows: "separate": the maps of windows are averaged; "stitched": their features are put together before the
             last step, a transformer's last block or a decoder, which then sees the whole image. No system is published
             with it.
@@ -252,7 +255,8 @@ class Segmenter:
         if self.windows == "stitched":
             windows = self._stitched(view, self.batch_size)
         else:
-            parts = [self._encode(*_stacked(list(view.crops(some)))) for some in view.windows.split(self.batch_size)]
+            crops = list(view.crops(view.windows))
+            parts = [self._encode(*_stacked(some)) for some in self._at_once(crops, self.batch_size)]
             windows = type(parts[0]).cat(parts)
         return ImageFeatures(windows, view.windows, view.size, view.image, self._identity)
 
@@ -393,7 +397,8 @@ class Segmenter:
     @torch.inference_mode()
     def class_maps(self, crops: Sequence[Crop], question: Question) -> Tensor:
         """Class maps of windows of one size, fp32 [W, C, h, w]."""
-        return self._decode(self._encode(*_stacked(crops)), question)
+        parts = self._at_once(crops, len(crops))
+        return torch.cat([self._decode(self._encode(*_stacked(some)), question) for some in parts])
 
     def view(self, image: ImageLike, regions: Regions | None = None) -> View:
         """An image as the model sees it; in any thread.
@@ -440,11 +445,18 @@ class Segmenter:
             return self._decode(self._encode(images, []), question)
 
         def maps_of(crops: Sequence[Crop]) -> Tensor:
-            images, regions = _stacked(crops)
-            return of_images(images) if not regions else self._decode(self._encode(images, regions), question)
+            return self.class_maps(crops, question) if crops[0].regions is not None else graphs(_stacked(crops)[0])
 
-        of_images = Graphs(whole) if self.device.type == "cuda" and self.optimized else whole
+        if self.device.type != "cuda" or not self.optimized:
+            return lambda crops: self.class_maps(crops, question)
+        graphs = Graphs(whole)
         return maps_of
+
+    def _at_once(self, crops: Sequence[Crop], most: int) -> Iterator[Sequence[Crop]]:
+        """Crops of one size by forward passes."""
+        if self.device.type == "cpu":
+            most = max(1, min(most, CPU_PIXELS // crops[0].image[0].numel()))
+        return (crops[i : i + most] for i in range(0, len(crops), most))
 
     def _encode(self, images: Tensor, regions: Sequence[Tensor]) -> Features:
         """Features of images uint8 [B, 3, h, w]."""

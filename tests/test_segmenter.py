@@ -265,6 +265,27 @@ def test_images_share_forward_passes_and_are_read_when_it_is_their_turn(monkeypa
     assert sizes == [4, 4, 2]
 
 
+def test_a_cpu_gets_no_more_in_a_forward_pass_than_its_caches_hold(monkeypatch):
+    monkeypatch.setattr("fastzs.segmenter.CPU_PIXELS", 2 * 24 * 24)
+    given = images(3)
+    seg, sizes = segmenter(crop=24, stride=16, batch_size=4), []
+    wanted = [segmenter(crop=24, stride=16, batch_size=1)(image, NAMES).labels for image in given]
+    encode = seg.model.encode
+    monkeypatch.setattr(seg.model, "encode", lambda batch: sizes.append(len(batch)) or encode(batch))
+    for ways in (lambda: [seg(image, NAMES) for image in given], lambda: seg(given, NAMES)):
+        sizes.clear()
+        for result, labels in zip(ways(), wanted, strict=True):
+            assert (result.labels != labels).float().mean() < 0.01  # where scores tie within rounding
+        assert max(sizes) == 2
+    sizes.clear()
+    seg.encode(given[0])
+    assert max(sizes) == 2
+    monkeypatch.setattr("fastzs.segmenter.CPU_PIXELS", 1)  # a window is larger
+    sizes.clear()
+    seg(given[0], NAMES)
+    assert set(sizes) == {1}
+
+
 def test_a_folder(tmp_path):
     from PIL import Image
 
