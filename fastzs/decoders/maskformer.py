@@ -124,12 +124,26 @@ class PixelDecoder(nn.Module):
         self.embed = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
-        """Maps of the pyramid, finest first -> pixel embeddings [B, D, H / 4, W / 4]."""
+        """Maps of the pyramid, finest first -> what ``embed`` makes pixel embeddings of, [B, D, H / 4, W / 4]."""
         x = self.coarsest(maps[-1])
         for i in reversed(range(len(self.lateral))):
             fine = self.lateral[i](maps[i])
             x = self.output[i](fine + F.interpolate(x, fine.shape[2:], mode="nearest"))
-        return self.embed(x)
+        return x
+
+    def products(self, queries: Tensor, x: Tensor) -> Tensor:
+        """Products of queries [L, B, Q, D] and the pixel embeddings of x [B, D, h, w]: [L, B, Q, h, w].
+
+        In inference the last kernel is contracted with the queries first, if they are fewer than its outputs. Nothing
+        non-linear lies between them, so this is exact.
+        """
+        layers, images, count, width = queries.shape
+        if self.training or layers > 1 or count >= width or x.dtype.itemsize < 4:
+            return torch.einsum("lbqd,bdhw->lbqhw", queries, self.embed(x))
+        kernels = torch.einsum("bqd,dcij->bqcij", queries[0], self.embed.weight)
+        biases = queries[0] @ cast(Tensor, self.embed.bias)
+        maps = [F.conv2d(x[i : i + 1], kernels[i], biases[i], padding=1) for i in range(images)]
+        return torch.cat(maps)[None]
 
 
 def _norm_conv(inner: int, outer: int, side: int) -> nn.Sequential:
@@ -211,7 +225,7 @@ class MaskFormer(nn.Module):
         down, across = (next_multiple(side, COARSEST) - side for side in size)
         images = F.pad(images, (0, across, 0, down))
         maps = self.pyramid(images)
-        pixels = self.pixels(maps)[:, :, : size[0] // STRIDE, : size[1] // STRIDE]  # [B, D, H / 4, W / 4]
+        pixels = self.pixels(maps)
         picture = self.project(maps[-1])
         position = sine_position(picture).flatten(2).transpose(1, 2)  # [1, N, D]
         picture = picture.flatten(2).transpose(1, 2)  # [B, N, D]
@@ -221,7 +235,8 @@ class MaskFormer(nn.Module):
             x = layer(x, query, picture, position)
             kept.append(x)
         embeddings = self.norm(torch.stack(kept if self.training else kept[-1:]))  # [L, B, Q, D]
-        return Proposals(embeddings, torch.einsum("lbqd,bdhw->lbqhw", self.to_mask(embeddings), pixels))
+        masks = self.pixels.products(self.to_mask(embeddings), pixels)
+        return Proposals(embeddings, masks[..., : size[0] // STRIDE, : size[1] // STRIDE])
 
 
 def sine_position(like: Tensor) -> Tensor:

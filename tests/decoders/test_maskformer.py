@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from fastzs.decoders.maskformer import Pyramid
+from fastzs.decoders.maskformer import MaskFormer, Pyramid
 
 
 def unlike(net: nn.Module) -> nn.Module:
@@ -49,3 +49,23 @@ def test_deeplabs_form():
         Pyramid("resnet50c", "IMAGENET1K_V1")
     with pytest.raises(ValueError, match="'resnet9' is unknown"):
         Pyramid("resnet9", None)
+
+
+@torch.no_grad()
+def test_masks_are_products_of_queries_and_pixels():
+    """Fewer queries than channels: the kernel is contracted with them, and gives what the long way gives."""
+    net = unlike(MaskFormer("resnet18", None, width=32, queries=5, layers=2, hidden=16)).eval()
+    net.pixels.embed.bias.normal_()
+    images = torch.randn(2, 3, 64, 90, dtype=torch.float64)
+    found = net(images)
+    assert found.masks.shape == (1, 2, 5, 16, 23)
+    called = []
+    net.pixels.embed.register_forward_hook(lambda *_: called.append(1))
+    net.training = net.pixels.training = True  # the norms stay as they are
+    long = net(images)
+    assert called == [1]
+    assert long.masks.shape[0] == 2
+    torch.testing.assert_close(found.masks[0], long.masks[1], rtol=1e-9, atol=1e-9)
+    net.training = net.pixels.training = False
+    net(images)
+    assert called == [1]
