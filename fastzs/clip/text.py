@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from open_clip.model import _build_text_tower
 from torch import Tensor, nn
 
+from fastzs.clip import causal
 from fastzs.clip.state import WeightsError
 from fastzs.clip.tokenizers import Tokenizer, need_transformers
 
@@ -58,7 +59,9 @@ class TextEncoder(nn.Module):
     def encode(self, texts: Sequence[str], batch: int = 256) -> Tensor:
         """Texts -> unit vectors fp32 [n, D], ``batch`` at a time on the tower's device."""
         device = next(self.tower.parameters()).device
-        rows = [
-            self(self.tokenizer(list(texts[i : i + batch])).to(device)).float() for i in range(0, len(texts), batch)
-        ]
+        rows = []
+        for start in range(0, len(texts), batch):
+            tokens = self.tokenizer(list(texts[start : start + batch])).to(device)
+            made = causal.vectors(self.tower, tokens) if causal.takes(self.tower) else self.tower(tokens)
+            rows.append(F.normalize(made, dim=-1).float())
         return torch.cat(rows)
