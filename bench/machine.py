@@ -140,9 +140,9 @@ def peak_megabytes(run: Callable[[], object], device: str) -> float:
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not hide what is taken now
         Path("/proc/self/clear_refs").write_text(CLEAR_PEAK)
-    before = _resident_peak()
+    before = resident_peak()
     run()
-    return (_resident_peak() - before) / 1e6
+    return (resident_peak() - before) / 1e6
 
 
 def total_memory() -> float:
@@ -153,7 +153,7 @@ def total_memory() -> float:
         return 8e9
 
 
-def _resident_peak() -> float:
+def resident_peak() -> float:
     if Path("/proc/self/status").exists():
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
