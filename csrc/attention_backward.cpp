@@ -149,14 +149,44 @@ FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>&
   }
 }
 
-// Rows r and r + 1 of a block of `rows` rows as pairs; row r is x's row `at`.
+// What the weights and their gradients of a block become, two rows at a time, as the units of the products behind it:
+// weight_pairs, dscore_pairs and dscore_rows, zeros where there are no rows or keys. Scores are held in base 2.
 template <int LANES, typename T>
-FASTZS_INLINE void pair_tokens(
-    const Operand<T>& x, int64_t b, int64_t h, int64_t at, int64_t r, int64_t rows, int d, int32_t* out) {
-  float low[MAX_D] = {}, high[MAX_D] = {};
-  if (r < rows) read<LANES>(x.row(b, h, at), x.channel, d, low);
-  if (r + 1 < rows) read<LANES>(x.row(b, h, at + 1), x.channel, d, high);
-  pair_rows<LANES>(low, high, static_cast<int>(round_up(d, LANES)), out);
+FASTZS_INLINE void backward_pairs(
+    const Backward<T>& a, BackwardScratch<true>& s, int64_t b, int64_t h, int64_t first, int64_t from, int64_t n,
+    int64_t rows, int64_t real, const float* lse) {
+  using V = Simd<LANES>;
+  using F = typename V::F;
+  const Inputs<T>& in = *a.in;
+  for (int64_t r = 0; r < round_up(rows, ROWS); r += 2) {
+    int32_t *weights = s.weight_pairs + r / 2 * BLOCK_STRIDE, *dscores = s.dscore_pairs + r / 2 * BLOCK_STRIDE;
+    const RowBits bits[2] = {
+        in.bits(b, h, first + (r < rows ? r : 0)), in.bits(b, h, first + (r + 1 < rows ? r + 1 : 0))};
+    for (int64_t k = 0; k < n; k += LANES) {
+      F p[2] = {}, dscore[2] = {};
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        if (r + i < rows && k < real) {
+          const int64_t at = (r + i) * BLOCK_STRIDE + k;
+          F weight = V::template exp2_negative<true>(V::load(s.weights + at) - lse[r + i] * LOG2_E);
+          if (real - k < LANES) weight = (F)((typename V::I)weight & V::first(static_cast<int>(real - k)));
+          p[i] = weight;
+          F dweight = V::load(s.dscores + at);
+          if (in.dropout.least > 0) {
+            const auto keep = kept<LANES>(bits[i], from + k, in.dropout.least);
+            const auto factor = (F)((typename V::I)V::splat(in.dropout.enlarged) & keep);
+            p[i] *= factor, dweight *= factor;
+          }
+          dscore[i] = weight * (dweight - s.delta[first + r + i]) * in.scale;
+        }
+        store_pairs(reinterpret_cast<T*>(s.dscore_rows + (r + i) * (BLOCK_STRIDE / 2)) + k, dscore[i]);
+      }
+      store_pairs(weights + k, p[0], p[1]);
+      store_pairs(dscores + k, dscore[0], dscore[1]);
+    }
+    __builtin_memset(weights + n, 0, ROWS * sizeof(int32_t));  // a tile of keys may end behind the last vector
+    __builtin_memset(dscores + n, 0, ROWS * sizeof(int32_t));
+  }
 }
 
 // Rows [first, first + BACKWARD_ROWS) against keys [from, from + n).
@@ -184,16 +214,18 @@ FASTZS_INLINE void backward_block(
   }
   if constexpr (PAIRS) {
     for (int64_t r = 0; r < rounded; r += 2) {
-      pair_tokens<LANES>(in.q, b, h, first + r, r, rows, d, s.query_pairs + r / 2 * STRIDE);
-      pair_tokens<LANES>(a.grad, b, h, first + r, r, rows, d, s.grad_pairs + r / 2 * STRIDE);
+      pair_units<LANES>(s.query + r * STRIDE, s.query + (r + 1) * STRIDE, d, s.query_pairs + r / 2 * STRIDE);
+      pair_units<LANES>(s.grad + r * STRIDE, s.grad + (r + 1) * STRIDE, d, s.grad_pairs + r / 2 * STRIDE);
     }
   }
 
   const int64_t panel = from * depth;
-  score<LANES, PAIRS>(s.query, rounded, s.keys_turned + panel, n, depth, s.weights, BLOCK_STRIDE, in.scale);
+  const float factor = PAIRS ? in.scale * LOG2_E : in.scale;
+  score<LANES, PAIRS>(s.query, rounded, s.keys_turned + panel, n, depth, s.weights, BLOCK_STRIDE, factor);
   score<LANES, PAIRS>(s.grad, rounded, s.values_turned + panel, n, depth, s.dscores, BLOCK_STRIDE, 1.0f);
 
-  for (int64_t r = 0; r < rounded; ++r) {
+  if constexpr (PAIRS) backward_pairs<LANES>(a, s, b, h, first, from, n, rows, real, lse);
+  for (int64_t r = 0; !PAIRS && r < rounded; ++r) {
     float *weights = s.weights + r * BLOCK_STRIDE, *dscores = s.dscores + r * BLOCK_STRIDE;
     if (r < rows) {
       const float delta = s.delta[first + r];
@@ -213,16 +245,6 @@ FASTZS_INLINE void backward_block(
     const int64_t filled = r < rows ? real : 0;
     __builtin_memset(weights + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
     __builtin_memset(dscores + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
-  }
-  if constexpr (PAIRS) {
-    for (int64_t r = 0; r < rounded; ++r)
-      for (int64_t k = 0; k < n; k += LANES)
-        V::store(reinterpret_cast<T*>(s.dscore_rows + r * (BLOCK_STRIDE / 2)) + k, V::load(s.dscores + r * BLOCK_STRIDE + k));
-    for (int64_t r = 0; r < rounded; r += 2) {
-      const int64_t low = r * BLOCK_STRIDE, high = low + BLOCK_STRIDE, to = r / 2 * BLOCK_STRIDE;
-      pair_rows<LANES>(s.weights + low, s.weights + high, BLOCK_STRIDE, s.weight_pairs + to);
-      pair_rows<LANES>(s.dscores + low, s.dscores + high, BLOCK_STRIDE, s.dscore_pairs + to);
-    }
   }
 
   multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(

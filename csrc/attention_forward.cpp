@@ -18,7 +18,6 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t FORWARD_ROWS = 24, FORWARD_KEYS = 384;  // of a block
 constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
-constexpr float LOG2_E = 1.44269504f;
 
 template <typename T>
 struct Forward {

@@ -10,6 +10,7 @@
 namespace fastzs::attention {
 
 constexpr int MAX_D = 128;
+constexpr float LOG2_E = 1.44269504f;
 constexpr int STRIDE = MAX_D + 16;  // of buffers with a token per row: not a power of two, whose lines would collide
 
 // Keys and values of one kind, [B, H, tokens, d] with any strides; a batch stride of 0 serves one for all pictures.
@@ -213,6 +214,22 @@ FASTZS_INLINE void pair_rows(const float* low, const float* high, int n, int32_t
   using V = Simd<LANES>;
   for (int i = 0; i < n; i += LANES) {
     const auto pair = V::round_bf16(V::load(low + i)) | (V::round_bf16(V::load(high + i)) << 16);
+    __builtin_memcpy(out + i, &pair, sizeof pair);
+  }
+}
+
+// Two rows of d bf16 numbers as pairs, filled up with zeros to whole vectors.
+template <int LANES>
+FASTZS_INLINE void pair_units(const int32_t* low, const int32_t* high, int d, int32_t* out) {
+  using V = Simd<LANES>;
+  using S = typename V::S;
+  for (int i = 0; i < d; i += LANES) {
+    S first = {}, second = {};
+    const bool whole = d - i >= LANES;  // so that the common case has no loop
+    __builtin_memcpy(&first, low + i / 2, whole ? sizeof first : (d - i) * sizeof first[0]);
+    __builtin_memcpy(&second, high + i / 2, whole ? sizeof second : (d - i) * sizeof second[0]);
+    const auto pair = (__builtin_convertvector(first, typename V::I) & 0xffff) |
+        (__builtin_convertvector(second, typename V::I) << 16);
     __builtin_memcpy(out + i, &pair, sizeof pair);
   }
 }

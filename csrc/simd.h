@@ -217,6 +217,16 @@ FASTZS_INLINE void store_pairs(torch::headeronly::BFloat16* p, Simd<16>::F x) {
   asm("vcvtneps2bf16 %1, %0" : "=v"(v) : "v"(x));
   __builtin_memcpy(p, &v, sizeof v);
 }
+// And two vectors as pairs, those of the first in the lower halves.
+FASTZS_INLINE void store_pairs(int32_t* p, Simd<16>::F low, Simd<16>::F high) {
+  typedef int16_t Words __attribute__((vector_size(64)));
+  Words v;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(v) : "v"(high), "v"(low));
+  const Words order = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const Words pairs = __builtin_shuffle(v, order);
+  __builtin_memcpy(p, &pairs, sizeof pairs);
+}
 #endif
 
 }  // namespace fastzs

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastzs.clip import frozen
+from fastzs.clip import frozen, frozen_packed
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.packable import Packable
-from fastzs.clip.products import Linear, linear
+from fastzs.clip.products import Linear, linear, takes
 from fastzs.trace import traced
 
 
@@ -187,6 +187,9 @@ class Block(Packable):
 
     def add_attended(self, x: Tensor, heads: Tensor) -> Tensor:
         """Tokens [B, L, C] plus what attention gave them, per head [B, heads, L, C / heads]."""
+        plain = not self.norm_last and self.attn.norm is None
+        if self.training and plain and frozen.passes_through(heads, self.attn.out_proj) and takes(x):
+            return frozen_packed.add_attended(x, heads.transpose(1, 2).flatten(2), self.attn.out_proj)
         attended = self.given(heads)
         return attended.add_(x) if attended.dtype == x.dtype else x + attended
 

@@ -4,7 +4,8 @@ They give what the ordinary layers give, to rounding, and keep and move less. No
 product has one other in backward, and the factor of QuickGELU goes into the products on its two sides. Under autocast
 no weights in low precision are kept for backward. On a CPU wide tensors are never made: their columns are cut into
 parts as wide as the tokens, whose products are added up, and what is kept is taken before what is not: else glibc's
-allocator leaves holes between.
+allocator leaves holes between. Where :func:`fastzs.clip.products.takes` says so, :mod:`fastzs.clip.frozen_packed`
+computes them with everything around a product fused.
 
 A layer norm's means and deviations are kept, two numbers a token: found again in backward, they cost a pass that reads
 and writes all tokens. In fp32 that is 8 bytes of the 34 that a norm and the cast behind it move for each number of a
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastzs.clip.products import product, takes
+from fastzs.clip import frozen_packed
+from fastzs.clip.products import precision, takes
 
 QUICK_GELU = 1.702  # of the activation OpenAI trained CLIP with, x sigmoid(1.702 x)
 aten = torch.ops.aten
@@ -29,13 +31,15 @@ def passes_through(x: Tensor, *layers: nn.Module) -> bool:
     )
 
 
-def projections(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, L, C], each contiguous, of tokens x [B, L, C]: ``norm(x) w^T + b``.
+def projections(x: Tensor, norm: nn.LayerNorm, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [B, L, C] of tokens x [B, L, C]: ``norm(x) w^T + b``.
 
     Args:
         weight, bias: [3 C, C], [3 C].
     """
-    return _Projections.apply(x.contiguous(), norm.weight, norm.bias, norm.eps, weight, bias, _precision(x))
+    if takes(x):
+        return frozen_packed.projections(x, norm, weight, bias)
+    return _Projections.apply(x.contiguous(), norm.weight, norm.bias, norm.eps, weight, bias, precision(x))
 
 
 def mlp(x: Tensor, norm: nn.LayerNorm, first: nn.Linear, last: nn.Linear, quick_gelu: bool) -> Tensor:
@@ -45,16 +49,11 @@ def mlp(x: Tensor, norm: nn.LayerNorm, first: nn.Linear, last: nn.Linear, quick_
     not computed again there from ``x``: that is one product more beside four, and activation checkpointing is there for
     who needs the memory.
     """
+    if takes(x):
+        return frozen_packed.mlp(x, norm, first, last, quick_gelu)
     part = x.shape[-1] if x.device.type == "cpu" else first.out_features
     weights = (first.weight, first.bias, last.weight, last.bias)
-    return _Mlp.apply(x.contiguous(), norm.weight, norm.bias, norm.eps, *weights, quick_gelu, part, _precision(x))
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    """What matrix products of ``x`` are computed in."""
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if autocast else x.dtype
+    return _Mlp.apply(x.contiguous(), norm.weight, norm.bias, norm.eps, *weights, quick_gelu, part, precision(x))
 
 
 class _Projections(torch.autograd.Function):
@@ -104,7 +103,7 @@ class _Mlp(torch.autograd.Function):
         rows = grad.to(dtype).flatten(0, -2)
         dy = torch.zeros_like(grad)
         for h, w, v in zip(hidden, w1.to(dtype).split(ctx.part), w2.to(dtype).split(ctx.part, 1), strict=True):
-            dh = product(rows, v.t()) if takes(rows) else rows @ v
+            dh = rows @ v
             slope.grad_input(dh, h, grad_input=dh)
             dy = _add_product(dy, dh, w)
         return _norm_backward(dy, x, mean, rstd, norm_weight, norm_bias).add_(grad), *(None,) * 10
@@ -112,8 +111,6 @@ class _Mlp(torch.autograd.Function):
 
 def _biased_product(x: Tensor, weight: Tensor, bias: Tensor, factor: float = 1.0) -> Tensor:
     """``factor (x w^T + b)``, [B, L, D], of x [B, L, C]."""
-    if takes(x):
-        return product(x, weight, bias) if factor == 1 else product(x, weight * factor, bias * factor)
     rows = x.flatten(0, -2)
     # with a beta that is not 1 PyTorch writes the bias into every row first, and the product reads it again
     bias = bias if factor == 1 else bias * factor
@@ -125,8 +122,6 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> Te
     rows, a = total.view(-1, total.shape[-1]), a.flatten(0, -2)
     if a.dtype != total.dtype:
         rows.add_(a @ b, alpha=factor)
-    elif takes(a):
-        return product(a, b.t() if factor == 1 else b.t() * factor, add=rows).view(total.shape)
     else:
         rows.addmm_(a, b, alpha=factor)
     return total

@@ -5,7 +5,6 @@ no passes of its own for layer norms, activations and residuals: see :func:`fast
 from those of the block it was made of by rounding.
 """
 
-import platform
 from typing import Any, cast
 
 import torch
@@ -15,26 +14,11 @@ from torch import Tensor, nn
 from fastzs.clip.blocks import Attention, Block, GatedMlp, QuickGELU, Rotation
 from fastzs.clip.pools import AttentionPool
 from fastzs.decoders.blocks import CrossAttention, DecoderLayer
-from fastzs.kernels.packed_linear.compiled import MISSING
 from fastzs.kernels.packed_linear.weights import PANEL, PackedNorm, PackedWeight, pack_norm, pack_weight
 from fastzs.ops import dropout_attention, packed_linear
 from fastzs.trace import traced
 
 INT8_NOISE = 0.03  # of a product's result by rounding its operands, relative; beyond it a product keeps 16 or 32 bits
-
-
-def fused_pays(dtype: torch.dtype) -> bool:
-    """Whether ``packed_linear`` takes products in ``dtype``; ``bench/test_tower.py`` measures.
-
-    bf16: with AVX512-BF16, but not with AMX, whose tiles oneDNN uses. fp32: not on Intel's processors, where torch's
-    default, MKL, multiplies as fast, but on AMD's, where MKL avoids the wide instructions.
-    """
-    if MISSING is not None or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    can = torch.cpu.get_capabilities()
-    if dtype == torch.bfloat16:
-        return bool(can.get("avx512_bf16") and not can.get("amx_bf16"))
-    return dtype == torch.float32 and "AMD" in can.get("cpu_name", "") and bool(can.get("avx2"))
 
 
 def activation_of(block: Block) -> str | None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from fastzs.clip.blocks import GatedMlp
 from fastzs.clip.conv import ConvTower
 from fastzs.clip.frozen import QUICK_GELU
-from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, FusedPool, activation_of, fused_pays
+from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, FusedPool, activation_of
 from fastzs.clip.packable import Packable
 from fastzs.clip.pools import AttentionPool
-from fastzs.clip.products import onednn_pays
+from fastzs.clip.products import onednn_pays, packed_pays
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
 from fastzs.decoders.blocks import DecoderLayer
 
@@ -106,7 +106,7 @@ def pack(model: nn.Module, int8: bool = False) -> None:
         ValueError: with ``int8``: weights that are not finite, or nothing to compute in int8.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    fused = int8 or fused_pays(dtype)
+    fused = int8 or packed_pays(dtype)
     found = 0
     for name, module in list(model.named_modules()):
         if isinstance(module, VisionTransformer):

@@ -1,5 +1,6 @@
 """One or two linear layers with what stands around them, for inference on CPUs, weights packed once."""
 
+import torch
 from torch import Tensor
 
 from fastzs.trace import traced
@@ -20,6 +21,7 @@ def packed_linear(
     before: PackedNorm | None = None,
     residual: Tensor | None = None,  # [..., outputs]
     after: PackedNorm | None = None,
+    dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:  # [..., outputs]
     """``after(residual + second(activation(first(before(x)))))``, each part but ``first`` being left out if not given.
@@ -34,7 +36,8 @@ def packed_linear(
         first, second: from :func:`fastzs.kernels.packed_linear.weights.pack_weight`, of one precision.
         activation: "none", "relu", "quick_gelu" (x sigmoid(1.702 x)), "gelu" (exact) or "gelu_tanh".
         before, after: layer norms, from ``pack_norm``.
-        residual: in the dtype of x.
+        residual: in the dtype of the result.
+        dtype: of the result, fp32 or bf16; that of x by default, and another with bf16 weights only.
         impl: backend, see :mod:`fastzs.kernels.dispatch`: ``"cpu"`` or ``"reference"``, which computes in fp64.
 
     Raises:
@@ -54,14 +57,16 @@ def packed_linear(
     for name, norm, channels in (("before", before, first.inputs), ("after", after, last.outputs)):
         if norm is not None and norm.table.shape != (2, channels):
             raise ValueError(f"packed_linear: expected {name} [2, {channels}], got {list(norm.table.shape)}")
+    dtype = dtype or x.dtype
+    if dtype != x.dtype and first.panels.dtype != torch.bfloat16:
+        raise ValueError(f"packed_linear: weights in {first.panels.dtype} give {x.dtype} as x is, not {dtype}")
     shape = (*x.shape[:-1], last.outputs)
-    if residual is not None and (residual.shape != shape or residual.dtype != x.dtype):
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype):
         raise ValueError(
-            f"packed_linear: expected residual {list(shape)} in {x.dtype}, "
-            f"got {list(residual.shape)} in {residual.dtype}"
+            f"packed_linear: expected residual {list(shape)} in {dtype}, got {list(residual.shape)} in {residual.dtype}"
         )
-    backend = choose("packed_linear", impl, {"cpu": compiled.why_not_cpu(x), "reference": None})
+    backend = choose("packed_linear", impl, {"cpu": compiled.why_not_cpu(x, dtype), "reference": None})
     run = compiled.run if backend == "cpu" else packed_linear_reference
     rows = x.reshape(-1, first.inputs).contiguous()
     added = residual if residual is None else residual.reshape(-1, last.outputs).contiguous()
-    return run(rows, first, second, activation, before, added, after).view(shape)
+    return run(rows, first, second, activation, before, added, after, dtype).view(shape)

@@ -10,16 +10,17 @@ from ..extension import why_missing
 from .weights import PackedNorm, PackedWeight
 
 # At import, not in a call: torch.compile cannot trace the loading of a library.
-MISSING = why_missing("packed_linear", "cpu")
+MISSING = why_missing("packed_linear", "cpu") or why_missing("packed_linear_backward", "cpu")
 NUMBERS = {"none": 0, "relu": 1, "quick_gelu": 2, "gelu": 3, "gelu_tanh": 4}  # as in csrc/packed_linear.cpp
 
 
-def why_not_cpu(x: Tensor) -> str | None:
-    """None if it can take x, else the reason."""
+def why_not_cpu(x: Tensor, dtype: torch.dtype) -> str | None:
+    """None if it can take x and give a result in ``dtype``, else the reason."""
     if x.device.type != "cpu":
         return f"x is on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"x is {x.dtype}; expected float32 or bfloat16"
+    for what, kind in (("x is", x.dtype), ("the result is wanted in", dtype)):
+        if kind not in (torch.float32, torch.bfloat16):
+            return f"{what} {kind}; expected float32 or bfloat16"
     if x.requires_grad and torch.is_grad_enabled():
         return "it has no gradient"
     return MISSING
@@ -45,6 +46,7 @@ def run(
     before: PackedNorm | None,
     residual: Tensor | None,
     after: PackedNorm | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     return torch.ops.fastzs.packed_linear(
         x,
@@ -60,11 +62,15 @@ def run(
         residual,
         after and after.table,
         after.eps if after else 0.0,
+        dtype == torch.float32,
     )
 
 
-def _fake(x, before, eps, weight, columns, outputs, activation, weight2, columns2, outputs2, residual, after, eps2):
-    return x.new_empty(x.shape[0], outputs if weight2 is None else outputs2)
+def _fake(
+    x, before, eps, weight, columns, outputs, activation, weight2, columns2, outputs2, residual, after, eps2, wide
+):
+    dtype = torch.float32 if wide else torch.bfloat16
+    return x.new_empty(x.shape[0], outputs if weight2 is None else outputs2, dtype=dtype)
 
 
 if MISSING is None:

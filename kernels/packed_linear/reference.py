@@ -23,6 +23,7 @@ def packed_linear_reference(
     before: PackedNorm | None,
     residual: Tensor | None,
     after: PackedNorm | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See :func:`fastzs.kernels.packed_linear.api.packed_linear`; computes in fp64."""
     y = x.double()
@@ -35,7 +36,7 @@ def packed_linear_reference(
         y = y + residual.double()
     if after is not None:
         y = _norm(y, after)
-    return y.to(x.dtype)
+    return y.to(dtype)
 
 
 def _norm(y: Tensor, norm: PackedNorm) -> Tensor:

@@ -13,6 +13,7 @@ from fastzs.clip.vision import Block, VisionTransformer
 from fastzs.data import shapes
 from fastzs.decoders.blocks import DecoderLayer
 from fastzs.devices import choose_precision
+from fastzs.kernels.packed_linear.compiled import MISSING
 from tests.clip.test_towers import randomise
 
 SIZES = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "grid": 4, "output_dim": 32}
@@ -22,9 +23,9 @@ SIZES = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "grid": 4, "outp
 def engine(request, monkeypatch):
     if request.param == "onednn" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch was built without oneDNN")
-    if request.param == "fused" and fused.MISSING is not None:
-        pytest.skip(fused.MISSING)
-    monkeypatch.setattr(packed, "fused_pays", lambda dtype: request.param == "fused")
+    if request.param == "fused" and MISSING is not None:
+        pytest.skip(MISSING)
+    monkeypatch.setattr(packed, "packed_pays", lambda dtype: request.param == "fused")
     monkeypatch.setattr(packed, "onednn_pays", lambda dtype: request.param == "onednn")
     return request.param
 
@@ -136,7 +137,7 @@ def test_load_packs_on_the_cpu():
 
 # ---- int8 -----------------------------------------------------------------------------------------------------------
 
-NEEDS_LIBRARY = pytest.mark.skipif(fused.MISSING is not None, reason=str(fused.MISSING))
+NEEDS_LIBRARY = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @NEEDS_LIBRARY
@@ -172,7 +173,7 @@ def test_int8_decoder_layers_are_near():
 @NEEDS_LIBRARY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_packed_decoder_layers_compute_the_same(dtype, monkeypatch):
-    monkeypatch.setattr(packed, "fused_pays", lambda dtype: True)
+    monkeypatch.setattr(packed, "packed_pays", lambda dtype: True)
     torch.manual_seed(0)
     layer = DecoderLayer(64, 2, 128).eval().requires_grad_(False).to(dtype)
     holder = torch.nn.ModuleList([copy.deepcopy(layer)])

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: results and every gradient against fp64, and when they are left to torch."""
+"""Linear layers by packed_linear: results and every gradient against fp64, and when they are left to torch."""
 
 import math
 
@@ -9,40 +9,52 @@ import torch.nn.functional as F
 from fastzs.clip import products
 from fastzs.clip.blocks import Block
 from fastzs.clip.products import Linear, linear
+from fastzs.kernels.packed_linear.compiled import MISSING
+from fastzs.ops import TokenLayout, bridged_attention
 from tests.kernels.tolerances import errors
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 @pytest.fixture(autouse=True)
 def _pays(monkeypatch):
-    monkeypatch.setattr(products, "onednn_pays", lambda dtype: dtype == torch.float32)
+    monkeypatch.setattr(products, "packed_pays", lambda dtype: dtype in (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(products, "LEAST_ROWS", 1)
 
 
 def numbers(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def bound(terms):
-    """A sum of products, each within rounding, and one more rounding of the bias."""
-    return 0.5 * math.sqrt(terms) * torch.finfo(torch.float32).eps + torch.finfo(torch.float32).eps
+def bound(terms, low=False):
+    """A sum of products, each within rounding, and one more rounding of the bias.
+
+    In bf16 both operands and the result are rounded, each by half a step at most. The operands' errors are independent,
+    so those of a sum grow as the sum does.
+    """
+    exact = 0.5 * math.sqrt(terms) * torch.finfo(torch.float32).eps + torch.finfo(torch.float32).eps
+    return exact + (2 * 3 * torch.finfo(torch.bfloat16).eps / 2 if low else 0)
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("shape", [(5, 7), (2, 33, 24), (2, 3, 17, 40)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_result_and_gradients(shape, bias):
+def test_result_and_gradients(shape, bias, low):
     x, w, b = numbers(*shape), numbers(19, shape[-1], seed=1), numbers(19, seed=2) if bias else None
     upstream = numbers(*shape[:-1], 19, seed=3)
     found = []
     for dtype, function in ((torch.float32, linear), (torch.float64, F.linear)):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w, b) if t is not None]
-        y = function(*leaves)
-        found.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(dtype))])
+        with torch.autocast("cpu", torch.bfloat16, enabled=low and dtype == torch.float32):
+            y = function(*leaves)
+        found.append([y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y.dtype))])
+    assert found[0][0].dtype == (torch.bfloat16 if low else torch.float32)
+    assert all(grad.dtype == torch.float32 for grad in found[0][1:])
     rows = x.shape[:-1].numel()
     terms = (shape[-1], 19, rows, rows)
     for mine, right, n in zip(*found, terms, strict=False):
         assert mine.shape == right.shape
-        assert errors(mine, right)[0] <= bound(n)
+        assert errors(mine, right)[0] <= bound(n, low)
 
 
 def test_every_gradient_alone_and_strided_inputs():
@@ -56,13 +68,14 @@ def test_every_gradient_alone_and_strided_inputs():
         assert errors(mine, wanted[i])[0] <= bound(n)
 
 
-@pytest.mark.parametrize("what", ["fp64", "bf16", "no rows", "a vector", "autocast"])
+@pytest.mark.parametrize("what", ["fp64", "bf16", "no rows", "a vector", "few rows", "fp16 autocast"])
 def test_what_is_left_to_torch(what, monkeypatch):
     monkeypatch.setattr(products, "product", None)
+    monkeypatch.setattr(products, "LEAST_ROWS", 5 if what == "few rows" else 1)
     dtype = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(what, torch.float32)
     x = numbers(*{"no rows": (0, 6), "a vector": (6,)}.get(what, (4, 6))).to(dtype).requires_grad_()
     layer = Linear(6, 3).to(dtype)
-    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+    with torch.autocast("cpu", torch.float16, enabled=what == "fp16 autocast"):
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
@@ -83,29 +96,28 @@ def test_a_traced_layer_has_torchs_own_products():
     assert torch.allclose(traced(x), F.linear(x, layer.weight, layer.bias), atol=1e-6)
 
 
+@pytest.mark.parametrize("low", [False, True], ids=["fp32", "autocast"])
 @pytest.mark.parametrize("quick_gelu", [True, False])
-def test_a_frozen_block(quick_gelu):
-    """Its halves in training, whose products do not go through :func:`linear`."""
+def test_a_frozen_block(quick_gelu, low, monkeypatch):
+    """Its parts in training, which are fused with the products: tokens and prompts' keys and values alike."""
+    monkeypatch.setattr(F, "linear", None)
     torch.manual_seed(0)
     made = Block(24, 3, 96, quick_gelu, 1e-5).requires_grad_(False).train()
+    for parameter in made.parameters():
+        parameter.normal_(std=0.2)
+    layout = TokenLayout(1, (2, 5))
     x, upstream = numbers(2, 11, 24), numbers(2, 11, 24, seed=1)
     found = []
     for dtype in (torch.float32, torch.float64):
         made.to(dtype)
+        if dtype == torch.float64:
+            monkeypatch.undo()
         leaf = x.to(dtype).requires_grad_()
-        y = made(leaf)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low and dtype == torch.float32):
+            q, k, v = made.project(leaf)
+            y = made.add_mlp(made.add_attended(leaf, bridged_attention(q, k, v, layout)))
+        assert y.dtype == dtype
         found.append([y.detach(), *torch.autograd.grad(y, leaf, upstream.to(dtype))])
-    # six sums of up to 96 terms, one after the other, forward and as many backward
+    # six sums of up to 96 terms, one after the other, forward and as many backward; roundings to bf16 are independent
     for mine, right in zip(*found, strict=True):
-        assert errors(mine, right)[0] <= 12 * bound(96)
-
-
-def test_only_what_has_gaps_is_copied():
-    """oneDNN takes its reference code for it."""
-    whole = numbers(19, 40)
-    assert products._dense(whole) is whole
-    turned = whole.t()
-    assert products._dense(turned) is turned
-    for part in (whole[:, 5:29], whole[:, 5:29].t()):
-        assert products._dense(part).is_contiguous()
-        assert torch.equal(products._dense(part), part)
+        assert errors(mine, right)[0] <= (12**0.5 if low else 12) * bound(96, low)

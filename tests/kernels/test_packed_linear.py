@@ -9,6 +9,7 @@ from torch import nn
 
 from fastzs.kernels.packed_linear.compiled import MISSING
 from fastzs.kernels.packed_linear.reference import ACTIVATIONS
+from fastzs.kernels.packed_linear.training import linear_backward, mlp, mlp_backward, pack_now
 from fastzs.kernels.packed_linear.weights import pack_norm, pack_weight, unpack_weight
 from fastzs.ops import packed_linear
 
@@ -208,4 +209,73 @@ def test_opcheck():
     first, second = (pack_weight(w, b, torch.int8) for w, b in weights)
     table = pack_norm(norms[0]).table
     arguments = (rand(4, 20), table, 1e-5, first.panels, first.columns, 30, 1, second.panels, second.columns, 10)
-    torch.library.opcheck(torch.ops.fastzs.packed_linear, (*arguments, rand(4, 10), None, 0.0))
+    torch.library.opcheck(torch.ops.fastzs.packed_linear, (*arguments, rand(4, 10), None, 0.0, True))
+
+
+@NEEDS_LIBRARY
+class TestTraining:
+    @pytest.fixture(params=ISAS, autouse=True)
+    def isa(self, request, monkeypatch):
+        monkeypatch.setenv("FASTZS_CPU_ISA", request.param)
+
+    @pytest.mark.parametrize("of", [f32, bf16], ids=str)
+    @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+    @pytest.mark.parametrize("shape", [(1, 1), (70, 3), (64, 64), (129, 131), (65, 1100)], ids=str)
+    def test_packs_as_for_inference(self, shape, dtype, of):
+        weight, bias = rand(*shape, seed=4).to(of), rand(shape[0], seed=5)
+        right = pack_weight(weight, bias, dtype)
+        whole = torch.full((shape[0], shape[1] + 5), torch.nan, dtype=of)
+        whole[:, 2:-3] = weight
+        for mine in (
+            pack_now(weight, bias, dtype),
+            pack_now(whole[:, 2:-3], bias, dtype),
+            pack_now(weight.t().contiguous(), bias, dtype, turned=True),
+            pack_now(weight.t(), bias, dtype, turned=True),
+        ):
+            assert torch.equal(mine.panels, right.panels)
+            assert torch.equal(mine.columns, right.columns)
+            assert mine[2:] == right[2:]
+
+    @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
+    @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+    def test_an_mlp_and_its_gradient(self, dtype, activation):
+        weights, (norm, _) = layers(100, 131, 100)
+        (w1, b1), (w2, b2) = weights
+        x, grad = rand(53, 100, seed=7), rand(53, 100, seed=8)
+        out, hidden = mlp(x, pack_norm(norm), pack_now(w1, b1, dtype), pack_now(w2, b2, dtype), activation)
+        turned = [pack_now(w, None, dtype, turned=True) for w in (w2, w1)]
+        dx = mlp_backward(grad, x, pack_norm(norm), hidden, *turned, activation)
+        assert (out.dtype, hidden.dtype, dx.dtype) == (f32, dtype, f32)
+        given = x.double().requires_grad_()
+        between = F.linear(norm.double()(given), w1.double(), b1.double())
+        right = given + F.linear(ACTIVATIONS[activation](between), w2.double(), b2.double())
+        (right_dx,) = torch.autograd.grad(right, given, grad.double())
+        # two sums of up to 131 numbers; in bf16 their operands, three in a row, are rounded by up to half a step of
+        # 2^-7, and the hidden layer, which backward starts from, too; erf is within 5e-7
+        summed = 2 * 131**0.5 * (torch.finfo(f32).eps + 5e-7)
+        step = 4 * 2.0**-7 if dtype == bf16 else summed
+        for mine, exact in ((hidden, between), (out, right), (dx, right_dx)):
+            off = (mine.double() - exact).detach()
+            assert off.abs().max() <= step * exact.abs().max()
+            assert off.square().mean() <= step**2 / 12 * exact.square().mean() + summed**2
+
+    @pytest.mark.parametrize("dtype", [f32, bf16], ids=str)
+    def test_the_gradient_behind_a_norm(self, dtype):
+        weights, (norm, _) = layers(100, 131, 100)
+        weight, x, grad = weights[0][0], rand(53, 100, seed=7), rand(53, 131, seed=8).to(dtype)
+        dx = linear_backward(grad, x, pack_norm(norm), pack_now(weight, None, dtype, turned=True))
+        given = x.double().requires_grad_()
+        (right,) = torch.autograd.grad(F.linear(norm.double()(given), weight.double()), given, grad.double())
+        # a sum of 131 numbers, weights rounded by half a step of 2^-7, and a norm's few sums of 100
+        step = 3 * 131**0.5 * torch.finfo(f32).eps + (2.0**-8 if dtype == bf16 else 0)
+        assert dx.dtype == f32
+        assert (dx - right).abs().max() <= step * right.abs().max()
+
+    @pytest.mark.parametrize(("of", "to"), [(f32, bf16), (bf16, f32)], ids=["narrower", "wider"])
+    def test_results_of_another_dtype(self, of, to):
+        x, residual, weight = rand(53, 100, seed=7).to(of), rand(53, 70, seed=8).to(to), rand(70, 100) / 10
+        out = packed_linear(x, pack_weight(weight, None, bf16), residual=residual, dtype=to, impl="cpu")
+        exact = x.bfloat16().double() @ weight.bfloat16().double().T + residual.double()
+        assert out.dtype == to
+        allowed = 100**0.5 * torch.finfo(f32).eps + (torch.finfo(bf16).eps / 2 if to == bf16 else 0)
+        assert ((out - exact).abs() <= allowed * (exact.abs() + 1)).all()

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastzs.kernels.packed_linear import compiled
-from fastzs.kernels.packed_linear.reference import packed_linear_reference
+from fastzs.kernels.packed_linear import compiled, training
+from fastzs.kernels.packed_linear.reference import ACTIVATIONS, packed_linear_reference
 from fastzs.kernels.packed_linear.weights import pack_norm, pack_weight
 
 from .mutants import NEEDS_COMPILER, compile_variants
@@ -17,7 +17,9 @@ MUTATIONS = {
     "nothing": [],
     "bytes are not moved back": [("start[c] = -128 *", "start[c] = 0 *")],
     "all rows have the first one's scale": [("+ n + c) * scales[r]", "+ n + c) * scales[0]")],
-    "the hidden layer keeps the scales of x": [("scales[r] = to_units<LANES, KIND>(hid", "to_units<LANES, KIND>(hid")],
+    "the hidden layer keeps the scales of x": [
+        ("scales[r] = to_units<LANES, KIND, ROUNDS>(hid", "to_units<LANES, KIND, ROUNDS>(hid")
+    ],
     "a depth counts once": [("k < depth; k += DEPTH)", "k < DEPTH && k < depth; k += DEPTH)")],
     "the second panel has the first one's bias": [("V::load(layer.bias + n + c)", "V::load(layer.bias + c)")],
     "rows of the last tile are not computed": [
@@ -26,9 +28,14 @@ MUTATIONS = {
     "the last panel's columns are cut": [
         ("static_cast<int>(layer.outputs - n)", "static_cast<int>(layer.outputs - n) / LANES * LANES")
     ],
-    "the residual is forgotten": [("if (job.residual != nullptr)", "if (false)")],
+    "the residual is forgotten": [("if (job.residual != nullptr && job.normed == nullptr)", "if (false)")],
+    "backward takes the activation for its slope": [("y *= slope<LANES, ROUGH>(", "y *= activate<LANES, ROUGH>(")],
+    "the hidden layer is not kept": [("if (kept != nullptr) put", "if (false) put")],
+    "the residual's gradient is forgotten": [("if (job.residual != nullptr && job.normed != nullptr)", "if (false)")],
+    "the mean of a norm has no gradient": [("(g - shift - x * tilt)", "(g - x * tilt)")],
+    "the deviation of a norm has no gradient": [("(g - shift - x * tilt)", "(g - shift)")],
     "the variance counts the padding": [("if (n - k < LANES) x =", "if (false) x =")],
-    "eps is forgotten": [("/ n + norm.eps)", "/ n)")],
+    "eps is forgotten": [("/ n + eps)", "/ n)")],
     "a second block is the first": [("const int64_t at = block * job.block_rows, left", "const int64_t at = 0, left")],
 }
 
@@ -47,12 +54,32 @@ def agrees(ops, monkeypatch) -> bool:
             (x, first, second, "relu", before, residual, after),
             (x, first, None, "none", None, None, None),
         ):
-            out = compiled.run(*arguments)
-            right = packed_linear_reference(x.double(), *arguments[1:])
+            out = compiled.run(*arguments, x.dtype)
+            right = packed_linear_reference(x.double(), *arguments[1:], torch.float64)
             size = right.abs().amax(1, keepdim=True)
             if not ((out - right).abs() <= step * size).all():
                 return False
-    return True
+    return gradients_agree()
+
+
+def gradients_agree() -> bool:
+    """Whether an MLP in training, its gradient and that of a projection are right, in fp32."""
+    weights, (norm, _) = layers(100, 131, 100)
+    (w1, b1), (w2, b2) = weights
+    x, grad, of_hidden = rand(53, 100, seed=7), rand(53, 100, seed=8), rand(53, 131, seed=9)
+    first, last, turned_last, turned_first = (
+        pack_weight(w, b, torch.float32) for w, b in ((w1, b1), (w2, b2), (w2.t(), None), (w1.t(), None))
+    )
+    packed = pack_norm(norm)
+    out, hidden = training.mlp(x, packed, first, last, "quick_gelu")
+    dx = training.mlp_backward(grad, x, packed, hidden, turned_last, turned_first, "quick_gelu")
+    given = x.double().requires_grad_()
+    between = F.linear(norm.double()(given), w1.double(), b1.double())
+    right = given + F.linear(ACTIVATIONS["quick_gelu"](between), w2.double(), b2.double())
+    found = [(out, right), (dx, torch.autograd.grad(right, given, grad.double(), retain_graph=True)[0])]
+    dx = training.linear_backward(of_hidden, x, packed, turned_first)
+    found.append((dx, torch.autograd.grad(between, given, of_hidden.double())[0]))
+    return all((mine - exact).abs().max() <= 1e-4 * exact.abs().max() for mine, exact in found)
 
 
 @pytest.fixture(scope="module")
@@ -91,4 +118,6 @@ def test_bytes_where_there_are_no_instructions_for_them(isa, tmp_path, monkeypat
     x, weight = (torch.randint(-127, 128, (n, 40), generator=generator).float() for n in (20, 30))
     x[:, 0], weight[:, 0] = 127, -127
     packed = pack_weight(weight, None, torch.int8)
-    assert torch.allclose(compiled.run(x, packed, None, "none", None, None, None), F.linear(x, weight), rtol=1e-6)
+    assert torch.allclose(
+        compiled.run(x, packed, None, "none", None, None, None, x.dtype), F.linear(x, weight), rtol=1e-6
+    )
