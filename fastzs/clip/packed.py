@@ -19,6 +19,7 @@ from fastzs.clip.blocks import GatedMlp
 from fastzs.clip.conv import ConvTower
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, FusedPool, activation_of
+from fastzs.clip.of_timm import TimmBlock
 from fastzs.clip.packable import Packable
 from fastzs.clip.pools import AttentionPool
 from fastzs.clip.products import onednn_pays, packed_pays
@@ -91,7 +92,7 @@ def packed_mlp(mlp: nn.Sequential | GatedMlp, onednn: bool) -> nn.Module:
 
 @torch.no_grad()
 def pack(model: nn.Module, int8: bool = False) -> None:
-    """Pack the transformer blocks and decoder layers inside ``model``, for evaluation on a CPU.
+    """Pack the transformer blocks, timm's plain ones too, and decoder layers inside ``model``, for a CPU.
 
     Branches of convolutional towers are joined, see :meth:`fastzs.clip.conv.ConvTower.join_branches`.
 
@@ -119,6 +120,9 @@ def pack(model: nn.Module, int8: bool = False) -> None:
                     block.stand_in(
                         {"attn": PackedAttention(block.attn, onednn), "mlp": packed_mlp(block.mlp, onednn).eval()}
                     )
+        elif fused and isinstance(module, TimmBlock):
+            module.unpack()
+            found += _stand_in(name, module, functools.partial(FusedBlock, module.as_block(), int8), int8)
         elif isinstance(module, AttentionPool):
             module.unpack()
             module.stand_in(_of_pool(module, fused, onednn_pays(dtype)))

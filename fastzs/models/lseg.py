@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fastzs import clip as clip_module
 from fastzs.clip import Clip, TextEncoder, VisionTransformer, WeightsError
+from fastzs.clip.of_timm import TimmBlock
 from fastzs.clip.state import fit
 from fastzs.clip.vision import mlp_ratio, vit_sizes
 from fastzs.decoders.dpt import DPTDecoder, Readout, Reassemble, SpatialBlock, double
@@ -380,12 +381,16 @@ def _timm_tower(name: str, sizes: Mapping[str, Any] | None, pretrained: bool) ->
             "mlp_ratio": mlp_ratio(block.mlp.fc1.out_features, block.mlp.fc1.in_features),
         }
         with torch.device("meta"):
-            plain = TimmViT(**sizes, num_classes=0)
-        if plain.state_dict().keys() != named.state_dict().keys():
-            extra = sorted(plain.state_dict().keys() ^ named.state_dict().keys())
+            tower = _plain(sizes)
+        if tower.state_dict().keys() != named.state_dict().keys():
+            extra = sorted(tower.state_dict().keys() ^ named.state_dict().keys())
             raise WeightsError(f"LSeg: image={name!r} is not a plain ViT: {', '.join(extra[:4])}")
-        tower = named
+        tower.load_state_dict(named.state_dict(), assign=True)
     else:
-        tower = TimmViT(**sizes, num_classes=0)
+        tower = _plain(sizes)
     tower.norm = nn.Identity()
     return tower, sizes
+
+
+def _plain(sizes: Mapping[str, Any]) -> TimmViT:
+    return TimmViT(**sizes, num_classes=0, block_fn=TimmBlock)
