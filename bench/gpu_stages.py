@@ -25,7 +25,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 TOTAL = 500  # seconds for all stages together; the build has had its own before
-ORDER = ("mask_loss", "pixel_text_logits", "label_map", "bridged_attention", "dense_attention", "key_smoothing")
+ORDER = (
+    "mask_loss", "pixel_text_logits", "label_map", "bridged_attention", "dense_attention", "key_smoothing", "refine",
+    "proxy_attention",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def stages(folder: Path, dry: bool) -> Iterator[Stage]:
 
 
 # A quick one of each file, for the dry run.
-DRY_TESTS = "labels_out_of_range or nan_stays or low_precision_logits or twice_the_same or gradients_go or number_stays"
+DRY_TESTS = (
+    "labels_out_of_range or nan_stays or low_precision_logits or twice_the_same or gradients_go or number_stays"
+    " or equal_scores or always_sees_itself"
+)
 
 
 def run(stage: Stage, limit: float, log: Path) -> tuple[str, float]:

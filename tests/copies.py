@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastzs.kernels.label_map.api import _kept_penalty
 from fastzs.kernels.label_map.tables import build_tables
+from fastzs.kernels.refine import kept as refine_tables
 from fastzs.losses import _among
 from fastzs.models.base import kept_groups
 from fastzs.segmenter import _on_levels
@@ -97,5 +98,5 @@ def gpu_that_is_not_there(default: bool = False) -> Iterator[list[tuple[str, str
 
 def forget_tables() -> None:
     """What is kept on a device must not be kept on one that is not there."""
-    for kept in (_kept_penalty, build_tables, kept_groups, _among, _on_levels, _shared):
+    for kept in (_kept_penalty, build_tables, kept_groups, _among, _on_levels, _shared, *refine_tables.TABLES):
         kept.cache_clear()

@@ -16,7 +16,8 @@ from fastzs import transfers
 from fastzs.answer import in_turn
 from fastzs.losses import honest_target, inductive_target, transductive_target
 from fastzs.models import ClipRC, MaskCLIP, ZegCLIP
-from fastzs.models.training_free import SCLIP
+from fastzs.models.pearl import PEARL
+from fastzs.models.training_free import NACLIP, SCLIP
 from fastzs.segmenter import Segmenter
 from fastzs.transfers import Fetched, Sending
 from fastzs.vocabulary import Vocabulary
@@ -81,6 +82,8 @@ def clock(monkeypatch):
 SYSTEMS = {
     "maskclip": lambda: MaskCLIP(tiny_clip()),
     "sclip": lambda: SCLIP(tiny_clip()),
+    "naclip": lambda: NACLIP(tiny_clip()),
+    "pearl": lambda: PEARL(tiny_clip()),
     "zegclip": lambda: model_of(ZegCLIP),
     "clip_rc": lambda: model_of(ClipRC),
 }

@@ -20,8 +20,9 @@ def test_batches_are_the_same_as_one_image_after_the_other(system):
         assert (found.labels != labels).float().mean() < 1e-3  # near ties: other sizes round otherwise
 
 
-def test_nothing_waits_for_the_gpu():
-    segmenter = fastzs.load("maskclip", weights="shapes", device="cuda", batch_size=4)
+@pytest.mark.parametrize("system", ["maskclip", "sclip", "naclip", "pearl"])
+def test_nothing_waits_for_the_gpu(system):
+    segmenter = fastzs.load(system, weights="shapes", device="cuda", batch_size=4)
     views = [segmenter.view(draw(1, (96, 128), seed=seed).images[0]) for seed in range(8)]
     question = segmenter.question(NAMES)
     list(segmenter.answer_views(views, question))  # tables and kernels

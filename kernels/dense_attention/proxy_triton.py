@@ -25,7 +25,7 @@ from .triton import LOG2_E
 TILES = {2: (64, 64, 128, 64, 8, 2), 4: (32, 64, 128, 16, 8, 2)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def proxy_attention_fwd_kernel(
     features_ptr,  # [B, N, E], contiguous as all are
     inverse_ptr,  # [B, N], what makes the features unit ones

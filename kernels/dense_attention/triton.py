@@ -18,7 +18,7 @@ from ..triton_runtime import architecture, interpreted
 LOG2_E = math.log2(math.e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "prefix", "patches", "w"])
 def dense_attention_fwd_kernel(
     q_ptr,  # [B, H, P + N, d]
     k_ptr,

@@ -42,7 +42,7 @@ def product(a, k, total, PRECISION: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "splits", "per_split"])
 def key_smoothing_sums_fwd_kernel(
     keys_ptr,  # [B, N, D], contiguous
     probs_ptr,  # [B, C, N], contiguous
@@ -86,7 +86,7 @@ def key_smoothing_sums_fwd_kernel(
         tl.store(squares_ptr + (b * splits + split) * D + d, squares, mask=d < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "splits"])
 def key_smoothing_spread_fwd_kernel(
     keys_ptr,  # [B, N, D], contiguous
     probs_ptr,  # [B, C, N], read with OFFICIAL

@@ -20,7 +20,7 @@ PIXELS = 64
 TILES = {2: (128, 32, 4), 4: (64, 16, 8)}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["features_stride_y", "C", "w"])
 def pixel_text_logits_fwd_kernel(
     features_ptr,  # [B, D, h, w]
     text_ptr,  # [C, D]

@@ -75,12 +75,12 @@ def refine(
 
     Args:
         logits: ``[W, C, h, w]`` fp32, bf16, fp16 or fp64, one map per window, of one image. A class with a logit that
-            is not finite loses everywhere, and one warning says so; where all have one the label is 0. Not
-            differentiable.
-        image: ``[3, H', W']`` floating, RGB, finite: the guide, and the size of the results. As published it is the
-            image as the model sees it (normalised), enlarged to the original size. "pamr" does not mind a factor
-            common to all pixels and channels, nor a shift; in areas of one colour all neighbours weigh the same, but a
-            guide that was enlarged has rounding noise there, and the noise then decides.
+            is not finite loses everywhere, and one warning says so (on a GPU it is not looked for, that would wait for
+            the device); where all have one the label is 0. Not differentiable.
+        image: ``[3, H', W']`` floating, RGB, finite (checked on CPUs): the guide, and the size of the results. As
+            published it is the image as the model sees it (normalised), enlarged to the original size. "pamr" does not
+            mind a factor common to all pixels and channels, nor a shift; in areas of one colour all neighbours weigh
+            the same, but a guide that was enlarged has rounding noise there, and the noise then decides.
         windows: ``[W, 4]`` integers (top, left, height, width) in pixels of the resized image: rows and columns of
             windows of one size that together cover it, as :func:`fastzs.windows.window_grid` lays them. They may reach
             beyond it. By default one window over everything.

@@ -1,5 +1,6 @@
 """What all backends of ``refine`` share: where windows lie, which classes can win, what is asked for."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,7 +73,7 @@ def side_by_side(logits: Tensor, windows: list[list[int]], tops: list[int], left
     return maps.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
-def window_axis(starts: list[int], length: int, nodes: int, picture: int, output: int) -> Axis:
+def window_axis(starts: Sequence[int], length: int, nodes: int, picture: int, output: int) -> Axis:
     """Windows' nodes to their pixels, the mean over windows, then the image's pixels to the output's: one mixture.
 
     Both steps are bilinear with ``align_corners=False``. A window may reach beyond the image.
@@ -100,7 +101,7 @@ def bilinear(position: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def possible_winners(nodes: Tensor) -> Tensor:
-    """Indices of the classes of ``nodes`` ``[C, I, J]`` that could be the label of some pixel, ascending.
+    """bool ``[C]``: the classes of ``nodes`` ``[C, I, J]`` that could be the label of some pixel.
 
     A refined score is a weighted mean of the nodes, the weights being positive and the same for all classes. So a
     class that lies below one other class at every node lies below it at every pixel, however the image looks.
@@ -108,9 +109,9 @@ def possible_winners(nodes: Tensor) -> Tensor:
     flat = nodes.flatten(1)
     margin = MARGIN * flat.abs().max()
     beaten = torch.zeros(len(flat), dtype=torch.bool, device=flat.device)
-    for rival in flat.mean(1).topk(min(RIVALS, len(flat))).indices:
-        beaten |= (flat - flat[rival]).amax(1) < -margin
-    return (~beaten).nonzero().flatten()
+    for rival in flat[flat.mean(1).topk(min(RIVALS, len(flat))).indices]:
+        beaten |= (flat - rival).amax(1) < -margin
+    return ~beaten
 
 
 RIVALS = 8  # classes of the highest mean that the others are compared with

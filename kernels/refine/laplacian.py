@@ -4,13 +4,13 @@ Everything is fp64. The system is badly conditioned and 25 steps do not solve it
 code, in fp32, is off by 2e-3 of the scores.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import Axis
-
-GREY = (0.299, 0.587, 0.114)
+from .kept import grey_weights
 
 
 def self_similarity(text: Tensor) -> Tensor:
@@ -23,28 +23,30 @@ def self_similarity(text: Tensor) -> Tensor:
     return likeness / (11 + 1e-6)
 
 
-def pool(axis: Axis, nodes: int, step: int) -> Tensor:
-    """``[n // step, nodes]`` fp64: means of ``step`` output pixels that follow each other, from the windows' nodes."""
-    dense = axis.weight.new_zeros(len(axis.index), nodes).scatter_add(1, axis.index, axis.weight)
-    count = len(dense) // step
-    return dense[: count * step].unflatten(0, (count, step)).mean(1)
+def steps_of(size: Sequence[int], cells: int) -> list[int]:
+    """Pixels of a cell along both axes, for about ``cells`` of them a side."""
+    return [max(1, round(length / cells)) for length in size]
 
 
 def laplacian(
     nodes: Tensor,  # [C, I, J]
-    rows: Axis,
-    cols: Axis,
+    down: Tensor,  # [h, I], see kept.pools
+    across: Tensor,  # [w, J]
     image: Tensor,  # [3, H', W']
     likeness: Tensor,  # [C]
     cells: int,
     iterations: int,
+    absent: Tensor | None = None,  # bool [C]
 ) -> Tensor:
-    """Refined scores ``[C, h, w]`` fp64 on the coarse grid of about ``cells`` cells a side."""
-    steps = [max(1, round(length / cells)) for length in image.shape[1:]]
-    down, across = (pool(*one) for one in zip((rows, cols), nodes.shape[1:], steps, strict=True))
-    scores = down.to(nodes.device) @ nodes.double() @ across.to(nodes.device).T
-    grey = torch.tensordot(image.new_tensor(GREY, dtype=torch.float64), F.avg_pool2d(image.double(), steps), 1)
-    share = scores.softmax(0)
+    """Refined scores ``[C, h, w]`` fp64 on the coarse grid of about ``cells`` cells a side.
+
+    Classes that are ``absent``, whose nodes must be 0, take part in nothing: their scores stay 0.
+    """
+    scores = down @ nodes.double() @ across.T
+    grey = torch.tensordot(
+        grey_weights(image.device), F.avg_pool2d(image.double(), steps_of(image.shape[1:], cells)), 1
+    )
+    share = (scores if absent is None else scores.masked_fill(absent[:, None, None], -torch.inf)).softmax(0)
     weighted = likeness[:, None, None] * share
     trust = share.amax(0).clamp_min(0.05).square() * (1 + (weighted * share).sum(0))
     right = edge_weights(grey.diff(dim=1), (weighted[:, :, 1:] * share[:, :, :-1]).sum(0))

@@ -1,7 +1,8 @@
 """``refine`` as one PyTorch operator, opaque to torch.compile and torch.export, whatever backend computes it.
 
 What depends on values happens in the operator, so that a traced program has it too: the checks of windows and image,
-the warning, and which classes can be left out.
+the warning, and which classes can be left out. Triton's backend asks a GPU for no value: see
+:mod:`fastzs.kernels.refine.unread`.
 """
 
 import warnings
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import library
-from .common import Options, grid_of, possible_winners, side_by_side, window_axis
+from .common import Options, Result, grid_of, possible_winners, side_by_side, window_axis
 from .compiled import refine_cpu
-from .laplacian import laplacian, self_similarity
+from .kept import pools
+from .laplacian import laplacian, self_similarity, steps_of
 from .reference import refine_reference
 
 
@@ -34,44 +36,59 @@ def refine(
     size, places, classes = (image.shape[1], image.shape[2]), windows.tolist(), logits.shape[1]
     tops, lefts = grid_of(places, (image_size[0], image_size[1]))
     logits, image = logits.to(score_dtype(logits)), image.to(score_dtype(logits))
-    if not image.isfinite().all():
-        raise ValueError("refine: image has NaN or infinite values; expected finite ones")
-    kept = logits.isfinite().all((0, 2, 3)).nonzero().flatten()
-    if len(kept) < classes:
-        warnings.warn("refine: logits has NaN or infinite values; classes that have one lose everywhere", stacklevel=3)
+    finite = logits.isfinite().all((0, 2, 3))  # [C]
+    if logits.device.type == "cpu":  # a GPU would have to be waited for
+        if not image.isfinite().all():
+            raise ValueError("refine: image has NaN or infinite values; expected finite ones")
+        if not finite.all():
+            message = "refine: logits has NaN or infinite values; classes that have one lose everywhere"
+            warnings.warn(message, stacklevel=3)
+    options = Options((image_size[0], image_size[1]), tuple(dilations), iterations, scale, return_maps)
+    axes = [
+        (tuple(starts), places[0][2 + i], logits.shape[2 + i], image_size[i], size[i])
+        for i, starts in enumerate((tops, lefts))
+    ]
+    likeness = None if method != "laplacian" or text is None else self_similarity(text)
+    if backend == "triton":
+        from .unread import refine_unread
+
+        nodes = side_by_side(logits, places, tops, lefts)
+        result = refine_unread(nodes, finite, axes, image, likeness, cells, options)
+        return returned(result, classes)
+    kept = finite.nonzero().flatten()
     if len(kept) == 0:
         return nothing(logits, size, scale, return_maps)
     nodes = side_by_side(logits if len(kept) == classes else logits[:, kept], places, tops, lefts)
     if method != "laplacian" and scale is None and not return_maps:
-        winners = possible_winners(nodes)
+        winners = possible_winners(nodes).nonzero().flatten()
         kept, nodes = kept[winners], nodes if len(winners) == len(nodes) else nodes[winners]
-    rows = window_axis(tops, places[0][2], logits.shape[2], image_size[0], size[0])
-    cols = window_axis(lefts, places[0][3], logits.shape[3], image_size[1], size[1])
-    options = Options((image_size[0], image_size[1]), tuple(dilations), iterations, scale, return_maps)
-    if method == "laplacian":
-        assert text is not None
-        nodes = laplacian(nodes, rows, cols, image, self_similarity(text)[kept], cells, iterations).to(nodes.dtype)
-        rows, cols = (window_axis([0], out, n, out, out) for out, n in zip(size, nodes.shape[1:], strict=True))
+    rows, cols = (window_axis(*axis) for axis in axes)
+    if likeness is not None:
+        down, across = pools(axes, steps_of(size, cells), nodes.device)
+        nodes = laplacian(nodes, down, across, image, likeness[kept], cells, iterations).to(nodes.dtype)
+        rows, cols = (window_axis((0,), out, n, out, out) for out, n in zip(size, nodes.shape[1:], strict=True))
         logits, places = nodes[None], [[0, 0, *size]]
         options = options._replace(image_size=size, iterations=0)
     elif backend == "reference":
         logits = logits[:, kept]
-    if backend == "triton":
-        from .triton import refine_triton
-
-        result = refine_triton(nodes, rows, cols, image, options)
-    elif backend == "cpu":
+    if backend == "cpu":
         result = refine_cpu(nodes, rows, cols, image, options)
     else:
         result = refine_reference(logits, places, image, options)
-    labels, maps = result.labels, result.maps
     if len(kept) < classes:
-        labels = kept[labels]
+        maps = result.maps
         if maps is not None:
             maps = maps.new_full((classes, *size), torch.nan).index_copy_(0, kept, maps)
+        result = result._replace(labels=kept[result.labels], maps=maps)
+    return returned(result, classes)
+
+
+def returned(result: Result, classes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the operator returns."""
     none = result.scores.new_empty(0)
     probabilities = none if result.probabilities is None else result.probabilities
-    return labels.to(label_dtype(classes)), result.scores, probabilities, none if maps is None else maps
+    maps = none if result.maps is None else result.maps
+    return result.labels.to(label_dtype(classes)), result.scores, probabilities, maps
 
 
 def _fake(logits, windows, image, image_size, method, dilations, iterations, text, cells, scale, return_maps, backend):

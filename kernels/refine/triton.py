@@ -1,4 +1,7 @@
-"""``refine`` in Triton: weights once, then a few classes at a time from map to map; sums are fp32."""
+"""``refine`` in Triton: weights once, then a few classes at a time from map to map; sums are fp32.
+
+How many classes take part only the GPU knows; the others come after them, and programs for those end at once.
+"""
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 # (it does not know what a grid and a static_range are in a kernel)
@@ -11,6 +14,23 @@ from .common import Axis, Options, Result
 
 PIXELS, CLASSES, WARPS = 128, 4, 4  # a program's tile
 CHUNK = 32  # classes whose maps exist at a time
+# Of images of many sizes: a variant of the kernels for each kind of number would be compiled as they come.
+SIZES = [
+    "neighbours",
+    "pixels",
+    "height",
+    "width",
+    "node_rows",
+    "node_cols",
+    "row_taps",
+    "col_taps",
+    "first",
+    "classes",
+]
+
+
+def _jit(function):
+    return triton.jit(function, do_not_specialize=[name for name in SIZES if name in function.__code__.co_varnames])
 
 
 @triton.jit
@@ -50,7 +70,7 @@ def inverse_spread(image_ptr, dilations_ptr, at, y, x, inside, neighbours, heigh
     return 1.0 / (3.0 * (1e-8 + 0.1 * tl.sqrt(variance)))
 
 
-@triton.jit
+@_jit
 def refine_weights_kernel(
     image_ptr,  # [3, H, W] fp32
     dilations_ptr,  # [|D|] int32
@@ -82,7 +102,7 @@ def refine_weights_kernel(
         tl.store(weights_ptr + n * pixels + at, tl.exp(least - a) / total, mask=inside)
 
 
-@triton.jit
+@_jit
 def refine_maps_kernel(
     nodes_ptr,  # [C, I, J] fp32, from the first class of the chunk on
     row_index_ptr,  # [H, row_taps] int32
@@ -90,6 +110,8 @@ def refine_maps_kernel(
     col_index_ptr,  # [W, col_taps] int32
     col_weight_ptr,  # [W, col_taps] fp32
     maps_ptr,  # [chunk, H, W] fp32
+    count_ptr,  # int32: the classes that take part
+    first,  # class of the chunk
     classes,  # of the chunk
     node_rows,
     node_cols,
@@ -101,6 +123,9 @@ def refine_maps_kernel(
     PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
+    classes = tl.minimum(tl.load(count_ptr) - first, classes)
+    if tl.program_id(1) * CLASSES >= classes:
+        return
     at = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     inside = at < pixels
     y, x = at // width, at % width
@@ -121,12 +146,14 @@ def refine_maps_kernel(
     tl.store(maps_ptr + c.to(tl.int64)[:, None] * pixels + at[None, :], total, mask=wanted)
 
 
-@triton.jit
+@_jit
 def refine_step_kernel(
     source_ptr,  # [chunk, H, W] fp32
     weights_ptr,  # [8 |D|, H, W] fp32
     dilations_ptr,  # [|D|] int32
     target_ptr,  # [chunk, H, W] fp32
+    count_ptr,
+    first,
     classes,
     neighbours,
     pixels,
@@ -135,6 +162,9 @@ def refine_step_kernel(
     PIXELS: tl.constexpr,
     CLASSES: tl.constexpr,
 ):
+    classes = tl.minimum(tl.load(count_ptr) - first, classes)
+    if tl.program_id(1) * CLASSES >= classes:
+        return
     at = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     inside = at < pixels
     y, x = tl.minimum((at // width).to(tl.int32), height - 1), (at % width).to(tl.int32)
@@ -149,13 +179,15 @@ def refine_step_kernel(
     tl.store(target_ptr + plane + at[None, :], total, mask=wanted)
 
 
-@triton.jit
+@_jit
 def refine_take_kernel(
     maps_ptr,  # [chunk, H, W] fp32
     labels_ptr,  # [H, W] int32
     scores_ptr,  # [H, W] fp32
     total_ptr,  # [H, W] fp32: sum of exp(scale (score - best)), or not read
-    first,  # class of the chunk
+    order_ptr,  # [C] int64: classes that take part, then others
+    count_ptr,
+    first,  # of the chunk, in that order
     classes,
     pixels,
     scale,
@@ -171,7 +203,8 @@ def refine_take_kernel(
     total = tl.zeros([PIXELS], tl.float32)
     if PROBABILITY:
         total = tl.load(total_ptr + at, mask=seen, other=0.0)
-    for c in range(classes):
+    count = tl.load(count_ptr)
+    for c in range(tl.minimum(count - first, classes)):
         score = tl.load(maps_ptr + at, mask=inside, other=0.0)
         maps_ptr += pixels
         better = score > best
@@ -179,60 +212,60 @@ def refine_take_kernel(
             e = tl.exp(-tl.abs(score - best) * scale)
             total = tl.where(better, total * e + 1.0, total + e)
         best = tl.where(better, score, best)
-        label = tl.where(better, first + c, label)
+        label = tl.where(better, tl.load(order_ptr + first + c).to(tl.int32), label)
     tl.store(scores_ptr + at, best, mask=inside)
     tl.store(labels_ptr + at, label, mask=inside)
     if PROBABILITY:
         if LAST:
-            total = 1.0 / total
+            total = tl.where(count > 0, 1.0 / total, float("nan"))
         tl.store(total_ptr + at, total, mask=inside)
 
 
-def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options: Options) -> Result:
-    """As :func:`fastzs.kernels.refine.compiled.refine_cpu`."""
+def refine_triton(
+    nodes: Tensor,  # [C, I, J]
+    order: Tensor,  # int64 [C]: classes that take part, ascending, then others
+    count: Tensor,  # int32 []: how many take part
+    rows: Axis,  # int32 and fp32, contiguous, as are columns
+    cols: Axis,
+    dilations: Tensor,  # int32 [|D|]
+    image: Tensor,  # [3, H', W']
+    options: Options,
+) -> Result:
+    """Of the classes that take part; maps of others hold anything. If none does, scores are -inf, probabilities NaN."""
     device, classes = nodes.device, len(nodes)
     height, width = image.shape[1:]
     result = Result.empty(nodes, (height, width), options)
-    nodes, image = nodes.contiguous(), image.contiguous()
-    tables = [t.to(device) for axis in (rows, cols) for t in (axis.index.int(), axis.weight.float())]
-    tables = [table.contiguous() for table in tables]
+    nodes, image = nodes[order], image.contiguous()
     pixels = height * width
     blocks, neighbours = triton.cdiv(pixels, PIXELS), 8 * len(options.dilations)
     chunk = min(CHUNK, classes)
     source = nodes.new_empty((chunk, height, width))
+    launch = {"num_warps": WARPS, "enable_fp_fusion": True}
     with torch.cuda.device(device.index if nodes.is_cuda else -1):
         if options.iterations:
-            dilations = torch.tensor(options.dilations, dtype=torch.int32, device=device)
             weights, target = nodes.new_empty((neighbours, height, width)), torch.empty_like(source)
             refine_weights_kernel[(blocks,)](
-                image,
-                dilations,
-                weights,
-                neighbours,
-                pixels,
-                height,
-                width,
-                PIXELS=PIXELS,
-                num_warps=WARPS,
-                enable_fp_fusion=True,
+                image, dilations, weights, neighbours, pixels, height, width, PIXELS=PIXELS, **launch
             )
         for first in range(0, classes, chunk):
-            count = min(chunk, classes - first)
-            grid, tile = (blocks, triton.cdiv(count, CLASSES)), {"PIXELS": PIXELS, "CLASSES": CLASSES}
+            here = min(chunk, classes - first)
+            grid, tile = (blocks, triton.cdiv(here, CLASSES)), {"PIXELS": PIXELS, "CLASSES": CLASSES}
             taps = (rows.index.shape[1], cols.index.shape[1])
             refine_maps_kernel[grid](
                 nodes[first:],
-                *tables,
+                *rows,
+                *cols,
                 source,
                 count,
+                first,
+                here,
                 *nodes.shape[1:],
                 *taps,
                 pixels,
                 height,
                 width,
                 **tile,
-                num_warps=WARPS,
-                enable_fp_fusion=True,
+                **launch,
             )
             for _ in range(options.iterations):
                 refine_step_kernel[grid](
@@ -241,13 +274,14 @@ def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options:
                     dilations,
                     target,
                     count,
+                    first,
+                    here,
                     neighbours,
                     pixels,
                     height,
                     width,
                     **tile,
-                    num_warps=WARPS,
-                    enable_fp_fusion=True,
+                    **launch,
                 )
                 source, target = target, source
             refine_take_kernel[(blocks,)](
@@ -255,16 +289,17 @@ def refine_triton(nodes: Tensor, rows: Axis, cols: Axis, image: Tensor, options:
                 result.labels,
                 result.scores,
                 result.scores if result.probabilities is None else result.probabilities,
-                first,
+                order,
                 count,
+                first,
+                here,
                 pixels,
                 options.scale or 0.0,
                 PROBABILITY=result.probabilities is not None,
-                LAST=first + count == classes,
+                LAST=first + here == classes,
                 PIXELS=PIXELS,
-                num_warps=WARPS,
-                enable_fp_fusion=True,
+                **launch,
             )
             if result.maps is not None:
-                result.maps[first : first + count] = source[:count]
+                result.maps.index_copy_(0, order[first : first + here], source[:here])
     return result

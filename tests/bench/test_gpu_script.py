@@ -1,6 +1,7 @@
 """``bench/gpu.sh`` without a GPU: every stage in a small form, what is done is not done again, and a page comes out."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from bench.gpu_report import gpu_report, proposals
 from tests.processes import environment
 
 ROOT = Path(__file__).parents[2]
+KERNEL = re.compile(r"^def (\w+_kernel)\(", re.MULTILINE)
 
 
 @pytest.mark.slow
@@ -46,6 +48,27 @@ def test_dry_run(tmp_path):
     page = (folder / "gpu.md").read_text()
     assert all(f"| {name} | " in page for name in names)
     assert "times of the interpreter, which say nothing" in page
+
+
+def test_every_triton_backend_has_a_stage_of_its_own():
+    """And a test that a GPU runs."""
+    assert {path.parent.name for path in ROOT.glob("kernels/*/triton.py")} <= set(gpu_stages.ORDER)
+    for op in gpu_stages.ORDER:
+        files = list(ROOT.glob(f"tests/kernels/test_{op}_gpu.py")) or [ROOT / f"tests/kernels/test_{op}_triton.py"]
+        assert "pytest.mark.gpu" in files[0].read_text(), op
+
+
+def test_every_kernel_is_compiled_beforehand():
+    pytest.importorskip("triton")
+    from bench import warm_cache
+    from bench.aot import launched_for
+
+    with launched_for(90, compiled=False) as launches:
+        for call, arguments in warm_cache.jobs():
+            call(*arguments)
+    kernels = {name for path in ROOT.glob("kernels/*/*.py") for name in KERNEL.findall(path.read_text())}
+    assert {launch.kernel for launch in launches} == kernels
+    assert len(kernels) > 12
 
 
 def stage(name, code, budget=20):

@@ -22,6 +22,7 @@ if not INTERPRETED:
     from bench.aot import launched_for
     from fastzs.kernels import triton_runtime
     from fastzs.kernels.label_map import tables
+    from fastzs.kernels.refine import kept
 
     from .test_machine_code import CASES, labels
 else:
@@ -32,13 +33,16 @@ else:
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    on_host = tables.host_tables
 
-    def on_cpu(*arguments):
-        with torch._C.DisableTorchFunction():
-            return on_host(*arguments)
+    def on_cpu(function):
+        def call(*arguments):
+            with torch._C.DisableTorchFunction():
+                return function(*arguments)
 
-    monkeypatch.setattr(tables, "host_tables", on_cpu)
+        return call
+
+    for module, name in ((tables, "host_tables"), (kept, "window_axis")):
+        monkeypatch.setattr(module, name, on_cpu(getattr(module, name)))
     yield
     forget_tables()
 

@@ -32,6 +32,7 @@ if not INTERPRETED:
     from fastzs.kernels.label_map.options import Options
     from fastzs.kernels.mask_loss import triton as mask_loss
     from fastzs.kernels.pixel_text_logits import triton as pixel_text
+    from fastzs.kernels.refine.operator import refine
 else:
     ARCHITECTURES = ()
 
@@ -40,26 +41,24 @@ f32, bf16, f16 = torch.float32, torch.bfloat16, torch.float16
 
 def attention(dtype: torch.dtype, width: int, bridge: tuple[int, int] | None = (2, 2), batch: int = 1):
     layout = TokenLayout(1, (8, 8), bridge)
-    q = torch.empty(batch, 2, layout.length, width, dtype=dtype)
+    q, k, v = torch.empty(batch, layout.length, 3, 2, width, dtype=dtype).permute(2, 0, 3, 1, 4)
     prompts = torch.empty(1, 2, 10, width, dtype=dtype)
-    out, lse = bridged.forward(q, q, q, prompts, prompts, layout, 0.1)
-    bridged.backward(out, q, q, q, prompts, prompts, out, lse, layout, 0.1)
+    out, lse = bridged.forward(q, k, v, prompts, prompts, layout, 0.1)
+    bridged.backward(out, q, k, v, prompts, prompts, out, lse, layout, 0.1)
 
 
 def near(dtype: torch.dtype, width: int, std: float | None):
-    q = torch.empty(1, 2, 65, width, dtype=dtype)
-    dense.attention(q, q, q, (8, 8), std)
+    dense.attention(*torch.empty(1, 65, 3, 2, width, dtype=dtype).permute(2, 0, 3, 1, 4), (8, 8), std)
 
 
-def outside(dtype: torch.dtype, smallest: float | None):
-    tokens, row = torch.empty(1, 1764, 768, dtype=dtype), torch.empty(1, 1764)
+def outside(dtype: torch.dtype, smallest: float | None, patches: int = 1764):
+    tokens, row = torch.empty(1, patches, 768, dtype=dtype), torch.empty(1, patches)
     proxy.attention(tokens, row, row, tokens, torch.empty(1), 3.0, smallest)
 
 
-def smooth(dtype: torch.dtype, width: int, mode: str, classes: int = 171):
-    smoothing.key_smoothing(
-        torch.empty(1, 1024, width, dtype=dtype), torch.empty(1, classes, 1024, dtype=dtype), mode, 0.9
-    )
+def smooth(dtype: torch.dtype, width: int, mode: str, classes: int = 171, positions: int = 1024):
+    keys, probs = torch.empty(1, positions, width, dtype=dtype), torch.empty(1, classes, positions, dtype=dtype)
+    smoothing.key_smoothing(keys, probs, mode, 0.9)
 
 
 def labels(dtype: torch.dtype, activation: str, output: tuple[int, int], classes: int = 171, scores: bool = False):
@@ -80,6 +79,14 @@ def cosines(dtype: torch.dtype, text: torch.dtype, classes: int, tokens: bool = 
     if tokens:
         features = features.to(memory_format=torch.channels_last)[:, :, :, ::2]
     pixel_text.pixel_text_logits(features, torch.empty(classes, 512, dtype=text), 100.0)
+
+
+def smoothed(method: str, scale: float | None, output: tuple[int, int] = (60, 101), classes: int = 40):
+    """A readout of four windows."""
+    windows = torch.tensor([[y, x, 32, 32] for y in (0, 16) for x in (0, 32)], device="cpu")
+    text, logits = torch.empty(classes, 8), torch.zeros(4, classes, 4, 4)
+    more = (method, [8, 16], 2, text, 30, scale, scale is not None, "triton")
+    refine(logits, windows, torch.zeros(3, *output), [48, 64], *more)
 
 
 # What is compiled, and whether tensor cores multiply in it.
@@ -111,12 +118,16 @@ CASES: dict[str, tuple[Callable[[], None], bool]] = {
     "pixel_text fp32, 16 classes": (lambda: cosines(f32, f32, 16, True), False),
     "pixel_text bf16": (lambda: cosines(bf16, bf16, 171), True),
     "pixel_text bf16, 20 classes": (lambda: cosines(bf16, bf16, 20, True), True),
+    "refine": (lambda: smoothed("pamr", None), False),
+    "refine, probabilities": (lambda: smoothed("pamr", 40.0), False),
+    "refine, laplacian": (lambda: smoothed("laplacian", None), False),
     "pixel_text autocast": (lambda: cosines(f32, bf16, 171), True),
 }
 # Kernels of a case in which tensor cores have nothing to multiply.
 NO_PRODUCTS = {"probe_kernel", "mask_sums_nodes_kernel"}
 # Registers of a thread: with 80, six blocks of 128 threads fit an SM; these kernels hide latency by many blocks.
-REGISTERS = {"mask_sums_fwd_kernel": 80, "label_map_fwd_kernel": 80, "label_map_norm_kernel": 80}
+REGISTERS = dict.fromkeys(("mask_sums_fwd_kernel", "label_map_fwd_kernel", "label_map_norm_kernel"), 80)
+REGISTERS |= dict.fromkeys([f"refine_{name}_kernel" for name in ("weights", "maps", "step", "take")], 80)
 
 
 def faults(launch: Launch, arch: int, tensor_cores: bool) -> list[str]:
@@ -136,11 +147,11 @@ def faults(launch: Launch, arch: int, tensor_cores: bool) -> list[str]:
 
 
 # On these only what takes most of an SM: their code is much like sm_80's, their shared memory is smaller.
-SMALLER = (86, 89, 120)
+SMALLER = (86, 89)
 DEMANDING = (
-    "attention fp32 128", "attention bf16 64", "attention bf16 128", "dense fp32 64", "dense bf16 128",
-    "proxy bf16", "key_smoothing fp32 1024", "key_smoothing bf16 768", "label_map bf16", "mask_loss fp32",
-    "pixel_text fp32", "pixel_text bf16",
+    "attention fp32 128", "attention bf16 64", "attention bf16 128", "dense fp32 64",
+    "dense bf16 128", "proxy bf16", "key_smoothing fp32 1024", "key_smoothing bf16 768", "label_map bf16",
+    "mask_loss fp32", "pixel_text fp32", "pixel_text bf16",
 )  # fmt: skip
 
 
@@ -162,13 +173,31 @@ def test_a_tile_that_spills_is_seen(monkeypatch):
     assert any("spilled" in fault for launch in launches for fault in faults(launch, 90, True))
 
 
-def test_pictures_of_all_sizes_share_one_label_map():
-    """A variant of the kernel takes a second to compile: a folder of images must not meet one after the other."""
+def test_pictures_of_all_sizes_share_kernels():
+    """A variant of a kernel takes a second to compile: a folder of images must not meet one after the other.
+
+    There may be two, for numbers that lie 16 bytes apart and for others.
+    """
     with launched_for(90) as launches:
-        for output in ((33, 47), (64, 112), (100, 150), (1, 1)):
+        for height, width in ((33, 47), (64, 112), (100, 150), (7, 9), (16, 16)):
+            tokens = torch.empty(1, 1 + height * width, 3, 2, 64, dtype=bf16).permute(2, 0, 3, 1, 4)
+            dense.attention(*tokens, (height, width), 5.0)
+            outside(bf16, None, height * width)
             for classes in (1, 16, 171):
-                labels(f32, "sigmoid", output, classes)
-    assert len({id(launch.compiled) for launch in launches}) == 1
+                labels(f32, "sigmoid", (height, width), classes)
+                smoothed("pamr", None, (height, width), classes)
+                smooth(bf16, 768, "paper", classes, height * width)
+                pixel_text.pixel_text_logits(torch.empty(1, 512, height, width), torch.empty(classes, 512), 100.0)
+    variants = {}
+    for launch in launches:
+        tile = tuple(value for name, value in launch.arguments.items() if name in ("CLASSES", "num_stages"))
+        variants.setdefault((launch.kernel, tile), set()).add(id(launch.compiled))
+    assert {kernel for kernel, _ in variants} > {
+        "label_map_fwd_kernel",
+        "refine_step_kernel",
+        "proxy_attention_fwd_kernel",
+    }
+    assert {key: len(found) for key, found in variants.items() if len(found) > 2} == {}
 
 
 class _Compiles(Exception):
