@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..configs import tile
+from ..strides import in_units
 from ..triton_runtime import architecture, interpreted
 from .layout import TokenLayout
 
@@ -105,18 +106,22 @@ def bridged_attention_fwd_kernel(
     scale,  # of the scores, times log2(e)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,  # of the strides, in numbers
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CELLS: tl.constexpr,
     BRIDGE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
+    q_stride_l, k_stride_l, v_stride_l = q_stride_l * UNIT, k_stride_l * UNIT, v_stride_l * UNIT
+    prompt_k_stride_l, prompt_v_stride_l = prompt_k_stride_l * UNIT, prompt_v_stride_l * UNIT
+    out_stride_l *= UNIT
     block = tl.program_id(0)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    q_ptr += b * q_stride_b + h * q_stride_h
-    k_ptr += b * k_stride_b + h * k_stride_h
-    v_ptr += b * v_stride_b + h * v_stride_h
-    out_ptr += b * out_stride_b + h * out_stride_h
+    q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
+    k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
+    out_ptr += (b * out_stride_b + h * out_stride_h) * UNIT
     lse_ptr += (b * H + h) * length
     d = tl.arange(0, BLOCK_D)
     row_blocks = tl.cdiv(shared, ROWS)
@@ -128,8 +133,8 @@ def bridged_attention_fwd_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        prompt_k = prompt_k_ptr + b * prompt_k_stride_b + h * prompt_k_stride_h
-        prompt_v = prompt_v_ptr + b * prompt_v_stride_b + h * prompt_v_stride_h
+        prompt_k = prompt_k_ptr + (b * prompt_k_stride_b + h * prompt_k_stride_h) * UNIT
+        prompt_v = prompt_v_ptr + (b * prompt_v_stride_b + h * prompt_v_stride_h) * UNIT
         top, total, acc = _attend(
             q, prompt_k, prompt_v, prompt_k_stride_l, prompt_v_stride_l, prompts, scale, d, top, total, acc,
             D, KEYS, UPCAST,
@@ -214,20 +219,25 @@ def bridged_attention_bwd_q_kernel(
     scale_e,  # of the scores
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,  # of the strides, in numbers
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CELLS: tl.constexpr,
     BRIDGE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
+    q_stride_l, k_stride_l, v_stride_l = q_stride_l * UNIT, k_stride_l * UNIT, v_stride_l * UNIT
+    prompt_k_stride_l, prompt_v_stride_l = prompt_k_stride_l * UNIT, prompt_v_stride_l * UNIT
+    out_stride_l *= UNIT
+    grad_stride_l, dq_stride_l = grad_stride_l * UNIT, dq_stride_l * UNIT
     block = tl.program_id(0)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    q_ptr += b * q_stride_b + h * q_stride_h
-    k_ptr += b * k_stride_b + h * k_stride_h
-    v_ptr += b * v_stride_b + h * v_stride_h
-    out_ptr += b * out_stride_b + h * out_stride_h
-    grad_ptr += b * grad_stride_b + h * grad_stride_h
-    dq_ptr += b * dq_stride_b + h * dq_stride_h
+    q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
+    k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
+    out_ptr += (b * out_stride_b + h * out_stride_h) * UNIT
+    grad_ptr += (b * grad_stride_b + h * grad_stride_h) * UNIT
+    dq_ptr += (b * dq_stride_b + h * dq_stride_h) * UNIT
     lse_ptr += (b * H + h) * length
     delta_ptr += (b * H + h) * length
     d = tl.arange(0, BLOCK_D)
@@ -243,8 +253,8 @@ def bridged_attention_bwd_q_kernel(
         tl.store(delta_ptr + row, delta, mask=inside)
         lse = tl.load(lse_ptr + row, mask=inside, other=0.0) * PER_LN_2
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        prompt_k = prompt_k_ptr + b * prompt_k_stride_b + h * prompt_k_stride_h
-        prompt_v = prompt_v_ptr + b * prompt_v_stride_b + h * prompt_v_stride_h
+        prompt_k = prompt_k_ptr + (b * prompt_k_stride_b + h * prompt_k_stride_h) * UNIT
+        prompt_v = prompt_v_ptr + (b * prompt_v_stride_b + h * prompt_v_stride_h) * UNIT
         acc = _row_gradient(
             q, grad, lse, delta, prompt_k, prompt_v, prompt_k_stride_l, prompt_v_stride_l, prompts, scale, d, acc,
             D, KEYS, UPCAST,
@@ -331,20 +341,25 @@ def bridged_attention_bwd_kv_kernel(
     scale_e,  # of the scores
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,  # of the strides, in numbers
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     CELLS: tl.constexpr,
     BRIDGE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
+    q_stride_l, k_stride_l, v_stride_l = q_stride_l * UNIT, k_stride_l * UNIT, v_stride_l * UNIT
+    prompt_k_stride_l, prompt_v_stride_l = prompt_k_stride_l * UNIT, prompt_v_stride_l * UNIT
+    grad_stride_l *= UNIT
+    dk_stride_l, d_prompt_stride_l = dk_stride_l * UNIT, d_prompt_stride_l * UNIT
     block = tl.program_id(0)
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
-    q_ptr += b * q_stride_b + h * q_stride_h
-    k_ptr += b * k_stride_b + h * k_stride_h
-    v_ptr += b * v_stride_b + h * v_stride_h
-    grad_ptr += b * grad_stride_b + h * grad_stride_h
-    dk_ptr += b * dk_stride_b + h * dk_stride_h
-    dv_ptr += b * dk_stride_b + h * dk_stride_h
+    q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
+    k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
+    grad_ptr += (b * grad_stride_b + h * grad_stride_h) * UNIT
+    dk_ptr += (b * dk_stride_b + h * dk_stride_h) * UNIT
+    dv_ptr += (b * dk_stride_b + h * dk_stride_h) * UNIT
     lse_ptr += (b * H + h) * length
     delta_ptr += (b * H + h) * length
     d = tl.arange(0, BLOCK_D)
@@ -373,14 +388,14 @@ def bridged_attention_bwd_kv_kernel(
     elif block < key_blocks + prompt_blocks:
         key = (block - key_blocks) * KEYS + tl.arange(0, KEYS)
         there = key < prompts
-        prompt_k = prompt_k_ptr + b * prompt_k_stride_b + h * prompt_k_stride_h
-        prompt_v = prompt_v_ptr + b * prompt_v_stride_b + h * prompt_v_stride_h
+        prompt_k = prompt_k_ptr + (b * prompt_k_stride_b + h * prompt_k_stride_h) * UNIT
+        prompt_v = prompt_v_ptr + (b * prompt_v_stride_b + h * prompt_v_stride_h) * UNIT
         k = _rows(prompt_k, key, prompt_k_stride_l, d, there, D, UPCAST)  # [KEYS, BLOCK_D]
         v = _rows(prompt_v, key, prompt_v_stride_l, d, there, D, UPCAST)
         dk, dv = _key_gradient(
             k, v, q_ptr, grad_ptr, lse_ptr, delta_ptr, q_stride_l, grad_stride_l, shared, scale, d, D, ROWS, UPCAST
         )
-        at = b * d_prompt_stride_b + h * d_prompt_stride_h
+        at = (b * d_prompt_stride_b + h * d_prompt_stride_h) * UNIT
         _put(d_prompt_k_ptr + at, key, d_prompt_stride_l, d, there, dk * scale_e, D)
         _put(d_prompt_v_ptr + at, key, d_prompt_stride_l, d, there, dv, D)
     elif BRIDGE:
@@ -407,20 +422,29 @@ def bridged_attention_bwd_kv_kernel(
             tl.store(dv_ptr + own.to(tl.int64) * dk_stride_l + d, dv1, mask=d < D)
 
 
-def _launch(kernel, name: str, q: torch.Tensor, layout: TokenLayout, arguments: list, factors: list) -> None:
-    """Start ``kernel``: programs for blocks of rows (for "bwd_kv" of keys and of prompts), and one for a bridge."""
+def _launch(
+    kernel, name: str, layout: TokenLayout, tensors: list[torch.Tensor], strided: list[torch.Tensor], factors: list
+) -> None:
+    """Start ``kernel``: programs for blocks of rows (for "bwd_kv" of keys and of prompts), and one for a bridge.
+
+    Args:
+        tensors: its first arguments; queries, keys, values and the prompts' keys come first.
+        strided: those of them whose strides come next.
+    """
+    q, prompts = tensors[0], tensors[3].shape[2]
     B, H, _, D = q.shape
     rows, keys, warps, stages = tile(name, q.element_size(), D, architecture(q.device))
-    prompts = arguments[3].shape[2]
     blocks = triton.cdiv(layout.shared, rows)
     if name == "bwd_kv":
         blocks = triton.cdiv(layout.shared, keys) + triton.cdiv(prompts, keys)
     blocks += layout.bridge is not None
     cell = layout.cell if layout.bridge else (1, 1)
     bridge = layout.bridge or (0, 0)
+    unit, strides = in_units(strided)
     with torch.cuda.device(q.device.index if q.is_cuda else -1):
         kernel[blocks, B * H](
-            *arguments,
+            *tensors,
+            *strides,
             H,
             prompts,
             layout.prefix,
@@ -432,6 +456,7 @@ def _launch(kernel, name: str, q: torch.Tensor, layout: TokenLayout, arguments: 
             *factors,
             D=D,
             BLOCK_D=max(triton.next_power_of_2(D), 16),
+            UNIT=unit,
             ROWS=rows,
             KEYS=keys,
             CELLS=CELLS,
@@ -451,10 +476,6 @@ def _dense(x: torch.Tensor) -> torch.Tensor:
 def _prompts(k: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
     """Prompt keys or values for every image [B, H, P, d], without a copy; P = 0 without prompts."""
     return k[:, :, :0] if prompt is None else _dense(prompt).expand(k.shape[0], -1, -1, -1)
-
-
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 def _like(q: torch.Tensor) -> torch.Tensor:
@@ -477,8 +498,8 @@ def forward(
     pk, pv = _prompts(k, prompt_k), _prompts(k, prompt_v)
     out, lse = _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     if q.numel() > 0:
-        arguments = [q, k, v, pk, pv, out, lse, *_strides(q, k, v, pk, pv, out)]
-        _launch(bridged_attention_fwd_kernel, "fwd", q, layout, arguments, [scale * LOG2_E])
+        tensors, strided = [q, k, v, pk, pv, out, lse], [q, k, v, pk, pv, out]
+        _launch(bridged_attention_fwd_kernel, "fwd", layout, tensors, strided, [scale * LOG2_E])
     return out.to(q.dtype), lse
 
 
@@ -501,8 +522,8 @@ def backward(
     dpk, dpv = (q.new_empty(pk.shape, dtype=torch.float32) for _ in range(2))
     if q.numel() > 0:
         factors = [scale * LOG2_E, scale]
-        arguments = [q, k, v, pk, pv, out, grad, lse, delta, dq, *_strides(q, k, v, pk, pv, out, grad, dq)]
-        _launch(bridged_attention_bwd_q_kernel, "bwd_q", q, layout, arguments, factors)
-        arguments = [q, k, v, pk, pv, grad, lse, delta, dk, dv, dpk, dpv, *_strides(q, k, v, pk, pv, grad, dk, dpk)]
-        _launch(bridged_attention_bwd_kv_kernel, "bwd_kv", q, layout, arguments, factors)
+        tensors, strided = [q, k, v, pk, pv, out, grad, lse, delta, dq], [q, k, v, pk, pv, out, grad, dq]
+        _launch(bridged_attention_bwd_q_kernel, "bwd_q", layout, tensors, strided, factors)
+        tensors, strided = [q, k, v, pk, pv, grad, lse, delta, dk, dv, dpk, dpv], [q, k, v, pk, pv, grad, dk, dpk]
+        _launch(bridged_attention_bwd_kv_kernel, "bwd_kv", layout, tensors, strided, factors)
     return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype), dpk, dpv

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..configs import tile
+from ..strides import in_units
 from ..triton_runtime import architecture, interpreted
 
 LOG2_E = math.log2(math.e)
@@ -34,17 +35,24 @@ def dense_attention_fwd_kernel(
     height,  # of the bias: log2(e)
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    UNIT: tl.constexpr,  # of the strides, in numbers
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     GAUSSIAN: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
+    q_stride_l, k_stride_l, v_stride_l = q_stride_l * UNIT, k_stride_l * UNIT, v_stride_l * UNIT
+    out_stride_l *= UNIT
     b, h = (tl.program_id(1) // H).to(tl.int64), (tl.program_id(1) % H).to(tl.int64)
+    q_ptr += (b * q_stride_b + h * q_stride_h) * UNIT
+    k_ptr += (b * k_stride_b + h * k_stride_h) * UNIT
+    v_ptr += (b * v_stride_b + h * v_stride_h) * UNIT
+    out_ptr += (b * out_stride_b + h * out_stride_h) * UNIT
     d = tl.arange(0, BLOCK_D)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS], patches
     inside = row < patches
     q = tl.load(
-        q_ptr + b * q_stride_b + h * q_stride_h + (prefix + row)[:, None].to(tl.int64) * q_stride_l + d[None, :],
+        q_ptr + (prefix + row)[:, None].to(tl.int64) * q_stride_l + d[None, :],
         mask=inside[:, None] & (d < D)[None, :],
         other=0.0,
     )  # [ROWS, BLOCK_D]
@@ -58,8 +66,8 @@ def dense_attention_fwd_kernel(
         key = start + tl.arange(0, KEYS)
         there = (key < count)[:, None] & (d < D)[None, :]
         at = key[:, None].to(tl.int64)
-        k = tl.load(k_ptr + b * k_stride_b + h * k_stride_h + at * k_stride_l + d[None, :], mask=there, other=0.0)
-        v = tl.load(v_ptr + b * v_stride_b + h * v_stride_h + at * v_stride_l + d[None, :], mask=there, other=0.0)
+        k = tl.load(k_ptr + at * k_stride_l + d[None, :], mask=there, other=0.0)
+        v = tl.load(v_ptr + at * v_stride_l + d[None, :], mask=there, other=0.0)
         if UPCAST:
             k, v = k.to(tl.float32), v.to(tl.float32)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale  # [ROWS, KEYS]
@@ -76,7 +84,7 @@ def dense_attention_fwd_kernel(
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = highest
-    out = out_ptr + b * out_stride_b + h * out_stride_h + row[:, None].to(tl.int64) * out_stride_l + d[None, :]
+    out = out_ptr + row[:, None].to(tl.int64) * out_stride_l + d[None, :]
     tl.store(out, acc / total[:, None], mask=inside[:, None] & (d < D)[None, :])
 
 
@@ -94,6 +102,7 @@ def attention(
     upcast = interpreted()  # it cuts what it rounds to bf16, so it gets fp32
     out = q.new_empty((B, patches, H, D), dtype=torch.float32 if upcast else q.dtype).transpose(1, 2)
     if out.numel() > 0:
+        unit, strides = in_units([q, k, v, out])
         rows, keys, warps, stages = tile("dense", q.element_size(), D, architecture(q.device))
         with torch.cuda.device(q.device.index if q.is_cuda else -1):
             dense_attention_fwd_kernel[triton.cdiv(patches, rows), B * H](
@@ -101,7 +110,7 @@ def attention(
                 k,
                 v,
                 out,
-                *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
+                *strides,
                 H,
                 L - patches,
                 patches,
@@ -111,6 +120,7 @@ def attention(
                 LOG2_E,
                 D=D,
                 BLOCK_D=max(triton.next_power_of_2(D), 16),
+                UNIT=unit,
                 ROWS=rows,
                 KEYS=keys,
                 GAUSSIAN=std is not None,

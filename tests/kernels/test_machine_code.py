@@ -97,10 +97,13 @@ CASES: dict[str, tuple[Callable[[], None], bool]] = {
     "attention fp32 80": (lambda: attention(f32, 80), False),  # ViT-H; masked to 128
     "attention bf16 64": (lambda: attention(bf16, 64), True),
     "attention bf16 128": (lambda: attention(bf16, 128), True),
+    "attention bf16 104": (lambda: attention(bf16, 104), True),  # ViT-bigG; rows begin at multiples of 16 bytes
+    "attention fp32 72": (lambda: attention(f32, 72), False),  # SigLIP's largest
     "attention fp16 64, no bridge": (lambda: attention(f16, 64, None), True),
     "dense fp32 64": (lambda: near(f32, 64, 5.0), False),
     "dense fp32 128": (lambda: near(f32, 128, 5.0), False),
     "dense bf16 64": (lambda: near(bf16, 64, 5.0), True),
+    "dense bf16 104": (lambda: near(bf16, 104, 5.0), True),
     "dense bf16 128": (lambda: near(bf16, 128, None), True),
     "proxy fp32": (lambda: outside(f32, 1e-6), False),
     "proxy bf16": (lambda: outside(bf16, None), True),
@@ -149,7 +152,7 @@ def faults(launch: Launch, arch: int, tensor_cores: bool) -> list[str]:
 # On these only what takes most of an SM: their code is much like sm_80's, their shared memory is smaller.
 SMALLER = (86, 89)
 DEMANDING = (
-    "attention fp32 128", "attention bf16 64", "attention bf16 128", "dense fp32 64",
+    "attention fp32 128", "attention bf16 64", "attention bf16 128", "attention bf16 104", "dense fp32 64",
     "dense bf16 128", "proxy bf16", "key_smoothing fp32 1024", "key_smoothing bf16 768", "label_map bf16",
     "mask_loss fp32", "pixel_text fp32", "pixel_text bf16",
 )  # fmt: skip
