@@ -14,7 +14,7 @@ from torch import Tensor
 from fastzs.files import check_file
 from fastzs.pictures import ImageError
 
-CACHE = 64  # megabytes that GDAL keeps of a file; it would take a twentieth of the machine
+CACHE = 128 << 20  # bytes that GDAL keeps of files; it would take a twentieth of the machine
 SAMPLE = 1024  # side of the reduced image by which values are scaled to 8 bits
 PERCENT = (2, 98)  # of the sample's values, which become 0 and 255
 log = logging.getLogger(__name__)
@@ -127,13 +127,14 @@ class Raster:
 
         down, across = self.steps
         window = Window(left * across, top * down, width * across, height * down)  # pyright: ignore[reportCallIssue]
-        where: dict[str, Any] = {"window": window, "out_shape": (height, width)}
+        where: dict[str, Any] = {"window": window, "out_shape": (len(self.bands), height, width)}
         smooth = {"resampling": Resampling.bilinear if max(self.steps) < 1 else Resampling.average}
         with _told(self.path), warnings.catch_warnings():
             warnings.simplefilter("ignore", NodataShadowWarning)  # of two marks of no data that of the value counts
-            pixels = np.stack([self.file.read(band, **where, **smooth) for band in self.bands])
+            # all bands at once, since most files hold them together, pixel by pixel
+            pixels = self.file.read(self.bands, **where, **smooth)
             # what no band has: a single one may be 0 where the others are not
-            valid = np.any([self.file.read_masks(band, **where) > 0 for band in self.bands], axis=0)
+            valid = (self.file.read_masks(self.bands, **where) > 0).any(0)
         if pixels.dtype.kind == "f":
             finite = np.isfinite(pixels)
             valid &= finite.any(0)

@@ -67,6 +67,10 @@ def test_what_has_no_data(tmp_path):
         image, valid = raster.read(0, 0, 20, 20)
         assert np.isfinite(raster.span).all()
     assert torch.equal(valid, (torch.arange(20) != 7).expand(20, 20))
+    colours = np.concatenate([values, values, values])
+    colours[:2, :, 7] = 1  # now one band of three lacks data there
+    with Raster(write(tmp_path / "c.tif", colours)) as raster:
+        assert raster.read(0, 0, 20, 20)[1].all()
 
 
 def test_at_another_scale(tmp_path):
