@@ -153,9 +153,11 @@ class Clip:
     def _behind(self, place: Place) -> "Iterator[VideoFrame]":
         """The frames behind a place: from the keyframe before it, or from the beginning if that cannot be found."""
         from av.error import FFmpegError
+        from av.format import Flags
 
         frames = None
-        if place.seekable:
+        # where times may begin anew, as in recordings that were joined, one time may stand for several frames
+        if place.seekable and not self.container.format.flags & Flags.ts_discont.value:
             try:
                 self.container.seek(place.pts, stream=self.stream)
             except FFmpegError:

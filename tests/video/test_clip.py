@@ -42,6 +42,36 @@ def test_going_on_behind_a_frame(tmp_path, suffix):
         assert all((a.image == b.image).all() for a, b in zip(rest, frames[cut + 1 :], strict=True))
 
 
+def test_going_on_where_times_begin_anew(tmp_path):
+    """Two recordings in one file: each time of the first stands for a frame of the second, too."""
+    path = tmp_path / "a.ts"
+    write_clip(path)
+    path.write_bytes(2 * path.read_bytes())
+    with Clip(path) as clip:
+        frames = list(clip.frames())
+    assert len(frames) == 80
+    assert all(a.place.pts < b.place.pts for a, b in pairwise(frames))
+    for cut in (30, 50):
+        with Clip(path) as clip:
+            rest = list(clip.frames(after=frames[cut].place))
+        assert [frame.place for frame in rest] == [frame.place for frame in frames[cut + 1 :]]
+
+
+def test_damage_is_counted_and_what_the_decoder_holds_is_kept():
+    """A frame that is marked as damaged, and a file that cannot be read further."""
+    good, bad = (SimpleNamespace(is_corrupt=flag) for flag in (False, True))
+
+    def packets(stream):
+        yield SimpleNamespace(decode=lambda: [good, bad])
+        raise av.error.InvalidDataError(1, "damaged")
+
+    clip = Clip.__new__(Clip)
+    clip.damaged, clip.container = 0, SimpleNamespace(demux=packets)
+    clip.stream = SimpleNamespace(codec_context=SimpleNamespace(decode=lambda packet: [good]))
+    assert list(clip._decoded()) == [good, bad, good]
+    assert clip.damaged == 2
+
+
 def test_a_truncated_file_gives_what_there_is(tmp_path):
     path = tmp_path / "a.mp4"
     write_clip(path, options={"movflags": "faststart"})
@@ -86,6 +116,7 @@ def test_files_that_are_no_videos(tmp_path):
     write_clip(tmp_path / "a.ts", 3)
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:5\n#EXTINF:5,\nfile://{tmp_path}/a.ts\n#EXT-X-ENDLIST\n"
     refused("list.mp4", playlist.encode(), "cannot be opened as a video")
+    refused("files.mp4", b"ffconcat version 1.0\nfile a.ts\n", "cannot be opened as a video")
     write_clip(tmp_path / "a.mkv", 3)
     foreign = (tmp_path / "a.mkv").read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/XYZ")
     refused("foreign.mkv", foreign, "codec cannot be decoded")

@@ -83,6 +83,23 @@ def test_label_maps_times_and_an_overlay(folder):
     assert stages.levels == []
 
 
+@pytest.mark.parametrize("shift", [0, -6000])
+def test_an_overlay_begins_when_the_video_does_or_at_0(folder, monkeypatch, shift):
+    write_clip(folder / "b.nut", 4, times=lambda i: 1000 + 3600 * i)  # a container that keeps any first time
+    frames = Clip.frames
+
+    def earlier(self, *given):
+        for frame in frames(self, *given):
+            yield frame._replace(place=frame.place._replace(pts=frame.place.pts + shift))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Clip, "frames", earlier)
+        exact = times(folder / "b.nut")
+        assert run(folder, clip="b.nut", overlay=True, labels=False).done == 1
+    assert exact[0] == Fraction(1000 + shift, 90000)
+    assert times(folder / "out" / "b_overlay.mp4") == [time - min(0, exact[0]) for time in exact]
+
+
 def test_the_overlay_alone(folder):
     assert run(folder, overlay=True, labels=False).done == 1
     assert sorted(files(folder / "out")) == ["a/frames.csv", "a/video.json", "a_overlay.mp4", "manifest.jsonl"]
@@ -120,6 +137,21 @@ def test_a_killed_run_goes_on_and_gives_the_same_files(folder, monkeypatch, smoo
         assert found[name] == expected[name], name
 
 
+def test_parts_of_another_file_do_not_count(folder, monkeypatch):
+    monkeypatch.setattr(video, "FRAMES_OF_A_PART", 5)
+
+    def told(problem):
+        if len(list((folder / "out" / "a").glob("*.png"))) > 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, told=told)
+    write_clip(folder / "a.mp4", 23, level=lambda i: 200 - 5 * i)
+    stages = Stages()
+    assert run(folder, stages).done == 1
+    assert len(stages.levels) == 23
+
+
 def test_smoothing_lags(folder):
     run(folder, smooth=0.9)
     last = Segmentation.load(folder / "out" / "a" / "00000022.png").labels.float().mean()
@@ -134,6 +166,7 @@ def test_other_settings_do_it_again_and_leave_nothing_behind(folder):
     names = sorted(files(folder / "out"))
     assert [name for name in names if name.endswith("png")] == [f"a/{i:08d}.png" for i in range(0, 23, 4)]
     assert "a_overlay.mp4" not in names
+    assert run(folder, settings="other", step=4, smooth=0.5).done == 1
 
 
 def test_a_truncated_video_gives_what_there_is_and_a_count(folder):
@@ -160,6 +193,8 @@ def test_frames_that_the_model_fails_at_are_counted(folder):
         f"{folder / 'a.mp4'}: 22 frames done; 1 that the model failed at",
     ]
     assert not (folder / "out" / "a" / "00000010.png").exists()
+    last = run(folder, Stages(lambda level: level > 215), settings="last")
+    assert "22 frames done; 1 that the model failed at" in last.failed[str(folder / "a.mp4")]
     outcome = run(folder, Stages(lambda level: True), settings="other")
     assert list(outcome.failed.values()) == [f"{folder / 'a.mp4'}: RuntimeError: too bright"]
 
