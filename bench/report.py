@@ -65,7 +65,8 @@ def provenance(rows: Sequence[Row], files: Sequence[Path], command: str) -> str:
 def _rates(rows: Sequence[Row]) -> dict[str, float]:
     found: dict[str, float] = {}
     for row in rows:
-        found[row["dtype"]] = max(found.get(row["dtype"], 0), row["matrix operations/s"])
+        kind = row.get("products", row["dtype"])  # rows before 0.2.0 do not say it
+        found[kind] = max(found.get(kind, 0), row["matrix operations/s"])
     return found
 
 

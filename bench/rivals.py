@@ -228,6 +228,7 @@ def _row(it: Contest, name: str, rival: Rival, error: float, bound: float) -> di
         "group": it.group,
         "rival": name,
         "dtype": str(rival.dtype).removeprefix("torch."),
+        "products": str(rival.products or rival.dtype).removeprefix("torch."),
         **it.info,
         **describe(it.device),
         "error": error,
