@@ -72,12 +72,22 @@ def why_no_bf16(device: str) -> str | None:
     return None if native_bf16(torch.device(device)) else "this processor has no bf16 instructions"
 
 
+LARGE = 2**31  # bytes that no cache holds
+
+
 @functools.cache
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, that the machine's best copy of a large tensor moves."""
-    source = torch.rand(2**28 if device == "cuda" else 2**26, device=device)  # 1 GiB; 256 MiB
+def copy_bandwidth(device: str, most: int = LARGE) -> float:
+    """Bytes per second, read and written, that the machine's best copy moves.
+
+    Args:
+        most: of bytes that are read and written; few of them may stay in a cache.
+    """
+    large = LARGE // 2 if device == "cuda" else LARGE // 8
+    size = min(large, max(4, most // 2))
+    source = torch.rand(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    rate = 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    return rate if size == large else max(rate, copy_bandwidth(device))
 
 
 @functools.cache
@@ -96,7 +106,9 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], object]]:
-    """Ways to multiply two square matrices of a dtype on the CPU."""
+    """Ways to multiply two square matrices of a dtype on the CPU; those of fp16 may be computed in fp32."""
+    if a.dtype == torch.float16:
+        return [functools.partial(torch.mm, a, b), *_products(a.float(), b.float())]
     products: list[Callable[[], object]] = [
         functools.partial(torch.ops.aten._int_mm if a.dtype == torch.int8 else torch.mm, a, b)
     ]

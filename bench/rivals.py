@@ -26,7 +26,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from .machine import FRESH_PROCESS_SECONDS, copy_bandwidth, describe, in_fresh_process, matrix_rate, peak_megabytes
+from .machine import (
+    FRESH_PROCESS_SECONDS,
+    LARGE,
+    copy_bandwidth,
+    describe,
+    in_fresh_process,
+    matrix_rate,
+    peak_megabytes,
+)
 from .timing import sampler, sets_beyond_cache, timed
 
 # Largest error against the fp64 judge, as a share of its largest value, where a rival names no bound of its own.
@@ -235,7 +243,7 @@ def _row(it: Contest, name: str, rival: Rival, error: float, bound: float) -> di
         "error allowed": bound,
         "bytes": it.nbytes,
         "operations": it.operations,
-        "copy bytes/s": copy_bandwidth(it.device),
+        "copy bytes/s": copy_bandwidth(it.device, rival.info.get("bytes", it.nbytes) or LARGE),
         "matrix operations/s": matrix_rate(it.device, rival.products or rival.dtype),
         **rival.info,
     }

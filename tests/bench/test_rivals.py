@@ -163,13 +163,27 @@ def test_a_row_below_its_floor_fails(monkeypatch):
         rivals.compete(None, "fast", contest)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_the_ceiling_of_a_copy_is_that_of_its_size_where_a_cache_is_faster(monkeypatch):
+    def fastest(copy, device):
+        copy()
+        return next(seconds)
+
+    monkeypatch.setattr(machine, "LARGE", 8000)
+    monkeypatch.setattr(machine, "_fastest", fastest)
+    machine.copy_bandwidth.cache_clear()
+    seconds = iter([0.1, 1.0, 10.0])  # of 400 bytes moved, of 2,000, of 600
+    assert machine.copy_bandwidth("cpu", 400) == 4000
+    assert machine.copy_bandwidth("cpu", 600) == machine.copy_bandwidth("cpu") == 2000
+    machine.copy_bandwidth.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int8], ids=str)
 def test_the_ceiling_is_that_of_the_best_product(dtype, monkeypatch):
     a, b = (torch.eye(128).to(dtype) for _ in range(2))
     products = machine._products(a, b)
     assert len(products) >= (2 if machine.MISSING is None else 1)
     assert all(torch.equal(product().float(), torch.eye(128)) for product in products)
-    times = iter([3.0, 2.0, 5.0])
+    times = iter([3.0, 2.0, 5.0, 4.0])
     monkeypatch.setattr(machine, "_fastest", lambda product, device: next(times))
     machine.matrix_rate.cache_clear()
     assert machine.matrix_rate("cpu", dtype) == 2 * 1024**3 / 2.0
