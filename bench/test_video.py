@@ -95,7 +95,7 @@ def contest(dtype: str) -> Contest:
             once=True,
         )
 
-    parameters, multiply_adds = systems.COSTS["maskclip"]
+    parameters, multiply_adds = systems.costs("maskclip")
     return Contest(
         f"{COUNT} frames of {SIZE[1]} x {SIZE[0]} to label maps, maskclip, {systems.CLASSES} classes, {dtype}",
         "cpu",

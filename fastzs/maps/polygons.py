@@ -78,8 +78,8 @@ def write_polygons(raster: Path, path: Path, names: tuple[str, ...], background:
 def _encoded(path: Path, regions: Any, labels: Any, names: tuple[str, ...], crs: str | None) -> bytes:
     """The content of the file, made in memory, since GDAL does not tell of every full disk."""
     import numpy as np
-    import pyogrio
     import shapely
+    from pyogrio import errors, raw
 
     form = path.suffix.removeprefix(".")
     classes = np.array([names[label] for label in labels], dtype=object)
@@ -91,7 +91,7 @@ def _encoded(path: Path, regions: Any, labels: Any, names: tuple[str, ...], crs:
         warnings.simplefilter("always")
         warnings.filterwarnings("ignore", "'crs' was not provided")
         try:
-            pyogrio.raw.write(
+            raw.write(
                 buffer,
                 shapely.to_wkb(regions),
                 [classes, labels],
@@ -103,7 +103,7 @@ def _encoded(path: Path, regions: Any, labels: Any, names: tuple[str, ...], crs:
                 layer_options=options,
             )
             reason = next((str(one.message) for one in told), None)  # it goes on where it cannot find longitudes
-        except (pyogrio.errors.DataSourceError, pyogrio.errors.DataLayerError) as error:
+        except (errors.DataSourceError, errors.DataLayerError) as error:
             reason = str(error)
     if reason is not None:
         raise MapError(f"{path}: its polygons cannot be written as {DRIVERS[form]}: {' '.join(reason.split())}")
