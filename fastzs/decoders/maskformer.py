@@ -54,7 +54,7 @@ class Pyramid(nn.Module):
         net = cast(ResNet, torchvision.models.get_model(name.removesuffix("c"), weights=pretrained))
         if deep:
             _make_deep(net)
-        first = net.conv1 if deep else nn.Sequential(net.conv1, net.bn1, net.relu)
+        first = cast(nn.Sequential, net.conv1) if deep else (net.conv1, net.bn1, net.relu)
         self.stem = nn.Sequential(*first, net.maxpool)
         self.stages = nn.ModuleList([net.layer1, net.layer2, net.layer3, net.layer4])
         self._applied = nn.ModuleDict()  # how each convolution and its norm are applied, by the convolution's place
@@ -99,7 +99,7 @@ class Pyramid(nn.Module):
 
 def _make_deep(net: ResNet) -> None:
     """Give torchvision's network DeepLab's stem and dilations; the stem is as wide again as it was."""
-    width = net.bn1.num_features
+    width: int = cast(nn.BatchNorm2d, net.bn1).num_features
     stem: list[nn.Module] = []
     for inner, outer, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 1)):
         stem += [nn.Conv2d(inner, outer, 3, stride, 1, bias=False), nn.BatchNorm2d(outer), nn.ReLU(inplace=True)]
