@@ -59,10 +59,11 @@ def precision(x: Tensor) -> torch.dtype:
 def takes(x: Tensor) -> bool:
     """Whether products of ``x`` [..., in] go through ``packed_linear``, in the precision that :func:`precision` says.
 
-    Those of models in bf16 do not: they are for inference, packed once.
+    Those of models in bf16 do not: they are for inference, packed once. Nor do those of a graph that is traced or
+    exported, which is for any machine.
     """
     return (
-        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # an exported graph is for any machine
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # pyright: ignore[reportPrivateImportUsage]
         and x.device.type == "cpu"
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")))
         and x.ndim > 1
