@@ -51,7 +51,7 @@ def provenance(rows: Sequence[Row], files: Sequence[Path], command: str) -> str:
     parts = [
         f"By `{command}` on {row['device']}" + (f", {row['threads']} threads" if "threads" in row else ""),
         versions + (f", commit {', '.join(commits)}" if commits else ""),
-        f"Copies at most {min(r['copy bytes/s'] for r in rows) / 1e9:.3g} GB/s out of its caches, multiplies at most "
+        f"Copies at most {_bandwidth(rows) / 1e9:.3g} GB/s, multiplies at most "
         + ", ".join(f"{rate / 1e9:.3g} GFLOP/s in {dtype}" for dtype, rate in _rates(rows).items()),
     ]
     if loads:
@@ -60,6 +60,10 @@ def provenance(rows: Sequence[Row], files: Sequence[Path], command: str) -> str:
             "rivals took turns round by round, so ratios bear it better than times"
         )
     return ". ".join(parts) + "."
+
+
+def _bandwidth(rows: Sequence[Row]) -> float:
+    return max(row.get("memory bytes/s", row["copy bytes/s"]) for row in rows)  # rows before 0.2.0 have one of them
 
 
 def _rates(rows: Sequence[Row]) -> dict[str, float]:
@@ -224,7 +228,7 @@ def _roofline(rows: Sequence[Row], path: Path) -> Path | None:
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(11, 6), layout="constrained")
-    bandwidth = min(row["copy bytes/s"] for row in rows)  # of problems that no cache holds
+    bandwidth = _bandwidth(rows)
     reach = [row["operations"] / row["bytes"] for row in rows]
     for i, (dtype, rate) in enumerate(_rates(rows).items()):
         xs = [min(reach) / 2, rate / bandwidth, max(max(reach) * 2, rate / bandwidth)]

@@ -244,6 +244,7 @@ def _row(it: Contest, name: str, rival: Rival, error: float, bound: float) -> di
         "bytes": it.nbytes,
         "operations": it.operations,
         "copy bytes/s": copy_bandwidth(it.device, rival.info.get("bytes", it.nbytes) or LARGE),
+        "memory bytes/s": copy_bandwidth(it.device),
         "matrix operations/s": matrix_rate(it.device, rival.products or rival.dtype),
         **rival.info,
     }

@@ -32,7 +32,12 @@ def write(path, rows):
 ROWS = [
     row(rival="published", seconds=(1.0, 1.1, 1.2), faster=1.0, headline=True, **{"peak MB": 100.0}),
     row(rival="torch.compile", seconds=(0.05, 0.05, 0.05), faster=20.0, headline=True),
-    row(rival="fastzs int8", faster=11.0, products="int8", **{"matrix operations/s": 4e11}),
+    row(
+        rival="fastzs int8",
+        faster=11.0,
+        products="int8",
+        **{"matrix operations/s": 4e11, "copy bytes/s": 9e10, "memory bytes/s": 2e10},
+    ),
     row(seconds=(0.1, 0.1, 0.1), faster=11.0, headline=True),
 ]
 OTHER = row(group="op, 847 classes", parts={"forward": 0.5, "backward": 1.5})  # nobody else's tensors fit
@@ -48,7 +53,7 @@ def test_the_page_shows_wins_and_losses(tmp_path):
     assert "| published | float32 | 1.1 s | 9 % | 1 | 1e-07 | 100 | 9 |" in path.read_text()
     assert "`the command` on some processor, 2 threads" in path.read_text()
     assert "commit abcdef012345" in path.read_text()
-    assert "multiplies at most 100 GFLOP/s in float32, 400 GFLOP/s in int8." in path.read_text()
+    assert "Copies at most 20 GB/s, multiplies at most 100 GFLOP/s in float32, 400 GFLOP/s in int8." in path.read_text()
     text = page.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{pages.END}\nafter\n")
