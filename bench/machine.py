@@ -30,7 +30,7 @@ PRELOADED = [
     "fastzs.models",
     "fastzs.segmenter",
 ]
-FRESH_PROCESS_SECONDS = 300
+FRESH_PROCESS_SECONDS = 900
 CLEAR_PEAK = "5"  # see proc(5) on clear_refs
 
 
