@@ -18,6 +18,7 @@ from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from fastzs.clip import of_transformers
+from fastzs.clip.causal import TextPart
 from fastzs.clip.state import WeightsError
 from fastzs.clip.text import TextEncoder
 from fastzs.clip.weights import OPENAI_MEAN, OPENAI_STD, Clip
@@ -111,21 +112,11 @@ def _of_transformers(model: Any) -> tuple[dict[str, Any], Callable[[str], str]]:
     return fields, get_clean_fn(of_transformers.cleaning(theirs))
 
 
-class _TextPart(nn.Module):
-    """An open_clip model without its vision tower."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model.encode_text(tokens, normalize=False)
-
-
-def _text_part(model: nn.Module) -> nn.Module:
+def _text_part(model: nn.Module) -> TextPart:
+    """The model without its vision tower."""
     unneeded = {name: module for name, module in model.named_children() if name in ("visual", "text_decoder")}
     part = copy.deepcopy(model, {id(module): nn.Identity() for module in unneeded.values()})
-    return _TextPart(part.cpu().float())
+    return TextPart(part.cpu().float())
 
 
 class _Tokens:

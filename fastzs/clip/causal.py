@@ -5,23 +5,47 @@ context, 77 tokens for CLIP, changes nothing. Names in prompts have 5 to 20 toke
 :func:`fastzs.clip.products.linear`.
 """
 
-from typing import Any, TypeGuard, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from open_clip.model import CLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
 from fastzs.clip.products import linear
 
 
-def takes(tower: nn.Module) -> TypeGuard[TextTransformer]:
+class TextPart(nn.Module):
+    """A model of open_clip as its text tower: token ids [n, context] -> vectors [n, D]."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model.encode_text(tokens, normalize=False)
+
+
+def _transformer(tower: nn.Module) -> Any:
+    """What has the tower's parts: itself; of a whole model its text tower, or the plain class CLIP itself."""
+    return getattr(tower.model, "text", tower.model) if isinstance(tower, TextPart) else tower
+
+
+def _pool(tower: TextTransformer | CLIP) -> tuple[str, int | None]:
+    if isinstance(tower, CLIP):
+        return tower.text_pool_type, getattr(tower, "text_eos_id", None)
+    return tower.pool_type, tower.eos_id
+
+
+def takes(tower: nn.Module) -> bool:
     """Whether :func:`vectors` computes what the tower does: it is CLIP's own, causal and read at one token."""
+    tower = _transformer(tower)
     return (
-        type(tower) is TextTransformer
-        and tower.pool_type in ("argmax", "eos")
+        type(tower) in (TextTransformer, CLIP)
+        and _pool(tower)[0] in ("argmax", "eos")
         and tower.attn_mask is not None
-        and tower.cls_emb is None
+        and getattr(tower, "cls_emb", None) is None
         and all(
             type(block) is ResidualAttentionBlock
             and isinstance(block.ls_1, nn.Identity)
@@ -31,9 +55,11 @@ def takes(tower: nn.Module) -> TypeGuard[TextTransformer]:
     )
 
 
-def vectors(tower: TextTransformer, tokens: Tensor) -> Tensor:
+def vectors(tower: nn.Module, tokens: Tensor) -> Tensor:
     """Token ids [n, context] -> vectors [n, D], of a tower that :func:`takes`."""
-    ends = tokens.argmax(1) if tower.pool_type == "argmax" else (tokens == tower.eos_id).int().argmax(1)
+    tower = _transformer(tower)
+    pool, end = _pool(tower)
+    ends = tokens.argmax(1) if pool == "argmax" else (tokens == end).int().argmax(1)
     tokens = tokens[:, : int(ends.max()) + 1]
     x = tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]
     for block in tower.transformer.resblocks:

@@ -69,4 +69,6 @@ def packed_linear(
     run = compiled.run if backend == "cpu" else packed_linear_reference
     rows = x.reshape(-1, first.inputs).contiguous()
     added = residual if residual is None else residual.reshape(-1, last.outputs).contiguous()
-    return run(rows, first, second, activation, before, added, after, dtype).view(shape)
+    out = run(rows, first, second, activation, before, added, after, dtype)
+    # no view of it for autograd: inside a custom Function nobody could add to a view in place
+    return torch.ops.aten._unsafe_view(out, shape)

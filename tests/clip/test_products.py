@@ -86,6 +86,13 @@ def test_a_compiled_layer_is_one_graph():
     assert torch.allclose(compiled(x), F.linear(x, layer.weight, layer.bias), atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(256, 24), (2, 128, 24)])
+def test_results_can_be_changed_in_place(shape):
+    x, w = numbers(*shape), numbers(24, 24, seed=1).requires_grad_()
+    linear(x, w).add_(x).sum().backward()
+    assert errors(w.grad, x.double().flatten(0, -2).sum(0).expand(24, 24))[0] <= bound(256)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 def test_a_traced_layer_has_torchs_own_products():
     """torch.jit.trace, and torch.onnx.export without dynamo, know no others."""
