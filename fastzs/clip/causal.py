@@ -32,40 +32,41 @@ def _transformer(tower: nn.Module) -> Any:
     return getattr(tower.model, "text", tower.model) if isinstance(tower, TextPart) else tower
 
 
-def _pool(tower: TextTransformer | CLIP) -> tuple[str, int | None]:
-    if isinstance(tower, CLIP):
-        return tower.text_pool_type, getattr(tower, "text_eos_id", None)
-    return tower.pool_type, tower.eos_id
+def _pool(of: Any) -> tuple[str, int | None]:
+    """How the tower finds the end of a text, and the id of its token."""
+    if isinstance(of, CLIP):
+        return cast(str, of.text_pool_type), getattr(of, "text_eos_id", None)
+    return of.pool_type, of.eos_id
 
 
 def takes(tower: nn.Module) -> bool:
     """Whether :func:`vectors` computes what the tower does: it is CLIP's own, causal and read at one token."""
-    tower = _transformer(tower)
+    of = _transformer(tower)
     return (
-        type(tower) in (TextTransformer, CLIP)
-        and _pool(tower)[0] in ("argmax", "eos")
-        and tower.attn_mask is not None
-        and getattr(tower, "cls_emb", None) is None
+        type(of) in (TextTransformer, CLIP)
+        and _pool(of)[0] in ("argmax", "eos")
+        and of.attn_mask is not None
+        and getattr(of, "cls_emb", None) is None
         and all(
             type(block) is ResidualAttentionBlock
             and isinstance(block.ls_1, nn.Identity)
             and isinstance(block.ls_2, nn.Identity)
-            for block in tower.transformer.resblocks
+            for block in of.transformer.resblocks
         )
     )
 
 
 def vectors(tower: nn.Module, tokens: Tensor) -> Tensor:
     """Token ids [n, context] -> vectors [n, D], of a tower that :func:`takes`."""
-    tower = _transformer(tower)
-    pool, end = _pool(tower)
+    of = _transformer(tower)
+    pool, end = _pool(of)
     ends = tokens.argmax(1) if pool == "argmax" else (tokens == end).int().argmax(1)
     tokens = tokens[:, : int(ends.max()) + 1]
-    x = tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]
-    for block in tower.transformer.resblocks:
+    x = of.token_embedding(tokens) + of.positional_embedding[: tokens.shape[1]]
+    for block in of.transformer.resblocks:
         x = _through(cast(ResidualAttentionBlock, block), x)
-    ended = tower.ln_final(x[torch.arange(len(x), device=x.device), ends])
-    projection: Any = tower.text_projection
+    ended = of.ln_final(x[torch.arange(len(x), device=x.device), ends])
+    projection: Any = of.text_projection
     if projection is None:
         return ended
     return projection(ended) if isinstance(projection, nn.Linear) else ended @ projection
