@@ -255,8 +255,8 @@ class Segmenter:
         if self.windows == "stitched":
             windows = self._stitched(view, self.batch_size)
         else:
-            crops = list(view.crops(view.windows))
-            parts = [self._encode(*_stacked(some)) for some in self._at_once(crops, self.batch_size)]
+            pieces = view.windows.split(self.at_once(view.windows[0, 2:], self.batch_size))
+            parts = [self._encode(*_stacked(list(view.crops(some)))) for some in pieces]
             windows = type(parts[0]).cat(parts)
         return ImageFeatures(windows, view.windows, view.size, view.image, self._identity)
 
@@ -381,15 +381,16 @@ class Segmenter:
                 yield view, [self._decode(self._stitched(view, batch_size), question)]
             return
         if len(views) == 1:  # perhaps of thousands of windows: no more than a batch is held
-            windows = views[0].windows.split(batch_size)
+            windows = views[0].windows.split(self.at_once(views[0].windows[0, 2:], batch_size))
             yield views[0], (maps_of(list(views[0].crops(some))) for some in windows)
             return
         crops = [(i, crop) for i, view in enumerate(views) for crop in view.crops(view.windows)]
         maps: list[list[Tensor]] = [[] for _ in views]
         for size in dict.fromkeys(crop.image.shape for _, crop in crops):
             same = [(i, crop) for i, crop in crops if crop.image.shape == size]
-            for start in range(0, len(same), batch_size):
-                indices, some = zip(*same[start : start + batch_size], strict=True)
+            together = self.at_once(size[1:], batch_size)
+            for start in range(0, len(same), together):
+                indices, some = zip(*same[start : start + together], strict=True)
                 for i, logits in zip(indices, maps_of(some), strict=True):
                     maps[i].append(logits[None])
         yield from zip(views, maps, strict=True)
@@ -397,8 +398,7 @@ class Segmenter:
     @torch.inference_mode()
     def class_maps(self, crops: Sequence[Crop], question: Question) -> Tensor:
         """Class maps of windows of one size, fp32 [W, C, h, w]."""
-        parts = self._at_once(crops, len(crops))
-        return torch.cat([self._decode(self._encode(*_stacked(some)), question) for some in parts])
+        return self._decode(self._encode(*_stacked(crops)), question)
 
     def view(self, image: ImageLike, regions: Regions | None = None) -> View:
         """An image as the model sees it; in any thread.
@@ -448,15 +448,15 @@ class Segmenter:
             return self.class_maps(crops, question) if crops[0].regions is not None else graphs(_stacked(crops)[0])
 
         if self.device.type != "cuda" or not self.optimized:
-            return lambda crops: self.class_maps(crops, question)
+            return functools.partial(self.class_maps, question=question)
         graphs = Graphs(whole)
         return maps_of
 
-    def _at_once(self, crops: Sequence[Crop], most: int) -> Iterator[Sequence[Crop]]:
-        """Crops of one size by forward passes."""
-        if self.device.type == "cpu":
-            most = max(1, min(most, CPU_PIXELS // crops[0].image[0].numel()))
-        return (crops[i : i + most] for i in range(0, len(crops), most))
+    def at_once(self, size: Sequence[int] | Tensor, most: int) -> int:
+        """How many windows of (height, width) go into one forward pass, at most ``most``."""
+        if self.device.type != "cpu":
+            return most
+        return max(1, min(most, CPU_PIXELS // int(size[0] * size[1])))
 
     def _encode(self, images: Tensor, regions: Sequence[Tensor]) -> Features:
         """Features of images uint8 [B, 3, h, w]."""

@@ -156,7 +156,7 @@ def _maps(
         if shape is None:
             wanted[0] = True  # to see how large maps are
         chosen = [crop for crop, one in zip(crops, wanted, strict=True) if one]
-        size = segmenter.batch_size
+        size = segmenter.at_once(piece.windows[0, 2:], segmenter.batch_size)
         found = [segmenter.class_maps(chosen[i : i + size], question) for i in range(0, len(chosen), size)]
         shape = found[0].shape[1:] if found else shape
         assert shape is not None

@@ -43,6 +43,9 @@ class Brightness:
         options = {"activation": "none", "seen": None, "threshold": None, "return_scores": False}
         return Question(names, torch.zeros(self.count, 1), None, None, [0.0], options)
 
+    def at_once(self, size, most):
+        return most
+
     def class_maps(self, crops, question):
         self.seen += len(crops)
         images = torch.stack([crop.image for crop in crops]).float().mean(1)
