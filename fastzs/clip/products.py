@@ -87,17 +87,19 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
-        dx = dw = None
-        if weight is not None:
-            dx = packed_linear(grad, pack_now(weight, None, ctx.dtype, turned=True), dtype=ctx.of_x, impl="cpu")
-        if x is not None:
-            dw = packed_linear(grad.t(), pack_now(x, None, ctx.dtype, turned=True), dtype=ctx.of_weight, impl="cpu")
+        dx = None if weight is None else turned(grad, weight, ctx.dtype, ctx.of_x)
+        dw = None if x is None else turned(grad.t(), x, ctx.dtype, ctx.of_weight)
         return dx, dw, grad.sum(0, dtype=ctx.of_weight) if ctx.biased else None, None
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``x w^T + b`` in ``dtype``, without a gradient, of an ``x`` that :func:`takes`."""
     return packed_linear(x, pack_now(weight, bias, dtype), dtype=dtype, impl="cpu")
+
+
+def turned(x: Tensor, weight: Tensor, dtype: torch.dtype, result: torch.dtype) -> Tensor:
+    """``x w`` of x [..., n] and weight [n, m], multiplied in ``dtype`` and given in ``result``."""
+    return packed_linear(x, pack_now(weight, None, dtype, turned=True), dtype=result, impl="cpu")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
