@@ -35,7 +35,7 @@ from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
 from fastzs.windows import window_grid
 
-from .machine import describe, peak_megabytes
+from .machine import commit, describe, peak_megabytes
 from .timing import timed
 
 LONG = 4.0
@@ -81,12 +81,6 @@ def measure(plan: Plan, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any
         found["about"]["minutes"] = round((time.monotonic() - begun) / 60, 1)
         keep(found)
     return found
-
-
-def commit() -> str:
-    """Of the package that is measured; empty outside a repository."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    return subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def noise(side: int) -> torch.Tensor:

@@ -22,7 +22,6 @@ decided by the same is not done again, on any machine. A quick look (``--max-ste
 import argparse
 import hashlib
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -49,7 +48,7 @@ from fastzs.stages import folder, staged, steps_done
 from fastzs.train import train
 from fastzs.vocabulary import Vocabulary, text_vectors
 
-from .machine import describe
+from .machine import commit, describe
 
 SHAPES = protocol("shapes")
 SEEN = list(SHAPES.seen)
@@ -142,10 +141,13 @@ def kept(path: Path, decided: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def provenance() -> dict[str, Any]:
     """What is trained and where."""
-    asked = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip() or "unknown"
     machine = describe("cpu")
-    return {"commit": commit, "machine": machine["device"], "torch": machine["torch"], "threads": machine["threads"]}
+    return {
+        "commit": commit() or "unknown",
+        "machine": machine["device"],
+        "torch": machine["torch"],
+        "threads": machine["threads"],
+    }
 
 
 @torch.inference_mode()
