@@ -5,6 +5,8 @@ one thread each; files that are named run in one process, and ``-n 0`` asks for 
 """
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -19,6 +21,13 @@ def pytest_cmdline_main(config):
         config.option.numprocesses = min(os.cpu_count() or 1, 8)  # each process holds PyTorch: a gigabyte
         config.option.dist = "loadfile"  # a file's tests share what their fixtures compile
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    if "FASTZS_CACHE" not in os.environ:  # processes that tests and pytest-xdist start have the same
+        folder = tempfile.mkdtemp(prefix="fastzs-tests-")
+        os.environ["FASTZS_CACHE"] = folder  # not the user's: what an older version kept there must decide no test
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(config, items):
