@@ -6,9 +6,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import numpy as np
 import torch
@@ -30,9 +28,7 @@ class Hostile:
         return os.system, (f"touch {CANARY}",)
 
 
-@cache
-def saved(wide: int = 16) -> Path:
-    folder = Path(mkdtemp())
+def saved(folder: Path, wide: int = 16) -> Path:
     torch.manual_seed(1)
     sizes = SIZES | {"output_dim": wide}
     ZegCLIP(weights="random", sizes=sizes, prompts=3, crop=32).save_pretrained(folder)
@@ -70,7 +66,7 @@ def folders() -> Iterator[Case]:
     def make(change: Callable[[Path], object]) -> Callable[[Path], list[str]]:
         def lay(folder: Path) -> list[str]:
             good_pictures(folder)
-            change(shutil.copytree(saved(), folder / "model"))
+            change(saved(folder / "model"))
             return segment(*MODEL)
 
         return lay
@@ -107,7 +103,7 @@ def folders() -> Iterator[Case]:
         ),
     ):
         line = segment(*arguments)
-        lay = lambda f, line=line: [good_pictures(f), shutil.copytree(saved(128), f / "model"), line][-1]  # noqa: E731
+        lay = lambda f, line=line: [good_pictures(f), saved(f / "model", 128), line][-1]  # noqa: E731
         yield Case(f"checkpoints: {what}", lay, says=says, check=segmented("good0", "good1"))
     for place, says in (
         ("gone", "no such file or folder"),
