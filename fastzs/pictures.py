@@ -1,8 +1,6 @@
 """Images from files and memory, as one thing: uint8 RGB ``[3, H, W]``."""
 
 import glob
-import importlib
-import importlib.util
 import io
 import logging
 import os
@@ -17,6 +15,7 @@ from PIL import Image, ImageOps
 
 from fastzs.errors import FastzsError
 from fastzs.files import check_file, is_web_address, open_file
+from fastzs.needed import MissingPackage, needed
 
 ImageLike: TypeAlias = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | BinaryIO | bytes
 
@@ -257,9 +256,10 @@ def know_heif(name: str) -> None:
     Raises:
         ImageError: pillow-heif is not installed; the message names the image.
     """
-    if importlib.util.find_spec("pillow_heif") is None:
-        raise ImageError(f"{name}: HEIC needs pillow-heif, which is not installed: pip install 'fastzs[heif]'")
-    importlib.import_module("pillow_heif").register_heif_opener()
+    try:
+        needed("pillow_heif", "pillow-heif", "HEIC images", "heif").register_heif_opener()
+    except MissingPackage as error:
+        raise ImageError(f"{name}: {error}") from error
 
 
 def _levels(pixels: torch.Tensor, what: str) -> torch.Tensor:

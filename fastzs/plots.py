@@ -1,6 +1,5 @@
 """Plots of an evaluation: bars of the IoU of every class, and the confusion matrix. They need matplotlib."""
 
-import importlib.util
 import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastzs.data.protocols import Protocol
 from fastzs.files import write_atomically
 from fastzs.metrics import ConfusionMatrix
+from fastzs.needed import check_installed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,10 +19,9 @@ def check() -> None:
     """Check that plots can be drawn.
 
     Raises:
-        ValueError: matplotlib is not installed.
+        MissingPackage: matplotlib is not installed.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib, which is not installed: pip install 'fastzs[plots]'")
+    check_installed("matplotlib", "matplotlib", "plots", "plots")
 
 
 def save_bars(path: Path, matrix: ConfusionMatrix, protocol: Protocol) -> None:

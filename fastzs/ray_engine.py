@@ -5,7 +5,6 @@ afterwards; with it (``ray job submit`` sets it) the work goes to that cluster, 
 same files at the same paths.
 """
 
-import importlib.util
 import logging
 import os
 import pickle
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from fastzs import ranks
+from fastzs.needed import check_installed
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -27,7 +27,8 @@ class Actors:
         device: "auto", "cuda", "cpu": as :func:`fastzs.load` takes it; each actor sees only its own GPU.
 
     Raises:
-        ValueError: Ray is not installed, or the settings cannot be used with it.
+        ValueError: the settings cannot be used with Ray.
+        MissingPackage: Ray Data is not installed.
     """
 
     def __init__(self, count: int | None, device: str):
@@ -37,8 +38,8 @@ class Actors:
             raise ValueError(f"--workers must be at least 1, got {count}")
         if ":" in device:
             raise ValueError(f"--device {device}: Ray chooses each actor's GPU; say --device {device.split(':')[0]}")
-        if any(importlib.util.find_spec(name) is None for name in ("ray", "pyarrow", "pandas")):
-            raise ValueError("--engine ray needs Ray Data, which is not installed: pip install 'fastzs[ray]'")
+        for name in ("ray", "pyarrow", "pandas"):
+            check_installed(name, name, "actors (--engine ray)", "ray")
         self.count, self.device = count or 0, device
         self.needs: dict[str, Any] = {}  # what Ray keeps free for each actor
 

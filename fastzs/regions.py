@@ -8,7 +8,6 @@ where such regions are good: Zhang et al., "CorrCLIP", ICCV 2025, whose merging 
 import hashlib
 import os
 from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 
 from fastzs.errors import FastzsError
+from fastzs.needed import check_installed
 from fastzs.result import read_labels
 
 SUPERPIXELS = ("slic", "felzenszwalb")
@@ -70,13 +70,11 @@ def check_source(regions: str | Path) -> None:
     """See that there is something to take regions from, before any image is read.
 
     Raises:
-        RegionsError: no such file or folder, or scikit-image is needed and not installed.
+        RegionsError: no such file or folder.
+        MissingPackage: scikit-image is needed and not installed.
     """
     if str(regions) in SUPERPIXELS:
-        if util.find_spec("skimage") is None:
-            raise RegionsError(
-                f"regions {str(regions)!r} need scikit-image, which is not installed: pip install 'fastzs[regions]'"
-            )
+        check_installed("skimage", "scikit-image", f"regions {str(regions)!r}", "regions")
     elif not Path(os.path.expanduser(regions)).exists():
         raise RegionsError(
             f"regions {regions}: there is no such file; expected a PNG, a folder of them, or {' or '.join(SUPERPIXELS)}"
@@ -96,7 +94,7 @@ def superpixels(method: str, image: Tensor) -> Tensor:
     """Superpixels of an image uint8 [3, H, W] by scikit-image, int64 [H, W] from 1.
 
     Raises:
-        RegionsError: scikit-image is not installed.
+        MissingPackage: scikit-image is not installed.
     """
     check_source(method)
     from skimage.segmentation import felzenszwalb, slic

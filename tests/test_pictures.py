@@ -365,7 +365,7 @@ def test_heic(tmp_path, monkeypatch):
     assert find_pictures([tmp_path]) == [tmp_path / "a.heic"]
     assert read_picture(tmp_path / "a.heic").shape == (3, 48, 80)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImageError, match=r"a\.heic: HEIC needs pillow-heif.*fastzs\[heif\]"):
+    with pytest.raises(ImageError, match=r"a\.heic: HEIC images need pillow-heif.*fastzs\[heif\]"):
         read_picture(tmp_path / "a.heic")
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from fastzs.cli import main
 from fastzs.commands.segment import Job
 from fastzs.data.shapes import draw
+from fastzs.needed import MissingPackage
 from fastzs.ray_engine import Actors, _Actor
 from fastzs.vocabulary import Vocabulary
 
@@ -104,7 +105,7 @@ def test_not_under_torchrun(monkeypatch):
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'fastzs\[ray\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install 'fastzs\[ray\]'"):
         Actors(2, "cpu")
 
 

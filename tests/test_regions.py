@@ -10,6 +10,7 @@ from fastzs.data.datasets import ShapesDataset
 from fastzs.data.protocols import protocol
 from fastzs.evaluate import evaluate
 from fastzs.models import NACLIP, PEARL, ClearCLIP, MaskCLIP, ProxyCLIP
+from fastzs.needed import MissingPackage
 from fastzs.regions import RegionsError, find, merged, share_labels
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
@@ -104,8 +105,8 @@ def test_superpixels_follow_edges(method):
 
 
 def test_superpixels_need_scikit_image(monkeypatch, image):
-    monkeypatch.setattr("fastzs.regions.util.find_spec", lambda name: None)
-    with pytest.raises(RegionsError, match=r"need scikit-image.*pip install 'fastzs\[regions\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match=r"need scikit-image.*pip install 'fastzs\[regions\]'"):
         find("slic", image)
 
 

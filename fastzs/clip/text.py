@@ -39,10 +39,11 @@ class TextEncoder(nn.Module):
             tokenizer: CLIP's BPE tokenizer if omitted.
 
         Raises:
-            WeightsError: options that open_clip's text towers do not have; transformers is needed and not installed.
+            WeightsError: options that open_clip's text towers do not have.
+            MissingPackage: transformers is needed and not installed.
         """
         if "hf_model_name" in config:
-            need_transformers(f"the text tower {config['hf_model_name']}")
+            need_transformers(f"text towers such as {config['hf_model_name']}")
         read: Any = tokenizer or open_clip.SimpleTokenizer(context_length=config.get("context_length", 77))
         # weights come later; and the tokens, which CoCa's decoder reads, are not wanted
         options = {**config, "hf_model_pretrained": False, "output_tokens": False}

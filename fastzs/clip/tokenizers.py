@@ -1,6 +1,5 @@
 """Texts to token ids: CLIP's own tokenizer, those of tokenizer.json files, and the one of closed vocabularies."""
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fastzs.clip import hub
 from fastzs.clip.state import WeightsError, read_json
+from fastzs.needed import check_installed, needed
 
 Tokenizer = Callable[[Sequence[str]], Tensor]
 FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -66,14 +66,12 @@ class FileTokenizer:
         strip_sep_token: padding in place of the separator (CLIPA).
 
     Raises:
-        WeightsError: the library is missing, or a file is missing or damaged.
+        WeightsError: a file is missing or damaged.
+        MissingPackage: the library is not installed.
     """
 
     def __init__(self, folder: Path, context_length: int, clean: str = "whitespace", strip_sep_token: bool = False):
-        if importlib.util.find_spec("tokenizers") is None:
-            raise WeightsError(f"the tokenizer in {folder} needs the package tokenizers: pip install 'fastzs[hf]'")
-        import tokenizers
-
+        tokenizers = needed("tokenizers", "tokenizers", f"tokenizers such as that in {folder}", "hf")
         self.folder, self.context_length, self.clean = folder, context_length, clean
         self.clean_fn = get_clean_fn(clean)
         try:
@@ -137,7 +135,8 @@ def of_hub(text_cfg: dict, source: str) -> Tokenizer | None:
     Repositories without a ``tokenizer.json`` are read by transformers.
 
     Raises:
-        WeightsError: it cannot be fetched, or needs a package that is not installed.
+        WeightsError: it cannot be fetched.
+        MissingPackage: it needs transformers, which is not installed.
     """
     repository = text_cfg.get("hf_tokenizer_name")
     if not repository:
@@ -147,7 +146,7 @@ def of_hub(text_cfg: dict, source: str) -> Tokenizer | None:
     if found is not None:
         hub.file(what, repository, ("tokenizer_config.json",))
         return _from_files(found.parent, text_cfg)
-    need_transformers(f"{source}: its tokenizer ({repository})")
+    need_transformers(f"tokenizers such as {source}'s ({repository})")
     hub.file(what, repository, ("tokenizer_config.json", "config.json"))  # transformers would try for a minute
     try:
         made: Any = open_clip.tokenizer.HFTokenizer(
@@ -164,6 +163,5 @@ def _from_files(folder: Path, text_cfg: dict) -> FileTokenizer:
 
 
 def need_transformers(what: str) -> None:
-    """Raises WeightsError where transformers is not installed."""
-    if importlib.util.find_spec("transformers") is None:
-        raise WeightsError(f"{what} needs the package transformers: pip install 'fastzs[hf]'")
+    """Raises MissingPackage where transformers is not installed; ``what`` needs it, in the plural."""
+    check_installed("transformers", "transformers", what, "hf")

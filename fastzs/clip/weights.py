@@ -274,12 +274,13 @@ def _with_text_model(config: dict, backbone: str) -> dict:
     """The configuration, with the folder of the Hugging Face text model's own one in place of its hub id.
 
     Raises:
-        WeightsError: transformers is not installed, or the model's configuration cannot be fetched.
+        WeightsError: the model's configuration cannot be fetched.
+        MissingPackage: transformers is not installed.
     """
     name = config["text_cfg"].get("hf_model_name")
     if name is None or Path(name).is_dir():
         return config
-    tokenizers.need_transformers(f"{backbone}: its text tower ({name})")
+    tokenizers.need_transformers(f"text towers such as {backbone}'s ({name})")
     folder = hub.file(f"{backbone}'s text tower", name, ("config.json",)).parent
     return config | {"text_cfg": config["text_cfg"] | {"hf_model_name": str(folder)}}
 

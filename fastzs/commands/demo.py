@@ -1,9 +1,10 @@
 """``fastzs demo``: a page in the browser to try names on images."""
 
-import importlib.util
 from typing import Literal
 
 from jsonargparse import ArgumentParser, Namespace
+
+from fastzs.needed import check_installed
 
 HELP = "a page in the browser to try names on images"
 PORT = 7860
@@ -40,8 +41,7 @@ def parser() -> ArgumentParser:
 def run(config: Namespace) -> int:
     """Serve until Ctrl-C; 0."""
     for package in ("gradio", "pycocotools"):
-        if importlib.util.find_spec(package) is None:
-            raise ValueError(f"the page needs {package}, which is not installed: pip install 'fastzs[demo]'")
+        check_installed(package, package, "pages of fastzs demo", "demo")
     for name in ("max_megabytes", "max_pixels"):
         if not config[name] > 0:
             raise ValueError(f"--{name.replace('_', '-')}: expected a number above 0, got {config[name]}")

@@ -56,7 +56,7 @@ def run(config: Namespace) -> int:
         raise ValueError(f"--refine {config.refine} follows the edges of whole images, which maps are not")
     from fastzs.files import output_path
     from fastzs.locks import hold
-    from fastzs.maps.run import Wanted, segment_map
+    from fastzs.maps.run import Wanted, check_packages, segment_map
     from fastzs.pictures import ImageError
     from fastzs.progress import ProgressBar
 
@@ -65,6 +65,7 @@ def run(config: Namespace) -> int:
         raise ValueError(f"--range: expected a lower and an upper value, as 0,3000, got {config.range}")
     ends = None if span is None else (span[0], span[1])
     wanted = Wanted(bands, ends, config.scale, config.polygons, config.polygons_format)
+    check_packages(wanted)
     paths = [Path(os.path.expanduser(path)) for path in config.paths]
     targets = _targets(paths)
     job = given_job(config, vocabulary, {"short_side": 0})

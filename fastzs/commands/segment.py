@@ -16,6 +16,7 @@ from fastzs.commands import videos
 from fastzs.commands.classes import given_classes
 from fastzs.commands.options import add_regions, add_windows
 from fastzs.commands.training_free import add_flags, model_options
+from fastzs.needed import check_installed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -226,7 +227,8 @@ def given_job(config: Namespace, vocabulary: "Vocabulary", sizes: dict[str, Any]
 
 def run(config: Namespace) -> int:
     """Segment; 0 if every image came out, else 1."""
-    _check_coco(config.coco)
+    if config.coco:
+        check_installed("pycocotools", "pycocotools", "COCO files (--coco)", "formats")
     if config.max_pixels is not None and config.max_pixels < 1:
         raise ValueError(f"--max-pixels must be at least 1, got {config.max_pixels}")
     vocabulary = given_vocabulary(config)
@@ -375,13 +377,6 @@ def _templates(given: str | None) -> str | list[str] | None:
         raise ValueError(f"templates {given}: cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"templates {error}") from error
-
-
-def _check_coco(wanted: bool) -> None:
-    import importlib.util
-
-    if wanted and importlib.util.find_spec("pycocotools") is None:
-        raise ValueError("--coco needs pycocotools, which is not installed: pip install 'fastzs[formats]'")
 
 
 def _now() -> str:

@@ -30,7 +30,7 @@ from fastzs.export.graphs import (
 from fastzs.export.onnx_files import WEIGHTS, Weights, model_proto, quantised
 from fastzs.files import temporary_beside, write_atomically
 from fastzs.models.base import SegmentationModel, join
-from fastzs.needed import needed
+from fastzs.needed import MissingPackage, needed
 from fastzs.vocabulary import Vocabulary, class_indices, text_vectors
 from fastzs.windows import Size
 
@@ -131,7 +131,7 @@ def _write(
     if model._clip is not None:
         try:
             clip, files = clip_of(model.clip)
-        except WeightsError as error:
+        except (WeightsError, MissingPackage) as error:
             say(f"the text tower is left out: {error}")
         else:
             tower = model.clip.text()

@@ -1,6 +1,5 @@
 """Polygons of a GeoTIFF of labels, as GeoJSON or as a GeoPackage."""
 
-import importlib.util
 import warnings
 from io import BytesIO
 from pathlib import Path
@@ -13,16 +12,6 @@ from fastzs.outputs import OutputError
 Form = Literal["geojson", "gpkg"]  # the ending of the file, too
 DRIVERS = {"geojson": "GeoJSON", "gpkg": "GPKG"}
 DECIMALS = "9"  # of longitudes and latitudes in GeoJSON: about a tenth of a millimetre
-
-
-def check_packages() -> None:
-    """
-    Raises:
-        MapError: a package that polygons need is not installed.
-    """
-    for package in ("shapely", "pyogrio"):
-        if importlib.util.find_spec(package) is None:
-            raise MapError(f"polygons need {package}, which is not installed: pip install 'fastzs[geo]'")
 
 
 def write_polygons(raster: Path, path: Path, names: tuple[str, ...], background: int | None, tolerance: float) -> int:

@@ -1,6 +1,5 @@
 """Segment a map: windows of a GeoTIFF through the model, blended where they overlap, into a GeoTIFF of labels."""
 
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from fastzs.bands import Band, bands
 from fastzs.maps.labels import Labels
-from fastzs.maps.polygons import Form, check_packages, write_polygons
+from fastzs.maps.polygons import Form, write_polygons
 from fastzs.maps.raster import CACHE, MapError, Raster
+from fastzs.needed import check_installed
 from fastzs.ops import label_map
 from fastzs.pipeline import ahead
 from fastzs.question import Question
@@ -54,6 +54,17 @@ class Wanted:
             raise ValueError(f"--polygons: expected a tolerance of 0 or more, got {self.tolerance}")
 
 
+def check_packages(wanted: Wanted) -> None:
+    """
+    Raises:
+        MissingPackage: a package is not installed that maps need, or their polygons if these are wanted.
+    """
+    check_installed("rasterio", "rasterio", "maps", "geo")
+    if wanted.tolerance is not None:
+        for package in ("shapely", "pyogrio"):
+            check_installed(package, package, "polygons of maps", "geo")
+
+
 def segment_map(
     path: Path,
     target: Path,
@@ -79,20 +90,18 @@ def segment_map(
 
     Raises:
         MapError: the map cannot be read, or a result exists already.
+        MissingPackage: see :func:`check_packages`.
         ImageError: the crop that was asked for is larger than the map.
         OutputError: a result cannot be written; the label map is whole or absent.
         ValueError: a setting does not fit.
     """
-    if importlib.util.find_spec("rasterio") is None:
-        raise MapError(f"{path}: maps need rasterio, which is not installed: pip install 'fastzs[geo]'")
+    check_packages(wanted)
     import rasterio
 
     labels_path, polygons_path = Path(f"{target}.tif"), Path(f"{target}.{wanted.form}")
     for made in (labels_path,) if wanted.tolerance is None else (labels_path, polygons_path):
         if made.exists():
             raise MapError(f"{path}: {made} exists already; remove it, or give another --output")
-    if wanted.tolerance is not None:
-        check_packages()
     background = len(question.names) - 1 if question.names[-1] == "background" else None
     with (
         rasterio.Env(GDAL_CACHEMAX=CACHE),

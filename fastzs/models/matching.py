@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastzs.needed import needed
 from fastzs.ops import mask_loss
 from fastzs.trace import traced
 
@@ -75,10 +76,7 @@ def assign(logits: Tensor, masks: Tensor, classes: Tensor, here: Tensor, focal: 
         classes: [N], at most Q.
         here: bool [N, h, w], where each class is.
     """
-    try:
-        from scipy.optimize import linear_sum_assignment
-    except ImportError as error:
-        raise ImportError("matching proposals in training wants SciPy: pip install 'fastzs[two-stage]'") from error
+    optimize = needed("scipy.optimize", "SciPy", "proposals that are matched in training", "two-stage")
     m, y = masks.flatten(1).float(), here.flatten(1).float()  # [Q, hw], [N, hw]
     p = m.sigmoid()
     inside = ALPHA * (1 - p) ** GAMMA * F.softplus(-m)
@@ -88,4 +86,4 @@ def assign(logits: Tensor, masks: Tensor, classes: Tensor, here: Tensor, focal: 
     cost = focal * focal_cost + dice * dice_cost - logits.float().softmax(1)[:, classes]
     # numbers that are not finite are for the loss to show: here they must not stop the matching
     cost = cost.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    return torch.as_tensor(linear_sum_assignment(cost.T.cpu().numpy())[1], device=masks.device)
+    return torch.as_tensor(optimize.linear_sum_assignment(cost.T.cpu().numpy())[1], device=masks.device)

@@ -14,6 +14,7 @@ from fastzs.clip import Clip, WeightsError
 from fastzs.clip.state import file_fingerprint, read_state
 from fastzs.models import saved
 from fastzs.models.base import SegmentationModel
+from fastzs.needed import MissingPackage
 
 OWN = "folders and hub ids of save_pretrained"
 
@@ -114,7 +115,7 @@ class TrainedModel(SegmentationModel, PyTorchModelHubMixin, library_name="fastzs
         state = read_state(path)
         try:
             model = cls(**{**config, **options})
-        except WeightsError:
+        except (WeightsError, MissingPackage):
             raise
         except Exception as error:  # whatever settings of the wrong kind or size make of a constructor
             raise WeightsError(f"{folder / saved.CONFIG}: its settings make no {cls.__name__}: {error}") from error

@@ -1,6 +1,5 @@
 """A video file as a stream of frames."""
 
-import importlib.util
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import chain, dropwhile, islice
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastzs.files import check_file
+from fastzs.needed import MissingPackage, check_installed
 from fastzs.pictures import ImageError
 
 if TYPE_CHECKING:
@@ -70,8 +70,10 @@ class Clip:
     """
 
     def __init__(self, path: Path, max_pixels: int = MAX_PIXELS):
-        if importlib.util.find_spec("av") is None:
-            raise VideoError(f"{path}: videos need PyAV, which is not installed: pip install 'fastzs[video]'")
+        try:
+            check_installed("av", "PyAV", "videos", "video")
+        except MissingPackage as error:
+            raise VideoError(f"{path}: {error}") from error
         self.path, self.damaged, self.decoded = path, 0, 0
         self._open()
         codec = self.stream.codec_context

@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 
 from fastzs import clip
 from fastzs.clip import hub as hub_files
-from fastzs.clip import tokenizers, weights
+from fastzs.clip import weights
 from fastzs.clip.blocks import QuickGELU
 from fastzs.clip.state import WeightsError, read_state, to_openai_names
+from fastzs.needed import MissingPackage
 
 TINY = {
     "embed_dim": 16,
@@ -351,10 +352,9 @@ def test_an_object_in_a_file_is_refused_by_its_name(tmp_path):
 
 
 def test_text_towers_of_the_hub_need_transformers_and_say_so_at_once(monkeypatch):
-    monkeypatch.setattr(tokenizers.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        WeightsError, match=r"roberta-base\) needs the package transformers: pip install 'fastzs\[hf\]'"
-    ):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    sentence = r"\(roberta-base\) need transformers, which is not installed: pip install 'fastzs\[hf\]'"
+    with pytest.raises(MissingPackage, match=sentence):
         clip.load("roberta-ViT-B-32", "laion2b_s12b_b32k")
 
 

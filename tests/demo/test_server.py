@@ -210,7 +210,10 @@ def test_the_command_says_what_is_wrong_before_it_loads_a_model(capsys, monkeypa
         assert capsys.readouterr().err.startswith(f"fastzs demo: port {port} of 127.0.0.1 cannot be taken")
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None if package == "gradio" else package)
     assert main(["demo"]) == 2
-    assert "the page needs gradio, which is not installed: pip install 'fastzs[demo]'" in capsys.readouterr().err
+    assert (
+        "pages of fastzs demo need gradio, which is not installed: pip install 'fastzs[demo]'"
+        in capsys.readouterr().err
+    )
     monkeypatch.undo()
     assert main(["demo", "--max-pixels", "0"]) == 2
     assert capsys.readouterr().err == "fastzs demo: --max-pixels: expected a number above 0, got 0\n"

@@ -18,6 +18,7 @@ from fastzs.data.shapes import draw
 from fastzs.maps import run as maps
 from fastzs.maps.raster import MapError
 from fastzs.maps.run import Wanted, segment_map
+from fastzs.needed import MissingPackage
 from fastzs.outputs import OutputError
 from fastzs.question import Question
 from fastzs.windows import window_grid
@@ -262,11 +263,11 @@ def test_without_packages(tmp_path, monkeypatch):
     segmenter = Brightness()
     path = write(tmp_path / "a.tif", noise(3, 40, 40))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MapError, match=r"a\.tif: maps need rasterio, which is not installed: pip"):
+    with pytest.raises(MissingPackage, match=r"^maps need rasterio, which is not installed: pip"):
         run(path, tmp_path / "out", segmenter)
     for package in ("shapely", "pyogrio"):
         monkeypatch.setattr("importlib.util.find_spec", lambda name, package=package: name if name != package else None)
-        with pytest.raises(MapError, match=f"polygons need {package}"):
+        with pytest.raises(MissingPackage, match=f"polygons of maps need {package}"):
             run(path, tmp_path / "out", segmenter, tolerance=1)
 
 

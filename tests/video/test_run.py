@@ -309,7 +309,7 @@ def test_arguments_that_will_not_do(folder, monkeypatch, capsys, arguments, matc
 
 
 def test_without_pyav(folder, monkeypatch):
-    monkeypatch.setattr("fastzs.video.clip.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (sentence,) = run(folder).failed.values()
     assert sentence == f"{folder / 'a.mp4'}: videos need PyAV, which is not installed: pip install 'fastzs[video]'"
 
