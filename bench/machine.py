@@ -5,9 +5,12 @@ import functools
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +35,7 @@ PRELOADED = [
 ]
 FRESH_PROCESS_SECONDS = 900
 CLEAR_PEAK = "5"  # see proc(5) on clear_refs
+SCRATCH = "FASTZS_BENCH_SCRATCH"  # variable of a fresh process: where it may leave files
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -206,17 +210,26 @@ def in_fresh_process(function: Callable, *args: Any) -> Any:
     if sys.platform == "linux":
         context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(theirs, function, args), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        return ours.recv() if ours.poll(FRESH_PROCESS_SECONDS) else None
-    except EOFError:
-        return None
-    finally:
-        process.kill()
-        process.join()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        process = context.Process(target=_send, args=(theirs, scratch, function, args), daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            return ours.recv() if ours.poll(FRESH_PROCESS_SECONDS) else None
+        except EOFError:
+            return None
+        finally:
+            process.kill()
+            process.join()
 
 
-def _send(pipe, function: Callable, args: tuple) -> None:
+def _send(pipe, scratch: str, function: Callable, args: tuple) -> None:
+    os.environ[SCRATCH] = scratch
     pipe.send(function(*args))
+
+
+def scratch_folder(owner: object) -> Path:
+    """A new folder that is removed with ``owner``, and in a fresh process, which is killed, by who started it."""
+    place = tempfile.mkdtemp(dir=os.environ.get(SCRATCH))
+    weakref.finalize(owner, shutil.rmtree, place)  # TemporaryDirectory warns where nobody cleans it up
+    return Path(place)

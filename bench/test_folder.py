@@ -10,9 +10,6 @@ labels, all of them.
 """
 
 import functools
-import shutil
-import tempfile
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,7 @@ from fastzs.result import Segmentation
 from fastzs.runs import segment_pictures
 
 from . import systems
-from .machine import why_no_bf16
+from .machine import scratch_folder, why_no_bf16
 from .rivals import Contest, Rival, compete, share_of_labels
 from .test_systems import Loaded
 
@@ -52,8 +49,7 @@ class Folder:
     """Image files and a place for results, removed with this object."""
 
     def __init__(self, system: str, dtype: torch.dtype):
-        self.place = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, self.place)  # TemporaryDirectory warns where nobody cleans it up
+        self.place = scratch_folder(self)
         self.files, self.stages = [], Stages(Loaded(system, "cpu", dtype=dtype))
         for i in range(COUNT):
             path = Path(self.place, f"{i:02}.jpg")

@@ -10,9 +10,6 @@ the model's own rate.
 
 import functools
 import importlib.util
-import shutil
-import tempfile
-import weakref
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from fastzs.video.reel import Reel, video_frame
 from fastzs.video.run import Wanted, segment_clips
 
 from . import systems
-from .machine import why_no_bf16
+from .machine import scratch_folder, why_no_bf16
 from .rivals import Contest, Rival, compete, share_of_labels
 from .test_folder import DTYPES, Stages
 from .test_systems import Loaded
@@ -40,8 +37,7 @@ class Footage:
     """Clips of ``COUNT`` and of ``JUDGED`` frames and a place for results, removed with this object."""
 
     def __init__(self, dtype: torch.dtype):
-        self.place = Path(tempfile.mkdtemp())
-        weakref.finalize(self, shutil.rmtree, self.place)  # TemporaryDirectory warns where nobody cleans it up
+        self.place = scratch_folder(self)
         self.stages = Stages(Loaded("maskclip", "cpu", dtype=dtype))
         self.clips = {count: self._write(count) for count in (COUNT, JUDGED)}
         self.frames = {count: self._read(path) for count, path in self.clips.items()}

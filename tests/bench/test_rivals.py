@@ -1,12 +1,13 @@
 """The bench's helper: rivals that are wrong are refused, rounds are interleaved, rows have all that they should."""
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import machine, rivals
-from bench.machine import in_fresh_process, peak_megabytes
+from bench.machine import in_fresh_process, peak_megabytes, scratch_folder
 from bench.rivals import Contest, Rival, Unavailable, hold
 
 SIZE = 1 << 20
@@ -147,6 +148,34 @@ def fails():
 
 def test_a_fresh_process_that_fails_gives_none():
     assert in_fresh_process(fails) is None
+
+
+class Owner:
+    pass
+
+
+OWNERS = []  # that live as long as their process
+
+
+def leaves_files() -> str:
+    OWNERS.append(Owner())
+    place = scratch_folder(OWNERS[-1])
+    (place / "large.bin").write_bytes(bytes(100))
+    return str(place)
+
+
+def test_what_a_fresh_process_leaves_is_removed():
+    found = in_fresh_process(leaves_files)
+    assert found is not None
+    assert not Path(found).parent.exists()
+
+
+def test_a_scratch_folder_goes_with_its_owner():
+    owner = Owner()
+    place = scratch_folder(owner)
+    assert place.is_dir()
+    del owner
+    assert not place.exists()
 
 
 def test_peak_counts_what_was_freed_again():
