@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastzs.clip import frozen, frozen_packed
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.packable import Packable
+from fastzs.clip.plain import plain
 from fastzs.clip.products import Linear, linear, takes
 from fastzs.trace import traced
 
@@ -187,8 +188,8 @@ class Block(Packable):
 
     def add_attended(self, x: Tensor, heads: Tensor) -> Tensor:
         """Tokens [B, L, C] plus what attention gave them, per head [B, heads, L, C / heads]."""
-        plain = not self.norm_last and self.attn.norm is None
-        if self.training and plain and frozen.passes_through(heads, self.attn.out_proj) and takes(x):
+        alone = not self.norm_last and self.attn.norm is None
+        if self.training and alone and frozen.passes_through(heads, self.attn.out_proj) and takes(x):
             return frozen_packed.add_attended(x, heads.transpose(1, 2).flatten(2), self.attn.out_proj)
         attended = self.given(heads)
         return attended.add_(x) if attended.dtype == x.dtype else x + attended
@@ -201,10 +202,10 @@ class Block(Packable):
             first, gelu, last = cast(tuple[nn.Linear, nn.Module, nn.Linear], tuple(self.mlp))
             if isinstance(gelu, QuickGELU) or cast(nn.GELU, gelu).approximate == "none":
                 return frozen.mlp(x, self.ln_2, first, last, isinstance(gelu, QuickGELU))
-        y = self.ln_2(x)
-        if isinstance(self.mlp, nn.Sequential) and isinstance(self.mlp[1], QuickGELU) and _on_gpu(x):
-            return x + quick_gelu_mlp(y, cast(nn.Linear, self.mlp[0]), cast(nn.Linear, self.mlp[2]))
-        return x + self.mlp(y)
+        y, mlp = self.ln_2(x), self.mlp
+        if isinstance(mlp, nn.Sequential) and isinstance(mlp[1], QuickGELU) and _on_gpu(x) and plain(mlp):
+            return x + quick_gelu_mlp(y, cast(nn.Linear, mlp[0]), cast(nn.Linear, mlp[2]))
+        return x + mlp(y)
 
     @traced("model.tower.block")
     def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from open_clip.model import CLIP
 from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from torch import Tensor, nn
 
+from fastzs.clip.plain import plain
 from fastzs.clip.products import linear
 
 
@@ -51,6 +52,7 @@ def takes(tower: nn.Module) -> bool:
             type(block) is ResidualAttentionBlock
             and isinstance(block.ls_1, nn.Identity)
             and isinstance(block.ls_2, nn.Identity)
+            and plain(block)
             for block in of.transformer.resblocks
         )
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fastzs.clip import frozen_packed
+from fastzs.clip.plain import plain
 from fastzs.clip.products import precision, takes
 
 QUICK_GELU = 1.702  # of the activation OpenAI trained CLIP with, x sigmoid(1.702 x)
@@ -25,9 +26,12 @@ aten = torch.ops.aten
 
 
 def passes_through(x: Tensor, *layers: nn.Module) -> bool:
-    """Whether a gradient is wanted of the tokens ``x`` and of no weight of the ``layers``."""
+    """Whether a gradient is wanted of the tokens ``x`` and of no weight of the ``layers``, which are :func:`plain`."""
     return (
-        torch.is_grad_enabled() and x.requires_grad and not any(p.requires_grad for y in layers for p in y.parameters())
+        torch.is_grad_enabled()
+        and x.requires_grad
+        and not any(p.requires_grad for y in layers for p in y.parameters())
+        and plain(*layers)
     )
 
 

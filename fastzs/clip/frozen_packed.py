@@ -73,7 +73,7 @@ class _Mlp(torch.autograd.Function):
         out, hidden = training.mlp(x.flatten(0, -2), norm, first, last, activation)
         ctx.save_for_backward(x, table, w1, w2, hidden)
         ctx.eps, ctx.activation, ctx.dtype = eps, activation, dtype
-        return out.view(x.shape)
+        return torch.ops.aten._unsafe_view(out, x.shape)  # a view could not be changed in place
 
     @staticmethod
     @once_differentiable

@@ -21,6 +21,7 @@ from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, FusedPool, activation_of
 from fastzs.clip.of_timm import TimmBlock
 from fastzs.clip.packable import Packable
+from fastzs.clip.plain import plain
 from fastzs.clip.pools import AttentionPool
 from fastzs.clip.products import onednn_pays, packed_pays
 from fastzs.clip.vision import Attention, QuickGELU, VisionTransformer
@@ -97,7 +98,8 @@ def pack(model: nn.Module, int8: bool = False) -> None:
     Branches of convolutional towers are joined, see :meth:`fastzs.clip.conv.ConvTower.join_branches`.
 
     The packed weights stand beside the plain ones, see :class:`fastzs.clip.packable.Packable`; :func:`unpack` drops
-    them. Weights that are written to by hand have to be packed anew.
+    them. Weights that are written to by hand have to be packed anew. Blocks with something in them that is not
+    :func:`plain` stay as they are.
 
     Args:
         int8: products in int8, but for those with channels that stand out (:func:`fastzs.clip.fused.int8_noise`) and
@@ -110,10 +112,16 @@ def pack(model: nn.Module, int8: bool = False) -> None:
     fused = int8 or packed_pays(dtype)
     found = 0
     for name, module in list(model.named_modules()):
+        if isinstance(module, TimmBlock | AttentionPool | DecoderLayer):
+            module.unpack()
+            if not plain(module):
+                continue
         if isinstance(module, VisionTransformer):
             onednn = onednn_pays(dtype)
             for i, block in enumerate(module.blocks):
                 block.unpack()
+                if not plain(block):
+                    continue
                 if fused and not block.norm_last and not (int8 and activation_of(block) is None):
                     found += _stand_in(f"{name}, block {i}", block, functools.partial(FusedBlock, block, int8), int8)
                 else:
@@ -121,15 +129,12 @@ def pack(model: nn.Module, int8: bool = False) -> None:
                         {"attn": PackedAttention(block.attn, onednn), "mlp": packed_mlp(block.mlp, onednn).eval()}
                     )
         elif fused and isinstance(module, TimmBlock):
-            module.unpack()
             found += _stand_in(name, module, functools.partial(FusedBlock, module.as_block(), int8), int8)
         elif isinstance(module, AttentionPool):
-            module.unpack()
             module.stand_in(_of_pool(module, fused, onednn_pays(dtype)))
         elif isinstance(module, ConvTower) and not int8:
             module.join_branches()
         elif fused and isinstance(module, DecoderLayer):
-            module.unpack()
             found += _stand_in(name, module, functools.partial(FusedDecoderLayer, module, int8), int8)
     if int8 and not found:
         unpack(model)

@@ -65,7 +65,7 @@ def packed_linear(
         raise ValueError(
             f"packed_linear: expected residual {list(shape)} in {dtype}, got {list(residual.shape)} in {residual.dtype}"
         )
-    backend = choose("packed_linear", impl, {"cpu": compiled.why_not_cpu(x, dtype), "reference": None})
+    backend = choose("packed_linear", impl, {"cpu": compiled.why_not_cpu(x, residual, dtype), "reference": None})
     run = compiled.run if backend == "cpu" else packed_linear_reference
     rows = x.reshape(-1, first.inputs).contiguous()
     added = residual if residual is None else residual.reshape(-1, last.outputs).contiguous()

@@ -14,14 +14,14 @@ MISSING = why_missing("packed_linear", "cpu") or why_missing("packed_linear_back
 NUMBERS = {"none": 0, "relu": 1, "quick_gelu": 2, "gelu": 3, "gelu_tanh": 4}  # as in csrc/packed_linear.cpp
 
 
-def why_not_cpu(x: Tensor, dtype: torch.dtype) -> str | None:
-    """None if it can take x and give a result in ``dtype``, else the reason."""
+def why_not_cpu(x: Tensor, residual: Tensor | None, dtype: torch.dtype) -> str | None:
+    """None if it can take them and give a result in ``dtype``, else the reason."""
     if x.device.type != "cpu":
         return f"x is on {x.device}"
     for what, kind in (("x is", x.dtype), ("the result is wanted in", dtype)):
         if kind not in (torch.float32, torch.bfloat16):
             return f"{what} {kind}; expected float32 or bfloat16"
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and (x.requires_grad or (residual is not None and residual.requires_grad)):
         return "it has no gradient"
     return MISSING
 

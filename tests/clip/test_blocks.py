@@ -6,7 +6,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastzs.clip import blocks
 from fastzs.clip.blocks import Block, quick_gelu_mlp
+from tests.clip.test_frozen import Adapted
 from tests.kernels.tolerances import errors
 
 WIDTH, HIDDEN = 24, 96
@@ -42,6 +44,15 @@ class Passes(TorchDispatchMode):
             ]
             self.numbers += sum(t.numel() for t in seen if t.ndim > 1)
         return out
+
+
+def test_on_a_gpu_adapters_in_a_layers_place_are_heard(monkeypatch):
+    monkeypatch.setattr(blocks, "_on_gpu", lambda x: True)
+    layer, x = Block(WIDTH, 3, HIDDEN, True, 1e-5), torch.randn(2, 7, WIDTH)
+    with torch.no_grad():
+        right = layer.add_mlp(x)
+        layer.mlp.c_proj = Adapted(layer.mlp.c_proj)
+        torch.testing.assert_close(layer.add_mlp(x) - x, 2 * (right - x))
 
 
 @pytest.mark.parametrize(("grad", "times"), [(False, 2), (True, 6)])

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastzs.clip import TextEncoder, causal
+from tests.clip.test_frozen import Adapted
 
 CONFIG = {"context_length": 24, "width": 32, "heads": 2, "layers": 3}
 TEXTS = ["a", "a photo of a very large dog in the old part of the town", "two words"]
@@ -59,4 +60,11 @@ def test_a_text_that_fills_the_context():
 def test_other_towers_go_their_own_way(options):
     made = encoder(**options)
     assert not causal.takes(made.tower)
+    torch.testing.assert_close(made.encode(TEXTS), made(made.tokenizer(TEXTS)))
+
+
+def test_adapters_in_a_layers_place_are_heard():
+    made = encoder()
+    mlp = made.tower.transformer.resblocks[1].mlp
+    mlp.c_fc = Adapted(mlp.c_fc)
     torch.testing.assert_close(made.encode(TEXTS), made(made.tokenizer(TEXTS)))

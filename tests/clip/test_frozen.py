@@ -89,6 +89,42 @@ def test_which_blocks_are_taken():
     assert not run(layer.requires_grad_(False), x.detach()).requires_grad
 
 
+class Adapted(torch.nn.Module):
+    """What adapters such as LoRA put in a linear layer's place: its weight is that of the layer."""
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__()
+        self.layer = layer
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.layer(x)
+
+
+@pytest.mark.parametrize("place", ["mlp.c_fc", "mlp.c_proj"])
+def test_adapters_in_a_layers_place_are_heard(place):
+    layer = block()
+    parent, _, name = place.rpartition(".")
+    setattr(layer.get_submodule(parent), name, Adapted(layer.get_submodule(place)))
+    (y, grad), (right_y, right) = both(layer, tokens())
+    assert torch.equal(y, right_y)
+    assert torch.equal(grad, right)
+
+
+def test_hooks_are_heard():
+    layer, heard = block(), []
+    layer.mlp[1].register_forward_hook(lambda *_: heard.append(1))
+    both(layer, tokens())
+    assert len(heard) == 2
+
+
 def test_any_strides():
     layer, x = block(), tokens()
     right, right_grad = both(layer, x)[1]

@@ -14,6 +14,7 @@ from fastzs.data import shapes
 from fastzs.decoders.blocks import DecoderLayer
 from fastzs.devices import choose_precision
 from fastzs.kernels.packed_linear.compiled import MISSING
+from tests.clip.test_frozen import Adapted
 from tests.clip.test_towers import randomise
 
 SIZES = {"width": 64, "layers": 3, "heads": 2, "patch_size": 8, "grid": 4, "output_dim": 32}
@@ -81,6 +82,18 @@ def test_packed_bf16_is_as_exact_as_unpacked_bf16(engine):
 
 def packed_blocks(model):
     return ["attn" in block.__dict__ for block in model.modules() if isinstance(block, Block)]
+
+
+def test_adapters_in_a_layers_place_are_heard(engine):
+    plain = tower()
+    mlp = plain.blocks[1].mlp
+    mlp.c_fc = Adapted(mlp.c_fc)
+    small = copy.deepcopy(plain)
+    packed.pack(small)
+    assert packed_blocks(small) == [True, False, True]
+    images = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        torch.testing.assert_close(small(images), plain(images), rtol=1e-4, atol=1e-5)
 
 
 def test_a_packed_model_is_saved_as_it_was(engine):

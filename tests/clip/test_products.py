@@ -11,6 +11,7 @@ from fastzs.clip.blocks import Block
 from fastzs.clip.products import Linear, linear
 from fastzs.kernels.packed_linear.compiled import MISSING
 from fastzs.ops import TokenLayout, bridged_attention
+from tests.clip.test_frozen import Adapted
 from tests.kernels.tolerances import errors
 
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -91,6 +92,20 @@ def test_results_can_be_changed_in_place(shape):
     x, w = numbers(*shape), numbers(24, 24, seed=1).requires_grad_()
     linear(x, w).add_(x).sum().backward()
     assert errors(w.grad, x.double().flatten(0, -2).sum(0).expand(24, 24))[0] <= bound(256)
+
+
+def test_results_of_a_frozen_block_can_be_changed_in_place():
+    made, x = Block(24, 3, 96, True, 1e-5).requires_grad_(False).train(), numbers(2, 11, 24).requires_grad_()
+    for y in (made.add_mlp(x), made.add_attended(x, x.unflatten(-1, (3, -1)).transpose(1, 2))):
+        y.mul_(2).sum().backward()
+
+
+def test_an_adapter_in_the_place_of_a_frozen_blocks_projection_is_heard():
+    made, x = Block(24, 3, 96, True, 1e-5).requires_grad_(False).train(), numbers(2, 11, 24).requires_grad_()
+    heads = x.unflatten(-1, (3, -1)).transpose(1, 2)
+    right = made.add_attended(x, heads) - x
+    made.attn.out_proj = Adapted(made.attn.out_proj)
+    torch.testing.assert_close(made.add_attended(x, heads) - x, 2 * right)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")

@@ -200,6 +200,8 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"expected residual \[3, 9\]"):
         packed_linear(x, first, residual=rand(3, 5))
     with pytest.raises(RuntimeError, match="it has no gradient"):
+        packed_linear(x, first, residual=rand(3, 9).requires_grad_(), impl="cpu")
+    with pytest.raises(RuntimeError, match="it has no gradient"):
         packed_linear(x.requires_grad_(), first, impl="cpu")
 
 
