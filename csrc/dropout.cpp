@@ -48,7 +48,7 @@ FASTZS_MULTIVERSION(run, drop_rows, Rows<torch::headeronly::BFloat16>)
 FASTZS_MULTIVERSION(run, drop_rows, Rows<torch::headeronly::Half>)
 
 Tensor drop(const Tensor& x, const Tensor* gate, double rate, const Tensor& seed) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "dropout: wanted contiguous values of one dimension at least");
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "dropout: expected contiguous values of one dimension at least");
   STD_TORCH_CHECK(gate == nullptr || (gate->is_contiguous() && gate->numel() == x.numel() &&
       gate->scalar_type() == x.scalar_type()), "dropout: the gradient and the result differ in size, dtype or layout");
   const Dropout dropout = dropout_of("dropout", rate, seed);

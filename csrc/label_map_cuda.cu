@@ -468,7 +468,7 @@ void label_map_cuda(
     case ScalarType::Float: launch<float>(a, activation, stream); break;
     case ScalarType::BFloat16: launch<__nv_bfloat16>(a, activation, stream); break;
     case ScalarType::Half: launch<__half>(a, activation, stream); break;
-    default: STD_TORCH_CHECK(false, "label_map: wanted float32, bfloat16 or float16 logits");
+    default: STD_TORCH_CHECK(false, "label_map: expected float32, bfloat16 or float16 logits");
   }
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "label_map: ", cudaGetErrorString(error));

@@ -288,7 +288,7 @@ using torch::stable::Tensor;
 
 const float* floats_of(const Tensor& t, const char* name) {
   const bool right = t.scalar_type() == ScalarType::Float && t.is_contiguous();
-  STD_TORCH_CHECK(right, "refine: ", name, " is not contiguous fp32");
+  STD_TORCH_CHECK(right, "refine: expected contiguous fp32 ", name);
   return t.const_data_ptr<float>();
 }
 
@@ -297,7 +297,7 @@ void refine_cpu(
     const Tensor& col_weight, const std::optional<Tensor>& image, const std::vector<int64_t>& dilations,
     int64_t iterations, std::optional<double> scale, Tensor labels, Tensor scores, std::optional<Tensor> probabilities,
     std::optional<Tensor> maps) {
-  STD_TORCH_CHECK(dilations.size() <= 16, "refine: more than 16 dilations");
+  STD_TORCH_CHECK(dilations.size() <= 16, "refine: expected at most 16 dilations, got ", dilations.size());
   Job job{};
   job.isa = cpu_isa();
   job.nodes = floats_of(nodes, "nodes");

@@ -80,7 +80,7 @@ class ConfusionMatrix:
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
         self.metric: Metric = metric
         if classes < 1:
-            raise ValueError(f"a confusion matrix of {classes} classes")
+            raise ValueError(f"a confusion matrix: expected at least 1 class, got {classes}")
         self.classes = classes
         self.counts = torch.zeros(classes, classes + 1, dtype=torch.int64)
 
@@ -157,7 +157,7 @@ class ConfusionMatrix:
     def scores(self, names: Sequence[str], unseen: Sequence[int] = ()) -> Scores:
         """All scores, ``unseen`` being the indices of the unseen classes."""
         if len(names) != self.classes:
-            raise ValueError(f"{len(names)} names for {self.classes} classes")
+            raise ValueError(f"expected {self.classes} names, one for each class, got {len(names)}")
         iou, accuracy = self.iou(), self.accuracy()
         hits, truth, _ = self.areas()
         is_unseen = torch.zeros(self.classes, dtype=torch.bool)
