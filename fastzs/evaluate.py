@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fastzs import ranks
-from fastzs.data.datasets import DataError, PairsDataset, ShapesDataset
+from fastzs.data.datasets import DataError, ShapesDataset
+from fastzs.data.pairs import PairsDataset
 from fastzs.data.protocols import Protocol
 from fastzs.metrics import ConfusionMatrix, Metric, Scores
 from fastzs.models.base import SegmentationModel

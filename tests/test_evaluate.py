@@ -11,7 +11,7 @@ from PIL import Image
 
 import fastzs
 from fastzs.cli import main
-from fastzs.commands.evaluate import _show, _show_fold
+from fastzs.commands.scores import show, show_fold
 from fastzs.data.datasets import DataError, FolderDataset, ShapesDataset
 from fastzs.data.protocols import Protocol, protocol
 from fastzs.evaluate import evaluate, evaluate_predictions, own_calibration, report, save_overlay, summary
@@ -191,8 +191,8 @@ def test_no_name_is_cut_in_the_printed_table(capsys, monkeypatch):
     matrix, dataset = ConfusionMatrix(len(names)), SimpleNamespace(what="drawn")
     everything = torch.arange(len(names))
     matrix.add(everything, everything)
-    _show({0.0: matrix}, Protocol("own", names, unseen=(90,)), dataset, {"model": "m", "pictures": 1})
-    _show_fold(FoldScores(dict.fromkeys(names, 1.0), 1.0, 1.0), Protocol("own", names), dataset, "m")
+    show({0.0: matrix}, Protocol("own", names, unseen=(90,)), dataset, {"model": "m", "pictures": 1})
+    show_fold(FoldScores(dict.fromkeys(names, 1.0), 1.0, 1.0), Protocol("own", names), dataset, "m")
     shown = capsys.readouterr().out
     assert "…" not in shown
     for name in names:

@@ -4,7 +4,7 @@ import pytest
 from rich.console import Console
 
 from fastzs import progress
-from fastzs.data import datasets
+from fastzs.data import datasets, pairs
 from tests.data.folders import put_mask, put_picture
 
 
@@ -25,7 +25,7 @@ def test_titles_are_no_markup_and_no_format(shown):
 
 
 def test_folders_of_any_name_are_checked_with_a_bar(tmp_path, shown, monkeypatch):
-    monkeypatch.setattr(datasets, "QUIET", 1)
+    monkeypatch.setattr(pairs, "QUIET", 1)
     monkeypatch.setenv("FASTZS_CACHE", str(tmp_path / "cache"))
     images, masks = (tmp_path / "[odd] {0} [" / kind for kind in ("images", "masks"))
     put_picture(images / "a.png")

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 if TYPE_CHECKING:
     from fastzs.data.benchmarks import Benchmark
-    from fastzs.data.datasets import PairsDataset
+    from fastzs.data.pairs import PairsDataset
 
 HELP = "list the eight benchmarks and what their folders must hold"
 
@@ -113,8 +113,9 @@ def _opened(benchmarks: "list[Benchmark]", data: str, split: str) -> "list[Pairs
     Raises:
         DataError: says of each that cannot be used why.
     """
-    from fastzs.data.datasets import PairsDataset, open_dataset
+    from fastzs.data.datasets import open_dataset
     from fastzs.data.masks import DataError
+    from fastzs.data.pairs import PairsDataset
 
     found, problems = [], []
     for benchmark in benchmarks:

@@ -7,9 +7,10 @@ that were converted for mmsegmentation are read as well.
 from pathlib import Path
 
 from fastzs.data.classes import CITYSCAPES, COCO_OBJECT
-from fastzs.data.datasets import Pair, PairsDataset, coco_pairs, home
+from fastzs.data.datasets import coco_pairs, home
 from fastzs.data.label_ids import cityscapes_labels, object_labels
 from fastzs.data.masks import Meaning
+from fastzs.data.pairs import Pair, PairsDataset
 
 
 class Cityscapes(PairsDataset):
