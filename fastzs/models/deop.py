@@ -342,10 +342,6 @@ class DeOP(TrainedModel):
     def _sizes(cls, state: Mapping[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
         return deop_files.sizes(state) | options
 
-    def _load(self, path: Path, state: Mapping[str, Tensor]) -> None:
-        fresh = nn.Linear(self.project.in_features, self.project.out_features)  # published ones are of two layers
-        super()._load(path, {f"project.{name}": tensor for name, tensor in fresh.state_dict().items()} | dict(state))
-
 
 @traced("train.loss")
 def summed_losses(masks: Tensor, share: Tensor, target: Tensor, ignore_index: int = 255) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastzs.clip import WeightsError
 from fastzs.clip.vision import mlp_ratio
@@ -62,10 +62,17 @@ def recognised(state: Mapping[str, Tensor]) -> bool:
 
 
 def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint's tensors by our names; published ones have no counters of batches."""
+    """A checkpoint's tensors by our names.
+
+    Published ones have no counters of batches, and two layers where we have one to name proposals with in the first
+    stage of training: that one starts anew.
+    """
     if "anchors.queries" in state:
         return dict(state)
     out = naming(state) | proposing(state)
+    if "maskformer.queries" in out and "no_object" in out:
+        fresh = nn.Linear(out["maskformer.queries"].shape[-1], out["no_object"].shape[-1])
+        out |= {f"project.{name}": tensor for name, tensor in fresh.state_dict().items()}
     for name in [name for name in out if name.endswith("running_mean")]:
         out.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
     return out

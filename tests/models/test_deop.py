@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fastzs.clip import WeightsError
 from fastzs.models import DeOP
@@ -100,6 +101,11 @@ def test_saves_and_loads(tmp_path):
     again = DeOP.from_pretrained(str(tmp_path)).eval()
     images, text = torch.randn(1, 3, 64, 64), words(8).embeddings
     assert torch.equal(net(images, text), again(images, text))
+    state = load_file(tmp_path / "model.safetensors")
+    del state["project.weight"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"missing: project\.weight"):
+        DeOP.from_pretrained(str(tmp_path))
 
 
 # ours, and what detectron2 and CLIP call it
