@@ -126,8 +126,9 @@ class Segmenter:
 
         On an NVIDIA GPU nothing is rearranged, but of many images batches whose size came before become CUDA graphs.
 
-        The packed weights stand beside the plain ones and take as much memory again. The model is saved as it was;
-        training, moving or casting it, and :meth:`unoptimize`, bring it back.
+        The packed weights stand beside the plain ones and take as much memory again. The model is saved as it was.
+        Training, moving or casting it brings it back, and so do :meth:`unoptimize` and a call where a gradient of its
+        weights is wanted.
 
         Args:
             int8: products of bytes, weights with a scale per channel and activations with one per token. It is for

@@ -1,8 +1,9 @@
 """Modules whose children and methods can be replaced for inference, and come back by themselves."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, cast
 
+import torch
 from torch import nn
 
 
@@ -11,7 +12,8 @@ class Packable(nn.Module):
 
     A stand-in is found under the child's name, while the child stays registered with its weights: the module's state,
     and so what is saved, never changes. Stand-ins are dropped as soon as they would be out of date: when the module is
-    moved, cast, trained or loads weights. A copy, pickled or not, has none.
+    moved, cast, trained or loads weights. A copy, pickled or not, has none. They give no gradient: see
+    :func:`unpack_if_trained`.
 
     With :meth:`let_go` the weights themselves are dropped; all of this is refused then.
     """
@@ -29,6 +31,7 @@ class Packable(nn.Module):
         for name in self._modules.keys() & set(self._stand_ins):
             for parameter in cast(nn.Module, self._modules[name]).parameters():
                 parameter.data = parameter.new_empty(0)
+                parameter.requires_grad_(False)
         self._gone = reason
         self.register_state_dict_pre_hook(lambda module, *_: module.check_there())
 
@@ -64,3 +67,16 @@ class Packable(nn.Module):
         self.check_there()
         gone = {*self._stand_ins, "_stand_ins"}
         return {name: value for name, value in self.__dict__.items() if name not in gone}
+
+
+def unpack_if_trained(module: nn.Module, parts: Sequence[Packable]) -> None:
+    """Drop the stand-ins inside a module of which a gradient is wanted, as in training that leaves it in eval mode.
+
+    Args:
+        parts: of the module, those that may have stand-ins.
+    """
+    wanted = torch.is_grad_enabled() and any(part._stand_ins for part in parts)
+    if wanted and any(parameter.requires_grad for parameter in module.parameters()):
+        for part in module.modules():
+            if isinstance(part, Packable):
+                part.unpack()

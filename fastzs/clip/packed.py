@@ -20,7 +20,7 @@ from fastzs.clip.conv import ConvTower
 from fastzs.clip.frozen import QUICK_GELU
 from fastzs.clip.fused import FusedBlock, FusedDecoderLayer, FusedPool, activation_of
 from fastzs.clip.of_timm import TimmBlock
-from fastzs.clip.packable import Packable
+from fastzs.clip.packable import Packable, unpack_if_trained
 from fastzs.clip.plain import plain
 from fastzs.clip.pools import AttentionPool
 from fastzs.clip.products import onednn_pays, packed_pays
@@ -46,6 +46,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         if self.onednn:
+            if x.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "no gradient goes through packed weights, but one of the input is wanted; unpack the model first "
+                    "(Segmenter.unoptimize, or load it with optimize=False), or use torch.no_grad()"
+                )
             activation = "swish" if self.silu else "none"
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], None)
         y = F.linear(x, self.weight, self.bias)
@@ -160,10 +165,16 @@ def _stand_in(name: str, module: Packable, make: Callable[[], FusedBlock | Fused
         fused = make()
     except ValueError as error:
         raise ValueError(f"{name} cannot be packed: {error}") from error
-    module.stand_in({part: getattr(fused, part) for part in fused.STAND_INS})
+    parts = {part: getattr(fused, part) for part in fused.STAND_INS}
+    module.stand_in(parts | {"forward": functools.partial(_forward, module, fused.forward)})
     if int8:
         module.let_go("this model computes in int8 on the CPU")
     return 1
+
+
+def _forward(module: Packable, fused: Callable[..., Tensor], *args: Any) -> Tensor:
+    unpack_if_trained(module, [module])
+    return fused(*args) if module._stand_ins else module.forward(*args)
 
 
 def unpack(model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastzs.clip.blocks import Block, Rotation
 from fastzs.clip.memo import Memo
+from fastzs.clip.packable import unpack_if_trained
 from fastzs.clip.products import Linear
 from fastzs.clip.vision import VisionTransformer
 from fastzs.ops import TokenLayout, bridged_attention
@@ -83,7 +84,9 @@ class PromptedVisionTransformer(VisionTransformer):
 
     @property
     def blocks(self) -> list[Block]:
-        return cast(list[Block], list(self.transformer.resblocks))
+        found = cast(list[Block], list(self.transformer.resblocks))
+        unpack_if_trained(self, found)
+        return found
 
     @property
     def deep_prompts(self) -> int:

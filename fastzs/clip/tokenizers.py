@@ -136,7 +136,7 @@ def of_hub(text_cfg: dict, source: str) -> Tokenizer | None:
 
     Raises:
         WeightsError: it cannot be fetched.
-        MissingPackage: it needs transformers, which is not installed.
+        MissingPackage: transformers is needed and not installed.
     """
     repository = text_cfg.get("hf_tokenizer_name")
     if not repository:

@@ -22,6 +22,7 @@ from fastzs.clip.blocks import Attention as Attention
 from fastzs.clip.blocks import Block, GatedMlp, Rotation, Transformer
 from fastzs.clip.blocks import QuickGELU as QuickGELU
 from fastzs.clip.memo import Recent
+from fastzs.clip.packable import unpack_if_trained
 from fastzs.clip.pools import AttentionPool
 from fastzs.clip.variants import Variant
 from fastzs.kernels.dense_attention.api import KINDS
@@ -107,8 +108,10 @@ class VisionTransformer(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The transformer blocks, first to last."""
-        return [block for block in self.transformer.resblocks if isinstance(block, Block)]
+        """The transformer blocks, first to last, as they can be used now."""
+        found = [block for block in self.transformer.resblocks if isinstance(block, Block)]
+        unpack_if_trained(self, found)
+        return found
 
     @property
     def dtype(self) -> torch.dtype:

@@ -132,6 +132,43 @@ def test_packed_weights_are_never_out_of_date(engine, change):
     assert not any(packed_blocks(copied))
 
 
+@pytest.mark.parametrize("prompted", [False, True])
+def test_what_is_trained_in_eval_mode_gets_its_gradient(engine, prompted):
+    plain = tower(prompted)
+    small = copy.deepcopy(plain)
+    packed.pack(small)
+    images = torch.randn(2, 3, 40, 24, generator=torch.Generator().manual_seed(1))
+    for made in (plain, small):
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(not prompted or "prompt" in name)
+        (made.encode(images).patches if prompted else made(images)).square().sum().backward()
+    for (name, parameter), other in zip(plain.named_parameters(), small.parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(other.grad, parameter.grad, msg=name)
+
+
+def test_decoder_layers_that_are_trained_in_eval_mode_get_their_gradient(monkeypatch):
+    monkeypatch.setattr(packed, "packed_pays", lambda dtype: True)
+    holder = torch.nn.ModuleList([DecoderLayer(32, 2, 64)]).eval()
+    packed.pack(holder)
+    holder[0](torch.randn(1, 3, 32), torch.randn(1, 5, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in holder.parameters())
+
+
+def test_a_gradient_of_images_is_not_lost_in_packed_weights(engine):
+    small = tower()
+    packed.pack(small)
+    images = torch.randn(1, 3, 32, 32, requires_grad=True)
+    if engine == "onednn":
+        with pytest.raises(RuntimeError, match="unpack the model first"):
+            small(images)
+        return
+    small(images).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() > 0
+
+
 def test_prompts_are_computed_once(engine, monkeypatch):
     small = tower(True)
     packed.pack(small)
