@@ -9,6 +9,7 @@ import platform
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from fastzs.kernels.packed_linear.compiled import MISSING
@@ -60,10 +61,11 @@ def takes(x: Tensor) -> bool:
     """Whether products of ``x`` [..., in] go through ``packed_linear``, in the precision that :func:`precision` says.
 
     Those of models in bf16 do not: they are for inference, packed once. Nor do those of a graph that is traced or
-    exported, which is for any machine.
+    exported, which is for any machine, nor those under torch.func and forward-mode derivatives, which it has not.
     """
     return (
         not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # pyright: ignore[reportPrivateImportUsage]
+        and not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
         and x.device.type == "cpu"
         and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")))
         and x.ndim > 1

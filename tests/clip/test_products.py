@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from fastzs.clip import products
 from fastzs.clip.blocks import Block
@@ -92,6 +93,15 @@ def test_results_can_be_changed_in_place(shape):
     x, w = numbers(*shape), numbers(24, 24, seed=1).requires_grad_()
     linear(x, w).add_(x).sum().backward()
     assert errors(w.grad, x.double().flatten(0, -2).sum(0).expand(24, 24))[0] <= bound(256)
+
+
+def test_derivatives_of_other_kinds_are_torchs_own():
+    x, along, w = numbers(4, 6), numbers(4, 6, seed=1), numbers(3, 6, seed=2)
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(linear(forward_ad.make_dual(x, along), w)).tangent
+    assert tangent is not None
+    torch.testing.assert_close(tangent, along @ w.t())
+    torch.testing.assert_close(torch.func.grad(lambda x: linear(x, w).sum())(x), w.sum(0).expand(4, 6))
 
 
 def test_results_of_a_frozen_block_can_be_changed_in_place():
