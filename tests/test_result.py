@@ -173,7 +173,7 @@ def test_coco_round_trip(count, size):
 
 
 def test_coco_without_pycocotools(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'fastzs\[formats\]'"):
         example().to_coco()
 
