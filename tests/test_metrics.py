@@ -121,7 +121,7 @@ def test_bad_label_maps_are_refused(truth, predicted, message):
 def test_other_lengths_are_refused():
     with pytest.raises(ValueError, match="expected 3 names, one for each class, got 2"):
         matrix([0], [0]).scores(("a", "b"))
-    with pytest.raises(ValueError, match="of 0 classes"):
+    with pytest.raises(ValueError, match="expected at least 1 class, got 0"):
         ConfusionMatrix(0)
 
 
