@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torchvision.ops import roi_align
 
 from fastzs.models import ZegFormer, ZSSeg
-from fastzs.models.two_stage import LOGIT_SCALE
 
 
 def segment(model: ZegFormer | ZSSeg, images, text, seen, size):
@@ -30,7 +29,7 @@ def scores(model: ZegFormer | ZSSeg, images, text, seen, size):
     of_clip = torch.ones_like(own)
     if len(cut_outs):
         vectors = F.normalize(whole_tower(model.tower, cut_outs), dim=-1)
-        of_clip[full] = (LOGIT_SCALE * vectors @ text.T).float().softmax(-1)
+        of_clip[full] = (model.logit_scale * vectors @ text.T).float().softmax(-1)
     joined = model.join(own, of_clip, seen, full[:, None])
     scores = torch.einsum("qc,qhw->chw", joined, masks.float())
     scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]

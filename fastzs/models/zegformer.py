@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from fastzs.models.trained import OWN
-from fastzs.models.two_stage import LOGIT_SCALE, TwoStage
+from fastzs.models.two_stage import TwoStage
 from fastzs.registry import register
 
 
@@ -49,6 +49,8 @@ class ZegFormer(TwoStage):
         ensemble_weight: l, the weight of the more reliable probability of a class: the proposal's own for seen
             classes, CLIP's for unseen ones; published: 2/3.
         expand: sides of the box that is cut out, as a multiple of the mask's; published: 1.
+        logit_scale: what cosines are multiplied by, for the proposals' own names and CLIP's; published: 100, to which
+            OpenAI's CLIP was trained. CLIP's names of another one are as sure as it was trained to be with its own.
 
     Trained: everything but CLIP. Published recipe: AdamW 1e-4 (a tenth for the ResNet), weight decay 1e-4, 60,000
     steps of 32 images of COCO-Stuff or 10,000 of VOC.
@@ -68,6 +70,7 @@ class ZegFormer(TwoStage):
         calibration: float = 0.1,
         ensemble_weight: float = 2 / 3,
         expand: float = 1.0,
+        logit_scale: float = 100.0,
     ):
         super().__init__(
             backbone=backbone,
@@ -81,12 +84,13 @@ class ZegFormer(TwoStage):
             calibration=calibration,
             ensemble_weight=ensemble_weight,
             expand=expand,
+            logit_scale=logit_scale,
             projection=nn.Linear,
         )
 
     def compare(self, embeddings: Tensor, text: Tensor) -> Tensor:
         x = F.normalize(self.project(embeddings), dim=-1)
-        return LOGIT_SCALE * x @ torch.cat([text, self.no_object]).T
+        return self.logit_scale * x @ torch.cat([text, self.no_object]).T
 
     def cut_out(self, image: Tensor, boxes: Tensor, side: int) -> Tensor:
         boxes = torch.cat([boxes.new_zeros(len(boxes), 1), boxes], dim=1)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.models.trained import OWN
-from fastzs.models.two_stage import LOGIT_SCALE, TwoStage
+from fastzs.models.two_stage import TwoStage
 from fastzs.registry import register
 
 
@@ -50,6 +50,8 @@ class ZSSeg(TwoStage):
         ensemble_weight: w, the weight of the more reliable probability of a class: the proposal's own for seen
             classes, CLIP's for unseen ones; published: 0.8.
         expand: sides of the box that is cut out, as a multiple of the mask's; published: 1.
+        logit_scale: what cosines are multiplied by, for the proposals' own names and CLIP's; published: 100, to which
+            OpenAI's CLIP was trained. CLIP's names of another one are as sure as it was trained to be with its own.
 
     Trained: everything but CLIP.
     """
@@ -68,6 +70,7 @@ class ZSSeg(TwoStage):
         calibration: float = 0.0,
         ensemble_weight: float = 0.8,
         expand: float = 1.0,
+        logit_scale: float = 100.0,
     ):
         super().__init__(
             backbone=backbone,
@@ -81,12 +84,13 @@ class ZSSeg(TwoStage):
             calibration=calibration,
             ensemble_weight=ensemble_weight,
             expand=expand,
+            logit_scale=logit_scale,
             projection=_projection,
         )
 
     def compare(self, embeddings: Tensor, text: Tensor) -> Tensor:
         rows = F.normalize(torch.cat([text, self.no_object]), dim=-1)
-        return LOGIT_SCALE * F.normalize(self.project(embeddings), dim=-1) @ rows.T
+        return self.logit_scale * F.normalize(self.project(embeddings), dim=-1) @ rows.T
 
     def cut_out(self, image: Tensor, boxes: Tensor, side: int) -> Tensor:
         place = (torch.arange(side, device=boxes.device) + 0.5) / side

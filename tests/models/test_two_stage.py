@@ -11,9 +11,9 @@ import fastzs
 from bench.baselines import two_stage as published
 from fastzs.clip import WeightsError
 from fastzs.data import shapes
-from fastzs.decoders.maskformer import Proposals
+from fastzs.decoders import maskformer
 from fastzs.models import ZegFormer, ZSSeg
-from fastzs.models.two_stage import _boxes, expanded
+from fastzs.models.two_stage import Proposals, _boxes, expanded
 from fastzs.question import seen_classes
 from fastzs.segmenter import Segmenter
 from fastzs.vocabulary import Vocabulary
@@ -62,7 +62,7 @@ def test_labels_of_the_published_order_of_work(kind, text):
     net = model(kind, seen=[0, 2])
     images, seen = smooth(1, 128, 96), torch.tensor([True, False, True, False])
     masks = F.interpolate(8 * torch.randn(1, 7, 8, 6), (32, 24), mode="bicubic")
-    found = Proposals(torch.randn(1, 1, 7, 32), masks[None])
+    found = maskformer.Proposals(torch.randn(1, 1, 7, 32), masks[None])
     net.maskformer.forward = lambda images: found
     net.compare = lambda embeddings, text: 6 * torch.eye(5)[[0, 1, 2, 3, 0, 1, 2]][None]  # every class somewhere
     text = F.normalize(text[:1] + 0.05 * text, dim=1)  # CLIP has an opinion, but not the only one
@@ -160,6 +160,23 @@ def test_joined_opinions():
     assert joined[0, 1, 0].item() == pytest.approx((own[0, 1, 0] ** 0.8).item())
     nothing_seen = model(ZegFormer).join(own, of_clip, torch.zeros(3, dtype=torch.bool), full)
     assert torch.allclose(nothing_seen, own ** (1 / 3) * of_clip ** (2 / 3))
+
+
+@torch.no_grad()
+def test_scale_of_the_cosines(kind, text):
+    """That of both opinions; the weights of another CLIP were trained to another one than OpenAI's."""
+    plain, soft = model(kind), model(kind, logit_scale=30.0)
+    x = torch.randn(2, 7, plain.maskformer.width)
+    assert torch.allclose(soft.compare(x, text), 0.3 * plain.compare(x, text), atol=1e-4)
+    vectors = F.normalize(torch.randn(1, 7, 32), dim=-1)
+    found = Proposals(torch.full((1, 7, 4, 4), 50.0), torch.randn(1, 7, soft.maskformer.width), vectors, torch.ones(1))
+    for net, scale in ((plain, 100.0), (soft, 30.0)):
+        net.join = lambda own, of_clip, seen, full: of_clip
+        expected = (scale * vectors @ text.T).softmax(-1).sum(1)[..., None, None].expand(1, 4, 4, 4)
+        assert torch.allclose(net.decode(found, text), expected, atol=1e-5)
+    assert model(kind, logit_scale=30.0).settings["logit_scale"] == 30.0
+    with pytest.raises(ValueError, match=r"logit_scale: expected more than 0, got 0"):
+        model(kind, logit_scale=0)
 
 
 @torch.no_grad()
