@@ -59,7 +59,8 @@ struct __attribute__((visibility("hidden"))) Call {  // as Tensor is
 
   void check() const {
     const int64_t d = q.dim() == 4 ? q.size(3) : 0;
-    STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, op, ": expected [B, H, L, d], d a multiple of 8 up to ", MAX_D);
+    STD_TORCH_CHECK(d > 0 && d <= MAX_D && d % 8 == 0, op, ": expected q [B, H, L, d], d a multiple of 8 up to ", MAX_D,
+        ", got ", describe(q));
     STD_TORCH_CHECK(layout.prefix >= 0 && layout.h > 0 && (layout.w > 0 || apart) && layout.rh >= 0 && layout.rh <= layout.h &&
         layout.rw >= 0 && layout.rw <= layout.w && (layout.rh == 0) == (layout.rw == 0), op, ": no such layout");
     fits(k, q.size(0), layout.length());
@@ -71,9 +72,11 @@ struct __attribute__((visibility("hidden"))) Call {  // as Tensor is
   }
 
   void fits(const Tensor& t, int64_t batch, int64_t tokens) const {
-    STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(), op, ": the inputs differ in dtype");
+    STD_TORCH_CHECK(t.scalar_type() == q.scalar_type(),
+        op, ": expected ", name_of(q.scalar_type()), " as q is, got ", describe(t));
     STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == batch && t.size(1) == q.size(1) && t.size(2) == tokens &&
-        t.size(3) == q.size(3), op, ": an input is not [", batch, ", ", q.size(1), ", ", tokens, ", ", q.size(3), "]");
+        t.size(3) == q.size(3), op, ": expected [", batch, ", ", q.size(1), ", ", tokens, ", ", q.size(3), "], got ",
+        describe(t));
   }
 
   // near_rows [h], then near_columns [2 w - 1] of Inputs.

@@ -17,6 +17,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "describe.h"
+
 #define FASTZS_INLINE inline __attribute__((always_inline))
 #define FASTZS_INLINE_LAMBDA __attribute__((always_inline))  // behind a lambda's parameters
 
@@ -98,7 +100,7 @@ void dispatch_floating(const torch::stable::Tensor& t, const char* op, F&& f) {
     case ScalarType::Float: return f(static_cast<const float*>(nullptr));
     case ScalarType::BFloat16: return f(static_cast<const torch::headeronly::BFloat16*>(nullptr));
     case ScalarType::Half: return f(static_cast<const torch::headeronly::Half*>(nullptr));
-    default: STD_TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16 values");
+    default: STD_TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16 values, got ", describe(t));
   }
 }
 
@@ -111,7 +113,7 @@ void dispatch_integer(const torch::stable::Tensor& t, const char* op, F&& f) {
     case ScalarType::Short: return f(static_cast<const int16_t*>(nullptr));
     case ScalarType::Int: return f(static_cast<const int32_t*>(nullptr));
     case ScalarType::Long: return f(static_cast<const int64_t*>(nullptr));
-    default: STD_TORCH_CHECK(false, op, ": expected uint8, int16, int32 or int64 labels");
+    default: STD_TORCH_CHECK(false, op, ": expected uint8, int16, int32 or int64 labels, got ", describe(t));
   }
 }
 

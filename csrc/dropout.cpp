@@ -48,9 +48,11 @@ FASTZS_MULTIVERSION(run, drop_rows, Rows<torch::headeronly::BFloat16>)
 FASTZS_MULTIVERSION(run, drop_rows, Rows<torch::headeronly::Half>)
 
 Tensor drop(const Tensor& x, const Tensor* gate, double rate, const Tensor& seed) {
-  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(), "dropout: expected contiguous values of one dimension at least");
+  STD_TORCH_CHECK(x.dim() > 0 && x.is_contiguous(),
+      "dropout: expected contiguous values with at least one dimension, got ", describe(x));
   STD_TORCH_CHECK(gate == nullptr || (gate->is_contiguous() && gate->numel() == x.numel() &&
-      gate->scalar_type() == x.scalar_type()), "dropout: the gradient and the result differ in size, dtype or layout");
+      gate->scalar_type() == x.scalar_type()),
+      "dropout: expected a result as the gradient is, ", describe(x), ", got ", describe(*gate));
   const Dropout dropout = dropout_of("dropout", rate, seed);
   Tensor out = torch::stable::empty_like(x);
   if (x.numel() == 0) return out;

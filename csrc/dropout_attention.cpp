@@ -10,7 +10,8 @@ using torch::stable::Tensor;
 attention::Call dropped(
     const Tensor& q, const Tensor& k, const Tensor& v, double scale, double rate, const Tensor& seed) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4 && k.size(0) == q.size(0) && v.size(0) == q.size(0),
-      "dropout_attention: wanted q [B, H, Q, d], k and v [B, H, N, d]");
+      "dropout_attention: expected q [B, H, Q, d], k and v [B, H, N, d], got ", describe(q), ", ", describe(k), " and ",
+      describe(v));
   STD_TORCH_CHECK(k.size(2) > 0, "dropout_attention: there are no keys");
   const Dropout dropout = dropout_of("dropout_attention", rate, seed);
   return {"dropout_attention", q, q, q, k, v, {0, 1, q.size(2), 0, 0}, scale, 0, 0, true, dropout};

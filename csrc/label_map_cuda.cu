@@ -27,6 +27,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "describe.h"
+
 // A torch without CUDA has no such function; weakly declared, the library loads there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
@@ -468,7 +470,7 @@ void label_map_cuda(
     case ScalarType::Float: launch<float>(a, activation, stream); break;
     case ScalarType::BFloat16: launch<__nv_bfloat16>(a, activation, stream); break;
     case ScalarType::Half: launch<__half>(a, activation, stream); break;
-    default: STD_TORCH_CHECK(false, "label_map: expected float32, bfloat16 or float16 logits");
+    default: STD_TORCH_CHECK(false, "label_map: expected float32, bfloat16 or float16 logits, got ", describe(logits));
   }
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "label_map: ", cudaGetErrorString(error));

@@ -285,7 +285,8 @@ std::tuple<Tensor, Tensor> mask_sums(
   const int64_t B = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
   const int64_t H = target.size(1), W = target.size(2), padded = (W + PAD - 1) / PAD * PAD;
   STD_TORCH_CHECK(logits.dim() == 4 && target.dim() == 3 && target.size(0) == B && B * C * h * w * H * W > 0,
-      "mask_loss: expected logits [B, C, h, w] and target [B, H, W] without empty dimensions");
+      "mask_loss: expected logits [B, C, h, w] and target [B, H, W] without empty dimensions, got ", describe(logits),
+      " and ", describe(target));
   STD_TORCH_CHECK(C < NO_CLASS, "mask_loss: the CPU backend takes fewer than 32767 classes, got ", C);
 
   std::vector<int16_t> label(B * H * padded);

@@ -23,6 +23,8 @@
 #include <cstdio>
 #include <tuple>
 
+#include "describe.h"
+
 // A torch without CUDA has no such function; weakly declared, the library loads there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
@@ -288,11 +290,12 @@ std::tuple<Tensor, Tensor> mask_sums_cuda(
   const int64_t B = logits.size(0), C = logits.size(1), h = logits.size(2), w = logits.size(3);
   const int64_t H = target.size(1), W = target.size(2);
   STD_TORCH_CHECK(logits.dim() == 4 && target.dim() == 3 && target.size(0) == B && B * C * h * w * H * W > 0,
-      "mask_loss: expected logits [B, C, h, w] and target [B, H, W] without empty dimensions");
+      "mask_loss: expected logits [B, C, h, w] and target [B, H, W] without empty dimensions, got ", describe(logits),
+      " and ", describe(target));
   STD_TORCH_CHECK(std::max({h, w, H, W}) < 65535, "mask_loss: the CUDA backend takes up to 65534 rows and columns");
   const ScalarType type = logits.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-      "mask_loss: expected float32, bfloat16 or float16 logits");
+      "mask_loss: expected float32, bfloat16 or float16 logits, got ", name_of(type));
 
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device());
   void* raw_stream = nullptr;
@@ -313,7 +316,7 @@ std::tuple<Tensor, Tensor> mask_sums_cuda(
     case ScalarType::Short: launch_labels<int16_t>(a, B, bytes, stream); break;
     case ScalarType::Int: launch_labels<int32_t>(a, B, bytes, stream); break;
     case ScalarType::Long: launch_labels<int64_t>(a, B, bytes, stream); break;
-    default: STD_TORCH_CHECK(false, "mask_loss: expected uint8, int16, int32 or int64 labels");
+    default: STD_TORCH_CHECK(false, "mask_loss: expected uint8, int16, int32 or int64 labels, got ", describe(target));
   }
 
   const int64_t fields = with_nodes ? SUMS + FIELDS * CORNERS : SUMS, image_cells = (h + 1) * C * (w + 1);

@@ -79,7 +79,7 @@ FASTZS_MULTIVERSION(run_pairs, panels_of_pairs, Panels<BFloat16>)
 
 Tensor pack_panels(const Tensor& weight, bool turned, bool pairs) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) > 0 && weight.size(1) > 0 && weight.stride(1) == 1,
-      "pack_panels: wanted a matrix with dense rows");
+      "pack_panels: expected a matrix with dense rows and without empty dimensions, got ", describe(weight));
   const int64_t outputs = weight.size(turned), inputs = weight.size(!turned), step = pairs ? 2 : 1;
   const int64_t panels = (outputs + PANEL - 1) / PANEL;
   const ScalarType type = pairs ? ScalarType::BFloat16 : ScalarType::Float;
@@ -97,7 +97,8 @@ Tensor pack_panels(const Tensor& weight, bool turned, bool pairs) {
   if (weight.scalar_type() == ScalarType::Float) {
     fill(static_cast<float*>(nullptr));
   } else {
-    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16, "pack_panels: wanted float32 or bfloat16 weights");
+    STD_TORCH_CHECK(weight.scalar_type() == ScalarType::BFloat16,
+        "pack_panels: expected float32 or bfloat16 weights, got ", describe(weight));
     fill(static_cast<BFloat16*>(nullptr));
   }
   return out;

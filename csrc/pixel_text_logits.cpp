@@ -234,10 +234,12 @@ std::vector<float> pack(const Tensor& t, bool transposed) {
 
 void check(const Tensor& features, const Tensor& text) {
   STD_TORCH_CHECK(features.dim() == 4 && text.dim() == 2 && features.size(1) == text.size(1) && text.size(1) > 0,
-      "pixel_text_logits: expected features [B, D, h, w] and text [C, D] with the same D > 0");
+      "pixel_text_logits: expected features [B, D, h, w] and text [C, D] with the same D > 0, got ", describe(features),
+      " and ", describe(text));
   for (const Tensor* t : {&features, &text}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::BFloat16 ||
-        t->scalar_type() == ScalarType::Half, "pixel_text_logits: expected float32, bfloat16 or float16 values");
+        t->scalar_type() == ScalarType::Half, "pixel_text_logits: expected float32, bfloat16 or float16 values, got ",
+        describe(*t));
   }
 }
 
@@ -272,8 +274,8 @@ Tensor pixel_text_logits_backward(const Tensor& grad, const Tensor& features, co
   const int64_t B = features.size(0), D = features.size(1), h = features.size(2), w = features.size(3);
   const int64_t C = text.size(0);
   STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == B && grad.size(1) == C && grad.size(2) == h && grad.size(3) == w &&
-      grad.scalar_type() == text.scalar_type(),
-      "pixel_text_logits: expected a gradient [B, C, h, w] in the dtype of text");
+      grad.scalar_type() == text.scalar_type(), "pixel_text_logits: expected a gradient [B, C, h, w] in the dtype of text, got ",
+      describe(grad));
   Tensor out = torch::stable::new_empty(features, {B, D, h, w}, features.scalar_type());
   if (B * h * w == 0) return out;
   const std::vector<float> packed = pack(text, true);

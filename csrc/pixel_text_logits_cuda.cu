@@ -17,6 +17,8 @@
 
 #include <cstdint>
 
+#include "describe.h"
+
 // A torch without CUDA has no such function; weakly declared, the library loads there all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
@@ -118,12 +120,15 @@ __global__ void __launch_bounds__(THREADS) pixel_text_logits_fwd_kernel(Problem 
 
 Tensor pixel_text_logits_cuda(const Tensor& features, const Tensor& text, double scale) {
   STD_TORCH_CHECK(features.dim() == 4 && text.dim() == 2 && features.size(1) == text.size(1) && text.size(1) > 0,
-      "pixel_text_logits: expected features [B, D, h, w] and text [C, D] with the same D > 0");
+      "pixel_text_logits: expected features [B, D, h, w] and text [C, D] with the same D > 0, got ", describe(features),
+      " and ", describe(text));
   for (const Tensor* t : {&features, &text}) {
     STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float || t->scalar_type() == ScalarType::BFloat16 ||
-        t->scalar_type() == ScalarType::Half, "pixel_text_logits: expected float32, bfloat16 or float16 values");
+        t->scalar_type() == ScalarType::Half, "pixel_text_logits: expected float32, bfloat16 or float16 values, got ",
+        describe(*t));
   }
-  STD_TORCH_CHECK(features.get_device() == text.get_device(), "pixel_text_logits: expected both tensors on one GPU");
+  STD_TORCH_CHECK(features.get_device() == text.get_device(), "pixel_text_logits: expected both tensors on one GPU, got ",
+      features.get_device(), " and ", text.get_device());
   const int64_t B = features.size(0), h = features.size(2), w = features.size(3), C = text.size(0);
   const int64_t class_tiles = (C + TILE - 1) / TILE, pixel_tiles = (h * w + TILE - 1) / TILE;
   STD_TORCH_CHECK(B < 65536 && pixel_tiles < 65536, "pixel_text_logits: the CUDA backend takes up to 65535 images of ",

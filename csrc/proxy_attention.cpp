@@ -149,14 +149,14 @@ Tensor proxy_attention(
   using torch::headeronly::ScalarType;
   for (const Tensor* t : {&features, &values, &shift, &part_y, &part_x}) {
     const bool right = t->scalar_type() == ScalarType::Float && t->is_contiguous();
-    STD_TORCH_CHECK(right, "proxy_attention: wanted contiguous fp32 tensors");
+    STD_TORCH_CHECK(right, "proxy_attention: expected contiguous float32 tensors, got ", describe(*t));
   }
   Job job{};
   const int64_t batch = features.size(0);
   job.channels = features.size(1), job.patches = features.size(2), job.height = height, job.width = width;
   job.nodes = values.size(1), job.nodes_y = nodes_y, job.nodes_x = nodes_x, job.size = values.size(2);
   STD_TORCH_CHECK(job.patches == height * width && job.nodes == nodes_y * nodes_x, "proxy_attention: grids disagree");
-  STD_TORCH_CHECK(job.size % PANEL == 0, "proxy_attention: wanted a multiple of 32 channels of values");
+  STD_TORCH_CHECK(job.size % PANEL == 0, "proxy_attention: expected a multiple of 32 channels of values, got ", job.size);
   job.low_y = low_y.const_data_ptr<int32_t>(), job.low_x = low_x.const_data_ptr<int32_t>();
   job.part_y = part_y.const_data_ptr<float>(), job.part_x = part_x.const_data_ptr<float>();
   job.gamma = static_cast<float>(gamma), job.linear = linear;

@@ -7,6 +7,8 @@
 
 namespace fastzs {
 
+constexpr float LOG2_E = 1.44269504f;
+
 // GCC drops a vector_size that depends on a template parameter, so the three widths are spelled out.
 template <int LANES>
 struct Vectors;
@@ -163,7 +165,7 @@ struct Simd {
   static FASTZS_INLINE F exp_negative(F x) {
     const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
     x = x < -86.0f ? splat(-86.0f) : x;
-    F shifted = x * 1.44269504f + to_integer;
+    F shifted = x * LOG2_E + to_integer;
     const F n = shifted - to_integer;
     // Of 4 lanes there is no fused multiply-add everywhere: the first product is exact, the second small.
     const F r = LANES > 4 ? x - n * 0.693147181f : (x - n * 0.693359375f) + n * 2.12194440e-4f;

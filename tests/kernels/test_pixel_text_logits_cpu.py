@@ -201,7 +201,7 @@ def test_operator_refuses_what_does_not_fit():
     features, text = inputs()
     op, backward = torch.ops.fastzs.pixel_text_logits, torch.ops.fastzs.pixel_text_logits_backward
     for f, t in ((features, text[:, :5]), (features[0], text), (features, text[0]), (features.double(), text)):
-        with pytest.raises(RuntimeError, match="pixel_text_logits: expected"):
+        with pytest.raises(RuntimeError, match=r"pixel_text_logits: expected .* got "):
             op(f, t, 1.0)
-    with pytest.raises(RuntimeError, match=r"expected a gradient \[B, C, h, w\]"):
+    with pytest.raises(RuntimeError, match=r"expected a gradient \[B, C, h, w\] .* got "):
         backward(torch.ones(2, 4, 3, 4), features, text, 1.0)
