@@ -16,7 +16,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t FORWARD_ROWS = 24, FORWARD_KEYS = 384;  // of a block
+constexpr int64_t FORWARD_ROWS = 12, FORWARD_KEYS = 1152;  // of a block
 constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
 
 template <typename T>

@@ -10,7 +10,7 @@
 namespace fastzs::attention {
 
 constexpr int MAX_D = 128;
-constexpr float LOG2_E = 1.44269504f;
+constexpr int AHEAD = 16;  // tokens that are fetched before they are packed
 constexpr int STRIDE = MAX_D + 16;  // of buffers with a token per row: not a power of two, whose lines would collide
 
 // Keys and values of one kind, [B, H, tokens, d] with any strides; a batch stride of 0 serves one for all pictures.
@@ -208,16 +208,6 @@ FASTZS_INLINE void read_units(const T* p, int64_t stride, int d, typename Unit<P
   }
 }
 
-// Two rows of floats as bf16 pairs, the first in the lower halves.
-template <int LANES>
-FASTZS_INLINE void pair_rows(const float* low, const float* high, int n, int32_t* out) {
-  using V = Simd<LANES>;
-  for (int i = 0; i < n; i += LANES) {
-    const auto pair = V::round_bf16(V::load(low + i)) | (V::round_bf16(V::load(high + i)) << 16);
-    __builtin_memcpy(out + i, &pair, sizeof pair);
-  }
-}
-
 // Two rows of d bf16 numbers as pairs, filled up with zeros to whole vectors.
 template <int LANES>
 FASTZS_INLINE void pair_units(const int32_t* low, const int32_t* high, int d, int32_t* out) {
@@ -244,6 +234,12 @@ struct Tokens {
     return n < prompt_count ? prompts.row(b, h, n) : tokens.row(b, h, n - prompt_count);
   }
   FASTZS_INLINE int64_t stride(int64_t n) const { return n < prompt_count ? prompts.channel : tokens.channel; }
+  // Fetches a token's d numbers, which are read soon: tokens of a head lie too far apart for the processor to guess.
+  FASTZS_INLINE void fetch(int64_t n, int d) const {
+    if (n >= count) return;
+    const char* p = reinterpret_cast<const char*>(row(n));
+    for (size_t i = 0; i < d * sizeof(T); i += 64) __builtin_prefetch(p + i);
+  }
 };
 
 // Tokens transposed, for products over d: panels of VECTORS vectors of tokens, [panel][depth][tokens]. Tokens are
@@ -260,6 +256,7 @@ FASTZS_INLINE void pack_transposed(
     for (int lane = 0; lane < WIDE; ++lane) {
       U row[MAX_D];
       const int64_t n = first + lane;
+      tokens.fetch(n + AHEAD, d);
       if (n < tokens.count) {
         read_units<LANES, PAIRS>(tokens.row(n), tokens.stride(n), d, row);
       } else {
@@ -275,28 +272,21 @@ FASTZS_INLINE void pack_transposed(
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void pack_rows(
     const Tokens<T>& tokens, int d, int64_t rows, int64_t from, int64_t to, typename Unit<PAIRS>::Type* out) {
-  using U = typename Unit<PAIRS>::Type;
+  using V = Simd<LANES>;
+  using I = typename V::I;
   constexpr int WIDE = VECTORS<LANES> * LANES, STEP = PAIRS ? 2 : 1;
   const int columns = static_cast<int>(round_up(d, LANES));
   for (int64_t i = from; i < to; ++i) {
-    float values[STEP][MAX_D];
-    for (int s = 0; s < STEP; ++s) {
-      const int64_t n = i * STEP + s;
-      if (n < tokens.count) {
-        read<LANES>(tokens.row(n), tokens.stride(n), d, values[s]);
-      } else {
-        __builtin_memset(values[s], 0, sizeof values[s]);
+    for (int s = 0; s < STEP; ++s) tokens.fetch(i * STEP + s + AHEAD, d);
+    for (int c = 0; c < columns; c += LANES) {
+      I bits[STEP] = {};  // of floats, whose lower halves are 0 where they were bf16
+      for (int s = 0; s < STEP; ++s) {
+        const int64_t n = i * STEP + s;
+        if (n < tokens.count) bits[s] = (I)V::load(tokens.row(n) + c * tokens.stride(n), tokens.stride(n), d - c);
       }
-    }
-    U row[MAX_D];
-    if constexpr (PAIRS) {
-      pair_rows<LANES>(values[0], values[1], columns, row);
-    } else {
-      __builtin_memcpy(row, values[0], columns * sizeof(float));
-    }
-    for (int n = 0; n < columns; n += WIDE) {
-      const int width = columns - n < WIDE ? columns - n : WIDE;
-      __builtin_memcpy(out + n * rows + i * width, row + n, width * sizeof(U));
+      if constexpr (PAIRS) bits[0] = ((bits[0] >> 16) & 0xffff) | bits[1];
+      const int panel = c / WIDE * WIDE, width = columns - panel < WIDE ? columns - panel : WIDE;
+      __builtin_memcpy(out + panel * rows + i * width + c - panel, &bits[0], sizeof bits[0]);
     }
   }
 }
