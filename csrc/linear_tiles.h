@@ -14,11 +14,11 @@ namespace fastzs::linear {
 
 constexpr int PANEL = 64;
 constexpr int ROWS = 6;             // of a tile
-constexpr int64_t DEPTH = 128;      // units of K at a time: a panel's part stays in the first cache for all rows
+constexpr int64_t DEPTH = 384;      // units of K at a time: a panel's part stays in the second cache for all rows
 constexpr int64_t BLOCK_ROWS = 48;  // that a thread takes through all of N, so that what it makes stays in its caches
 
-// Bytes of the next weights, [DEPTH, PANEL] units, that each of a whole block's tiles fetches.
-constexpr int64_t SHARE = DEPTH * PANEL * 4 / (BLOCK_ROWS / ROWS);
+// Bytes of the next weights that a tile of a whole block fetches for each unit of K: all tiles together fetch them all.
+constexpr int64_t FETCHED = PANEL * 4 / (BLOCK_ROWS / ROWS);
 
 // What a unit is and how units are multiplied: a row's unit against a vector of weights.
 enum class Kind { floats, pairs, bytes };
@@ -97,21 +97,22 @@ struct Product<LANES, Kind::bytes, NATIVE> : Words<LANES> {
 };
 
 // c[ROWS, columns of NV vectors] += rows of units times weights; c holds sums, 4 bytes each, a row per PANEL of them.
+// FIRST: c is written, and sums start at those of `start`, the same for all rows.
 // Weights at `next` will be wanted soon: half a line of them is fetched for each unit of depth.
-template <int LANES, Kind KIND, bool NATIVE>
+template <int LANES, Kind KIND, bool NATIVE, bool FIRST>
 FASTZS_INLINE void tile(
     const typename Product<LANES, KIND, NATIVE>::Unit* a, int64_t lda,
-    const typename Product<LANES, KIND, NATIVE>::Unit* b, int64_t depth, char* c,
-    const char* next) {
+    const typename Product<LANES, KIND, NATIVE>::Unit* b, int64_t depth, char* c, const char* start, const char* next) {
   using P = Product<LANES, KIND, NATIVE>;
   constexpr int NV = VECTORS<LANES>;
   typename P::Sum sum[ROWS][NV];
 #pragma GCC unroll 6
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) __builtin_memcpy(&sum[r][v], c + 4 * (r * PANEL + v * LANES), sizeof sum[r][v]);
+    for (int v = 0; v < NV; ++v)
+      __builtin_memcpy(&sum[r][v], FIRST ? start + 4 * v * LANES : c + 4 * (r * PANEL + v * LANES), sizeof sum[r][v]);
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(next + k * (SHARE / DEPTH));
+    __builtin_prefetch(next + k * FETCHED);
     decltype(P::splat(b)) right[NV];
 #pragma GCC unroll 4
     for (int v = 0; v < NV; ++v) __builtin_memcpy(&right[v], b + k * PANEL + v * LANES, sizeof right[v]);
@@ -128,17 +129,28 @@ FASTZS_INLINE void tile(
     for (int v = 0; v < NV; ++v) __builtin_memcpy(c + 4 * (r * PANEL + v * LANES), &sum[r][v], sizeof sum[r][v]);
 }
 
-// sums [rows, PANEL] += rows of units [rows, lda], `rows` a multiple of ROWS, times one panel [depth, PANEL].
-template <int LANES, Kind KIND, bool NATIVE>
+// sums [rows, PANEL], `rows` a multiple of ROWS: `start` [PANEL] + rows of units [rows, lda] times one panel
+// [depth, PANEL]. done(r) is called as soon as the rows from r of a tile have their sums.
+template <int LANES, Kind KIND, bool NATIVE, typename Done>
 FASTZS_INLINE void multiply(
     const typename Product<LANES, KIND, NATIVE>::Unit* a, int64_t lda, int64_t rows,
-    const typename Product<LANES, KIND, NATIVE>::Unit* panel, int64_t depth, char* sums) {
+    const typename Product<LANES, KIND, NATIVE>::Unit* panel, int64_t depth, const char* start, char* sums,
+    const Done& done) {
   for (int64_t k = 0; k < depth; k += DEPTH) {
     const int64_t n = depth - k < DEPTH ? depth - k : DEPTH;
     const auto* next = reinterpret_cast<const char*>(panel + (k + n) * PANEL);
-    for (int64_t r = 0; r < rows; r += ROWS)
-      for (int c = 0; c < PANEL; c += VECTORS<LANES> * LANES)
-        tile<LANES, KIND, NATIVE>(a + r * lda + k, lda, panel + k * PANEL + c, n, sums + 4 * (r * PANEL + c), next + r / ROWS * SHARE);
+    for (int64_t r = 0; r < rows; r += ROWS, next += n * FETCHED) {
+      for (int c = 0; c < PANEL; c += VECTORS<LANES> * LANES) {
+        const auto *left = a + r * lda + k, *right = panel + k * PANEL + c;
+        char* to = sums + 4 * (r * PANEL + c);
+        if (k == 0) {
+          tile<LANES, KIND, NATIVE, true>(left, lda, right, n, to, start + 4 * c, next);
+        } else {
+          tile<LANES, KIND, NATIVE, false>(left, lda, right, n, to, start, next);
+        }
+      }
+      if (k + n == depth) done(r);
+    }
   }
 }
 

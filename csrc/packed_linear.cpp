@@ -32,7 +32,7 @@ struct Job {
   O* out;
   void* hidden;  // null, or [rows, outputs of the first layer] before its activation, fp32 or bf16 as the weights:
   bool slopes;   // written; or given, and the first layer's results are multiplied by the activation's slopes there
-  int64_t rows, block_rows, layers;
+  int64_t rows, block_rows, layers;  // block_rows: at most, a multiple of ROWS
   Layer layer[2];
   Norm before, after;
   const O* normed;  // null, or [rows, outputs of the last layer]: results are gradients of the norm `after` of these
@@ -41,7 +41,7 @@ struct Job {
 template <typename T, typename O>
 struct Blocks {
   const Job<T, O>* job;
-  int64_t begin, end;
+  int64_t begin, end;  // of the tiles, ROWS rows each
   float* memory;
 };
 using OfFloats = Blocks<float, float>;
@@ -73,28 +73,29 @@ FASTZS_INLINE void apply(
   const int64_t rounded = round_up(rows, ROWS), depth = (layer.inputs + STEP<KIND> - 1) / STEP<KIND>;
   const auto* weight = static_cast<const Unit*>(layer.weight);
   for (int64_t n = 0; n < layer.outputs; n += PANEL) {
-    if constexpr (KIND == Kind::bytes) {
-      int32_t start[PANEL];  // a row's bytes are 128 too large
+    int32_t start[PANEL] = {};
+    if constexpr (KIND == Kind::bytes)  // a row's bytes are 128 too large
       for (int c = 0; c < PANEL; ++c) start[c] = -128 * static_cast<int32_t>(layer.sum[n + c]);
-      for (int64_t r = 0; r < rounded; ++r) __builtin_memcpy(sums + r * PANEL, start, sizeof start);
-    } else {
-      __builtin_memset(sums, 0, rounded * PANEL * sizeof(float));
-    }
-    multiply<LANES, KIND, NATIVE>(units, stride, rounded, weight + n * depth, depth, reinterpret_cast<char*>(sums));
     const int columns = layer.outputs - n < PANEL ? static_cast<int>(layer.outputs - n) : PANEL;
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < columns; c += LANES) {
-        typename V::F y;
-        if constexpr (KIND == Kind::bytes) {
-          typename V::I sum;
-          __builtin_memcpy(&sum, sums + r * PANEL + c, sizeof sum);
-          y = __builtin_convertvector(sum, typename V::F) * (V::load(layer.scale + n + c) * scales[r]);
-        } else {
-          y = V::load(sums + r * PANEL + c);
+    const auto finish = [&](int64_t tile) FASTZS_INLINE_LAMBDA {
+      const int64_t end = rows - tile < ROWS ? rows : tile + ROWS;
+      for (int64_t r = tile; r < end; ++r) {
+        for (int c = 0; c < columns; c += LANES) {
+          typename V::F y;
+          if constexpr (KIND == Kind::bytes) {
+            typename V::I sum;
+            __builtin_memcpy(&sum, sums + r * PANEL + c, sizeof sum);
+            y = __builtin_convertvector(sum, typename V::F) * (V::load(layer.scale + n + c) * scales[r]);
+          } else {
+            y = V::load(sums + r * PANEL + c);
+          }
+          give(r, n + c, y + V::load(layer.bias + n + c), columns - c);
         }
-        give(r, n + c, y + V::load(layer.bias + n + c), columns - c);
       }
-    }
+    };
+    multiply<LANES, KIND, NATIVE>(
+        units, stride, rounded, weight + n * depth, depth, reinterpret_cast<const char*>(start),
+        reinterpret_cast<char*>(sums), finish);
   }
 }
 
@@ -114,12 +115,14 @@ FASTZS_INLINE void take_blocks(const Blocks<T, O>& a) {
   float* sums = take(memory, job.block_rows * PANEL);
   float* scales = take(memory, job.block_rows);
   auto* units = reinterpret_cast<Unit*>(take(memory, job.block_rows * stride));
-  float* results = take(memory, job.block_rows * wide);  // wanted for a layer norm
+  float* results = take(memory, job.block_rows * wide);  // for a layer norm
   auto* hidden_units = reinterpret_cast<Unit*>(job.layers == 2 ? take(memory, job.block_rows * last_stride) : nullptr);
   float* hidden = job.layers == 2 ? take(memory, job.block_rows * hidden_wide) : nullptr;
 
-  for (int64_t block = a.begin; block < a.end; ++block) {
-    const int64_t at = block * job.block_rows, left = job.rows - at, rows = left < job.block_rows ? left : job.block_rows;
+  const int64_t tiles = a.end - a.begin, most = job.block_rows / ROWS, blocks = (tiles + most - 1) / most;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t at = (a.begin + tiles * block / blocks) * ROWS, end = (a.begin + tiles * (block + 1) / blocks) * ROWS;
+    const int64_t rows = (end < job.rows ? end : job.rows) - at;
     for (int64_t r = rows; r < round_up(rows, ROWS); ++r) {
       __builtin_memset(units + r * stride, 0, stride * sizeof(Unit));
       if (job.layers == 2) __builtin_memset(hidden_units + r * last_stride, 0, last_stride * sizeof(Unit));
@@ -246,7 +249,7 @@ Kind kind_of(const Tensor& weight) {
     case ScalarType::Float: return Kind::floats;
     case ScalarType::BFloat16: return Kind::pairs;
     case ScalarType::Char: return Kind::bytes;
-    default: STD_TORCH_CHECK(false, "packed_linear: wanted weights in float32, bfloat16 or int8");
+    default: STD_TORCH_CHECK(false, "packed_linear: expected weights in float32, bfloat16 or int8, got ", describe(weight));
   }
 }
 
@@ -299,13 +302,12 @@ void compute(const Call& call, Tensor& out) {
   job.rows = call.x.size(0), job.layers = call.layers;
   job.layer[0] = call.layer[0], job.layer[1] = call.layer[1];
   job.before = call.before, job.after = call.after;
-  // A block's rows share the reading of the weights; smaller blocks where there are many threads for few rows.
-  const int64_t threads = torch::stable::get_num_threads();
-  job.block_rows = std::clamp(round_up((job.rows + threads - 1) / threads, ROWS), int64_t{ROWS}, BLOCK_ROWS);
-  const int64_t blocks = (job.rows + job.block_rows - 1) / job.block_rows;
+  // A block's rows share the reading of the weights. Threads share out the tiles: they wait for each other's last.
+  const int64_t tiles = (job.rows + ROWS - 1) / ROWS;
+  job.block_rows = std::min(tiles * ROWS, BLOCK_ROWS);
   const int step = call.kind == Kind::floats ? STEP<Kind::floats> : call.kind == Kind::pairs ? STEP<Kind::pairs> : STEP<Kind::bytes>;
   const Isa isa = cpu_isa();
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
     const Floats memory(memory_of(job, step));
     run(isa, call.kind, Blocks<T, O>{&job, begin, end, memory.data()});
   });
@@ -314,8 +316,10 @@ void compute(const Call& call, Tensor& out) {
 Tensor run_call(const Call& call) {
   const Tensor& x = call.x;
   const bool floats = x.scalar_type() == ScalarType::Float;
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "packed_linear: wanted contiguous x [rows, inputs]");
-  STD_TORCH_CHECK(floats || x.scalar_type() == ScalarType::BFloat16, "packed_linear: wanted x in float32 or bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(),
+      "packed_linear: expected contiguous x [rows, inputs], got ", describe(x));
+  STD_TORCH_CHECK(floats || x.scalar_type() == ScalarType::BFloat16,
+      "packed_linear: expected x in float32 or bfloat16, got ", describe(x));
   STD_TORCH_CHECK(floats == call.wide || call.kind == Kind::pairs,
       "packed_linear: only products of bfloat16 give another dtype than that of x");
   const ScalarType type = call.wide ? ScalarType::Float : ScalarType::BFloat16;
@@ -354,7 +358,8 @@ Call mlp_of(
     const Tensor& x, const Tensor& weight, const Tensor& columns, int64_t outputs, int64_t activation,
     const Tensor& weight2, const Tensor& columns2, int64_t outputs2, const Tensor& hidden) {
   const Kind kind = kind_of(weight);
-  STD_TORCH_CHECK(kind != Kind::bytes && kind_of(weight2) == kind, "packed_mlp: wanted float32 or bfloat16 weights");
+  STD_TORCH_CHECK(kind != Kind::bytes && kind_of(weight2) == kind,
+      "packed_mlp: expected float32 or bfloat16 weights of one dtype, got ", describe(weight), " and ", describe(weight2));
   Call call{x, std::nullopt, kind, 2};
   call.layer[0] = layer_of(weight, columns, x.size(1), outputs, activation);
   call.layer[1] = layer_of(weight2, columns2, outputs, outputs2, NONE);

@@ -73,7 +73,7 @@ extern "C" __attribute__((noinline)) void attention_tile(const float* a, const f
   attention::tile<4, false, VECTORS<4>, STRIDE, 1, false>(a, b, N, depth, c, N, 0.5f);
 }
 extern "C" __attribute__((noinline)) void linear_tile(const float* a, const float* b, int64_t depth, char* c) {
-  linear::tile<4, linear::Kind::floats, false>(a, STRIDE, b, depth, c, c);
+  linear::tile<4, linear::Kind::floats, false, false>(a, STRIDE, b, depth, c, c, c);
 }
 
 float number(int i) { return (i * 37 % 101) / 50.0f - 1; }
