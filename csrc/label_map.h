@@ -15,7 +15,8 @@ constexpr int GROUP = 16;         // arrays over classes and pixels are padded t
 constexpr int MAX_LEFT = 24;      // a block with more classes left is halved, ...
 constexpr int MAX_DEPTH = 6;      // ... so often less one at most, ...
 constexpr int LEAST_H = 4, LEAST_W = 8;  // ... and not below this
-constexpr int64_t CACHE_FLOATS = 1 << 20;  // of a tile's nodes: a smaller tile reads nodes at its border again, which costs more than the third level
+// Of a tile's nodes. A smaller tile would read the nodes at its border again, which costs more than the third level.
+constexpr int64_t CACHE_FLOATS = 1 << 20;
 
 struct Job {
   int64_t window_count, classes, h, w;
