@@ -1,15 +1,17 @@
 """kill -9 at random moments: the next runs go on, nothing is lost, the files are those of an undisturbed run."""
 
+import contextlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -24,19 +26,20 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reas
 
 def start(command: list[str], folder: Path) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTZS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def kill_at(process: subprocess.Popen, out: Path, delay: float) -> bool:
-    """End a run and its processes ``delay`` seconds after it began to work; whether it was still at work."""
-    while process.poll() is None and not list(out.glob(".running-*")):
-        time.sleep(0.01)
+def kill_at(process: subprocess.Popen, reached: Callable[[], bool], delay: float) -> bool:
+    """End a run and its processes ``delay`` seconds after it has ``reached`` a point; whether it was still at work."""
+    while process.poll() is None and not reached():
+        time.sleep(0.002)
     time.sleep(delay)
     at_work = process.poll() is None
     if at_work:
-        os.killpg(process.pid, signal.SIGKILL)
+        parent = psutil.Process(process.pid)
+        for each in [parent, *parent.children(recursive=True)]:  # torchrun's workers are in sessions of their own
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
     process.communicate()
     return at_work
 
@@ -87,9 +90,13 @@ def test_segment(tmp_path, engine, kills):
         line = ["segment", "in", "--output", out, *QUICK, "--short-side", "64", *classes, *more]
         return start([*begin, *line], tmp_path)
 
+    def maps() -> int:
+        return len(list((tmp_path / "out").rglob("*.png")))
+
     killed = 0
-    for _ in range(kills):
-        killed += kill_at(segment("out", engine), tmp_path / "out", chance.uniform(0, 2.5))
+    for point in sorted(chance.sample(range(90), kills)):  # by maps, not seconds: processors differ in speed
+        point = max(point, maps() + 1)
+        killed += kill_at(segment("out", engine), lambda point=point: maps() >= point, chance.uniform(0, 0.02))
     assert killed > kills // 2
     finish(segment("out", engine))
     assert left(tmp_path / "out") == []
@@ -106,9 +113,20 @@ def test_train(tmp_path):
     def command(out: str) -> list[str]:
         return [sys.executable, "-m", "tests.training", out, "max_steps=60", "save_every=7", "evaluate_every=20"]
 
+    log = tmp_path / "out" / "log.csv"
+
+    def reached(step: int, begun: int) -> bool:
+        """Whether the run that began then has logged this step, or any later one."""
+        if not log.is_file() or log.stat().st_mtime_ns < begun:
+            return False
+        last = log.read_text().splitlines()[-1].split(",")[0]
+        return last.isdecimal() and int(last) >= step
+
     killed = 0
     for _ in range(6):
-        killed += kill_at(start(command("out"), tmp_path), tmp_path / "out", chance.uniform(0, 1.5))
+        step, begun = chance.randint(1, 50), time.time_ns()
+        run = start(command("out"), tmp_path)
+        killed += kill_at(run, lambda step=step, begun=begun: reached(step, begun), chance.uniform(0, 0.1))
     assert killed > 3
     finish(start(command("out"), tmp_path))
     finish(start(command("alone"), tmp_path))
