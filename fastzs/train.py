@@ -19,7 +19,6 @@ import contextlib
 import inspect
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,16 +31,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastzs import checkpoints, ranks
+from fastzs.averages import Average
 from fastzs.data.batches import Batch, batches, mix
 from fastzs.data.protocols import IGNORE, ignore_label
 from fastzs.devices import native_bf16
 from fastzs.errors import FastzsError
 from fastzs.locks import hold
 from fastzs.models.words import FixedClasses
+from fastzs.optimizers import check_gradients, choose_trained, make_optimizer, set_rates
 from fastzs.recipe import Recipe
 from fastzs.renamed import current
 from fastzs.runs import OutputError
 from fastzs.self_training import TOLD, SelfTraining, Teacher
+from fastzs.signals import Signals
 from fastzs.trace import span, traced
 from fastzs.training_log import TrainingLog
 from fastzs.vocabulary import Vocabulary, class_indices, normal_name, text_vectors
@@ -109,7 +111,7 @@ def train(
     if len(vocabulary) != len(dataset.classes):
         raise ValueError(f"the data set has {len(dataset.classes)} classes, the vocabulary {len(vocabulary)}")
     device = torch.device(device)
-    with hold(Path(output), "train"), _Signals() as signals:
+    with hold(Path(output), "train"), Signals() as signals:
         text = _one_vector_each(model, vocabulary)
         names = vocabulary.names if isinstance(vocabulary, Vocabulary) else dataset.classes
         options = {**_class_options(model, names), **(loss_weights or {})}
@@ -188,7 +190,7 @@ class _Run:
         self.text, self.recipe, self.output, self.device = text.to(device), recipe, output, device
         self.bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and native_bf16(device))
         self.optimizer = make_optimizer(model, recipe)
-        self.average = _Average(model, recipe.ema) if recipe.ema else None
+        self.average = Average(model, recipe.ema) if recipe.ema else None
         self.teacher = self._teacher(seen) if recipe.self_training else None
         self.outcome = Outcome(0)
         self.settings: dict[str, Any] = {}
@@ -236,7 +238,7 @@ class _Run:
             self.average.restore(state["raw"])
         self.outcome.step, self.outcome.best = state["step"], state["best"]
 
-    def go(self, dataset: Any, transform: Any, evaluate: Any, best: str, signals: "_Signals") -> None:
+    def go(self, dataset: Any, transform: Any, evaluate: Any, best: str, signals: Signals) -> None:
         """Run the remaining steps."""
         recipe, first = self.recipe, self.outcome.step
         queue = batches(
@@ -262,7 +264,7 @@ class _Run:
                     log = TrainingLog(self.output, first, recipe.max_steps, recipe.batch_size, recipe.log_every)
                 stack.callback(log.close)
             for step in range(first, recipe.max_steps):
-                rate = _set_rates(self.optimizer, recipe, step)
+                rate = set_rates(self.optimizer, recipe, step)
                 values, waited, stop = self._step(step, run, queue, signals)
                 done = self.outcome.step = step + 1
                 if log:
@@ -285,7 +287,7 @@ class _Run:
                     break
 
     def _step(
-        self, step: int, run: nn.Module, queue: Iterator[Batch], signals: "_Signals"
+        self, step: int, run: nn.Module, queue: Iterator[Batch], signals: Signals
     ) -> tuple[dict[str, float], float, int]:
         """Take one step. Returns its losses, the seconds it waited for data, and the signal to stop, if any came."""
         recipe, waited, names = self.recipe, 0.0, []
@@ -305,7 +307,7 @@ class _Run:
             for name, value in zip(losses, torch.stack(list(losses.values())).tolist(), strict=True):
                 values[name] = values.get(name, 0.0) + value / recipe.accumulate
         if step == 0:
-            _check_gradients(self.model)
+            check_gradients(self.model)
         mine = values["total"]
         values, stop = self._agree(values, signals.came)
         if not math.isfinite(values["total"]):
@@ -403,121 +405,6 @@ class _Losses(nn.Module):
 
     def forward(self, *args: Any, **arguments: Any) -> dict[str, Tensor]:
         return self.model.losses(*args, **arguments)  # type: ignore[operator]
-
-
-class _Average:
-    """A moving average of the trained parameters.
-
-    Attributes:
-        aside: the averages; while they are applied, the raw weights in their stead.
-    """
-
-    def __init__(self, model: nn.Module, decay: float):
-        self.decay = decay
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.aside = [p.detach().clone() for p in self.parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        for average, p in zip(self.aside, self.parameters, strict=True):
-            average.lerp_(p, 1 - self.decay)
-
-    def restore(self, raw: Sequence[Tensor]) -> None:
-        """Restore a checkpoint, whose model holds the averages."""
-        for own, value in zip(self.aside, raw, strict=True):
-            own.copy_(value)
-        self._swap()
-
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The averages in the model, for testing and saving."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for aside, p in zip(self.aside, self.parameters, strict=True):
-            held = p.clone()
-            p.copy_(aside)
-            aside.copy_(held)
-
-
-class _Signals:
-    """Notes SIGTERM and the first Ctrl-C, for the training to end after its step; a second Ctrl-C ends it at once."""
-
-    def __init__(self):
-        self.came = 0
-        self.before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for which in (signal.SIGTERM, signal.SIGINT):
-                self.before[which] = signal.signal(which, self._note)
-        return self
-
-    def __exit__(self, *problem: object) -> None:
-        for which, handler in self.before.items():
-            signal.signal(which, handler)
-
-    def _note(self, which: int, frame: object) -> None:
-        if self.came and which == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.came = which
-
-
-def choose_trained(model: nn.Module, parts: Sequence[str]) -> None:
-    """Train further parameters: all with one of ``parts`` in their names.
-
-    Raises:
-        ValueError: a part is in no name.
-    """
-    for part in parts:
-        chosen = [p for name, p in model.named_parameters() if part in name]
-        if not chosen:
-            tops = sorted({name.split(".")[0] for name, _ in model.named_parameters()})
-            raise ValueError(f"train: no parameter has {part!r} in its name; the names begin with {', '.join(tops)}")
-        for p in chosen:
-            p.requires_grad_(True)
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trained parameters, in groups of one learning rate factor and weight decay each.
-
-    Raises:
-        ValueError: nothing is to be trained.
-    """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            groups.setdefault(recipe.factors(name), []).append(p)
-    if not groups:
-        raise ValueError(f"{type(model).__name__}: no parameter is to be trained")
-    listed = [
-        {"params": members, "factor": factor, "weight_decay": recipe.weight_decay * decay}
-        for (factor, decay), members in groups.items()
-    ]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(listed, lr=recipe.lr, momentum=recipe.momentum, fused=True)
-    return torch.optim.AdamW(listed, lr=recipe.lr, betas=recipe.betas, fused=True)
-
-
-def _set_rates(optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> float:
-    """Set the learning rate of every group for ``step``. Returns the largest."""
-    for group in optimizer.param_groups:
-        group["lr"] = recipe.learning_rate(step, group["factor"])
-    return max(group["lr"] for group in optimizer.param_groups)
-
-
-def _check_gradients(model: nn.Module) -> None:
-    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if idle:
-        raise ValueError(
-            f"{len(idle)} parameters are to be trained, but no loss depends on them: {', '.join(idle[:6])}; "
-            "build the model without them or freeze them"
-        )
 
 
 def _checkpoint_activations(model: nn.Module) -> None:

@@ -4,8 +4,8 @@ import pytest
 
 from fastzs.commands.train import PRESETS, presets
 from fastzs.models import ClipRC, SPNet, ZegCLIP
+from fastzs.optimizers import make_optimizer
 from fastzs.recipe import Recipe, check_keys
-from fastzs.train import make_optimizer
 from tests.training import SIZES, settings
 
 PUBLISHED = [name for name in presets() if name.split("/")[0] in ("voc", "coco")]
