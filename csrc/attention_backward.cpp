@@ -17,7 +17,7 @@ using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
-constexpr int64_t BACKWARD_ROWS = 48, BACKWARD_KEYS = 192;  // of a block
+constexpr int64_t BACKWARD_ROWS = 48, BACKWARD_KEYS = 384;  // of a block
 constexpr int64_t BLOCK_STRIDE = BACKWARD_KEYS + 16;
 
 template <typename T>
@@ -41,7 +41,7 @@ template <typename T>
 int64_t backward_memory(const Inputs<T>& in) {
   const int64_t keys = round_up(in.keys(), VECTORS<16> * 16), columns = round_up(in.d, 16), length = in.layout.length();
   return 3 * keys * columns + 2 * (in.prompts + length + ROWS) * columns + 3 * BACKWARD_ROWS * STRIDE +
-      4 * BACKWARD_ROWS * BLOCK_STRIDE + round_up(in.layout.shared(), 16);
+      2 * BACKWARD_ROWS * BLOCK_STRIDE + round_up(in.layout.shared(), 16);
 }
 
 // And the sums of the queries' gradients of a head.
@@ -79,9 +79,8 @@ struct BackwardScratch {
   float* delta;                             // [S]: sum of the gradient times the output
   U *query, *grad;                          // [BACKWARD_ROWS, STRIDE]
   U *query_pairs, *grad_pairs;              // [BACKWARD_ROWS / 2, STRIDE]: pairs of rows; the rows unless PAIRS
-  float *weights, *dscores;                 // [BACKWARD_ROWS, BLOCK_STRIDE]
-  U* dscore_rows;                           // dscores as units along the keys
-  U *weight_pairs, *dscore_pairs;           // weights and dscores as units along the rows
+  U *weights, *dscores;                     // of a block, units along the rows: [BACKWARD_ROWS / STEP, BLOCK_STRIDE]
+  U* dscore_rows;                           // dscores as units along the keys: [BACKWARD_ROWS, BLOCK_STRIDE / STEP]
 
   FASTZS_INLINE BackwardScratch(float* memory, int64_t keys, int64_t prompts, int columns, const Layout& layout)
       : keys(keys) {
@@ -96,11 +95,9 @@ struct BackwardScratch {
     grad = reinterpret_cast<U*>(take(memory, rows));
     query_pairs = PAIRS ? reinterpret_cast<U*>(take(memory, rows / 2)) : query;
     grad_pairs = PAIRS ? reinterpret_cast<U*>(take(memory, rows / 2)) : grad;
-    weights = take(memory, block);
-    dscores = take(memory, block);
-    dscore_rows = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : dscores);
-    weight_pairs = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : weights);
-    dscore_pairs = reinterpret_cast<U*>(PAIRS ? take(memory, block / 2) : dscores);
+    weights = reinterpret_cast<U*>(take(memory, PAIRS ? block / 2 : block));
+    dscores = reinterpret_cast<U*>(take(memory, PAIRS ? block / 2 : block));
+    dscore_rows = PAIRS ? reinterpret_cast<U*>(take(memory, block / 2)) : dscores;
   }
 };
 
@@ -128,7 +125,10 @@ FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>&
   const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
   const float* lse = a.lse + (b * in.heads + h) * layout.length();
   float q[MAX_D], grad[MAX_D], out[MAX_D], key_row[MAX_D], value_row[MAX_D], dropped[MAX_D] = {};
+  const Operand<T>* const all[] = {&a.grad, &a.out, &in.q, &in.k, &in.v};
   for (int64_t token = 0; token < layout.length(); ++token) {
+    if (token + AHEAD < layout.length())
+      for (const Operand<T>* of : all) of->fetch(b, h, token + AHEAD, d);
     read<LANES>(a.grad.row(b, h, token), a.grad.channel, d, grad);
     read<LANES>(a.out.row(b, h, token), a.out.channel, d, out);
     const float delta = dot<LANES>(grad, out, columns);
@@ -149,43 +149,85 @@ FASTZS_INLINE void backward_bridge(const Backward<T>& a, BackwardScratch<PAIRS>&
   }
 }
 
-// What the weights and their gradients of a block become, two rows at a time, as the units of the products behind it:
-// weight_pairs, dscore_pairs and dscore_rows, zeros where there are no rows or keys. Scores are held in base 2.
+// What dropout multiplies a row's weights by, those of the keys from `key` on.
 template <int LANES, typename T>
-FASTZS_INLINE void backward_pairs(
-    const Backward<T>& a, BackwardScratch<true>& s, int64_t b, int64_t h, int64_t first, int64_t from, int64_t n,
-    int64_t rows, int64_t real, const float* lse) {
+FASTZS_INLINE typename Simd<LANES>::F dropped(const Inputs<T>& in, int64_t b, int64_t h, int64_t token, int64_t key) {
   using V = Simd<LANES>;
-  using F = typename V::F;
-  const Inputs<T>& in = *a.in;
-  for (int64_t r = 0; r < round_up(rows, ROWS); r += 2) {
-    int32_t *weights = s.weight_pairs + r / 2 * BLOCK_STRIDE, *dscores = s.dscore_pairs + r / 2 * BLOCK_STRIDE;
-    const RowBits bits[2] = {
-        in.bits(b, h, first + (r < rows ? r : 0)), in.bits(b, h, first + (r + 1 < rows ? r + 1 : 0))};
-    for (int64_t k = 0; k < n; k += LANES) {
-      F p[2] = {}, dscore[2] = {};
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        if (r + i < rows && k < real) {
-          const int64_t at = (r + i) * BLOCK_STRIDE + k;
-          F weight = V::template exp2_negative<true>(V::load(s.weights + at) - lse[r + i] * LOG2_E);
-          if (real - k < LANES) weight = (F)((typename V::I)weight & V::first(static_cast<int>(real - k)));
-          p[i] = weight;
-          F dweight = V::load(s.dscores + at);
-          if (in.dropout.least > 0) {
-            const auto keep = kept<LANES>(bits[i], from + k, in.dropout.least);
-            const auto factor = (F)((typename V::I)V::splat(in.dropout.enlarged) & keep);
-            p[i] *= factor, dweight *= factor;
-          }
-          dscore[i] = weight * (dweight - s.delta[first + r + i]) * in.scale;
-        }
-        store_pairs(reinterpret_cast<T*>(s.dscore_rows + (r + i) * (BLOCK_STRIDE / 2)) + k, dscore[i]);
-      }
-      store_pairs(weights + k, p[0], p[1]);
-      store_pairs(dscores + k, dscore[0], dscore[1]);
+  const auto enlarged = (typename V::I)V::splat(in.dropout.enlarged);
+  return (typename V::F)(enlarged & kept<LANES>(in.bits(b, h, token), key, in.dropout.least));
+}
+
+// Where a tile of weights or of their gradients goes: units along the rows.
+template <int LANES, int NV, bool PAIRS, typename Sums>
+FASTZS_INLINE void store_along_rows(const Sums& x, typename Unit<PAIRS>::Type* out) {
+  each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+    if constexpr (!PAIRS) {
+      Simd<LANES>::store(out + r * BLOCK_STRIDE + v * LANES, x[r][v]);
+    } else {
+      if (r % 2 == 0) store_pairs(out + r / 2 * BLOCK_STRIDE + v * LANES, x[r][v], x[r + 1][v]);
     }
-    __builtin_memset(weights + n, 0, ROWS * sizeof(int32_t));  // a tile of keys may end behind the last vector
-    __builtin_memset(dscores + n, 0, ROWS * sizeof(int32_t));
+  });
+}
+
+// The weights of a tile, rows from `row` on of the block and keys from `key` on, and their gradients' part in those of
+// the scores, from the products of queries with keys and of the output's gradients with values.
+template <int LANES, bool PAIRS, int NV, typename T>
+FASTZS_INLINE void backward_tile(
+    const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first, int64_t row, int64_t from,
+    int64_t k, const float* lse, const float* delta) {
+  using V = Simd<LANES>;
+  using I = typename V::I;
+  constexpr int WIDE = VECTORS<LANES> * LANES, STEP = PAIRS ? 2 : 1;
+  const Inputs<T>& in = *a.in;
+  const int64_t real = in.keys() - from - k;
+  const int depth = in.d / STEP;
+  const int64_t at = row / STEP * BLOCK_STRIDE + k;
+  float weights[ROWS * WIDE];  // as they are without dropout
+  const float factor = PAIRS ? in.scale * LOG2_E : in.scale;
+  product<LANES, PAIRS, NV, STRIDE, 1>(
+      s.query + row * STRIDE, s.keys_turned + (from + k) * depth, WIDE, depth, [&](auto& p) FASTZS_INLINE_LAMBDA {
+        each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+          const auto score = p[r][v] * factor - V::broadcast(lse + r);
+          if constexpr (PAIRS) {
+            p[r][v] = V::template exp2<true>(score);
+          } else {
+            p[r][v] = V::exp_negative(score);
+          }
+        });
+        if (real < NV * LANES)
+          each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+            p[r][v] = (typename V::F)((I)p[r][v] & V::first(static_cast<int>(real) - v * LANES));
+          });
+        each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA { V::store(weights + r * WIDE + v * LANES, p[r][v]); });
+        if (in.dropout.least > 0) each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+          p[r][v] *= dropped<LANES>(in, b, h, first + row + r, from + k + v * LANES);
+        });
+        store_along_rows<LANES, NV, PAIRS>(p, s.weights + at);
+      });
+  product<LANES, PAIRS, NV, STRIDE, 1>(
+      s.grad + row * STRIDE, s.values_turned + (from + k) * depth, WIDE, depth, [&](auto& g) FASTZS_INLINE_LAMBDA {
+        if (in.dropout.least > 0) each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+          g[r][v] *= dropped<LANES>(in, b, h, first + row + r, from + k + v * LANES);
+        });
+        each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+          const auto dweight = g[r][v] * in.scale;
+          g[r][v] = V::load(weights + r * WIDE + v * LANES) * (dweight - V::broadcast(delta + r));
+        });
+        store_along_rows<LANES, NV, PAIRS>(g, s.dscores + at);
+        if constexpr (PAIRS)
+          each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+            store_pairs(reinterpret_cast<T*>(s.dscore_rows + (row + r) * (BLOCK_STRIDE / 2)) + k + v * LANES, g[r][v]);
+          });
+      });
+}
+
+template <int LANES, bool PAIRS, int NV = VECTORS<LANES>, typename T, typename... More>
+FASTZS_INLINE void backward_tile_of(
+    int64_t vectors, const Backward<T>& a, BackwardScratch<PAIRS>& s, const More&... more) {
+  if (vectors == NV) {
+    backward_tile<LANES, PAIRS, NV>(a, s, more...);
+  } else if constexpr (NV > 1) {
+    backward_tile_of<LANES, PAIRS, NV - 1>(vectors, a, s, more...);
   }
 }
 
@@ -193,20 +235,26 @@ FASTZS_INLINE void backward_pairs(
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void backward_block(
     const Backward<T>& a, BackwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first, int64_t from, int64_t n) {
-  using V = Simd<LANES>;
   using U = typename Unit<PAIRS>::Type;
-  constexpr int STEP = PAIRS ? 2 : 1;
+  constexpr int STEP = PAIRS ? 2 : 1, WIDE = VECTORS<LANES> * LANES;
   const Inputs<T>& in = *a.in;
   const int64_t left = in.layout.shared() - first, rows = left < BACKWARD_ROWS ? left : BACKWARD_ROWS;
   const int64_t rounded = round_up(rows, ROWS);  // a multiple of STEP
   const int64_t real = in.keys() - from < n ? in.keys() - from : n, whole = round_up(real, ROWS);
-  const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = d / STEP;
-  const float* lse = a.lse + (b * in.heads + h) * in.layout.length() + first;
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES));
+  float lse[BACKWARD_ROWS], delta[BACKWARD_ROWS];  // in the scores' base, times the scale; of rows that are none 0
 
   for (int64_t r = 0; r < rounded; ++r) {
+    lse[r] = delta[r] = 0;
     if (r < rows) {
+      if (first + r + AHEAD < in.layout.shared()) {
+        in.q.fetch(b, h, first + r + AHEAD, d);
+        a.grad.fetch(b, h, first + r + AHEAD, d);
+      }
       read_units<LANES, PAIRS>(in.q.row(b, h, first + r), in.q.channel, d, s.query + r * STRIDE);
       read_units<LANES, PAIRS>(a.grad.row(b, h, first + r), a.grad.channel, d, s.grad + r * STRIDE);
+      lse[r] = a.lse[(b * in.heads + h) * in.layout.length() + first + r] * (PAIRS ? LOG2_E : 1.0f);
+      delta[r] = s.delta[first + r] * in.scale;
     } else {
       __builtin_memset(s.query + r * STRIDE, 0, columns * sizeof(U));
       __builtin_memset(s.grad + r * STRIDE, 0, columns * sizeof(U));
@@ -219,32 +267,14 @@ FASTZS_INLINE void backward_block(
     }
   }
 
-  const int64_t panel = from * depth;
-  const float factor = PAIRS ? in.scale * LOG2_E : in.scale;
-  score<LANES, PAIRS>(s.query, rounded, s.keys_turned + panel, n, depth, s.weights, BLOCK_STRIDE, factor);
-  score<LANES, PAIRS>(s.grad, rounded, s.values_turned + panel, n, depth, s.dscores, BLOCK_STRIDE, 1.0f);
-
-  if constexpr (PAIRS) backward_pairs<LANES>(a, s, b, h, first, from, n, rows, real, lse);
-  for (int64_t r = 0; !PAIRS && r < rounded; ++r) {
-    float *weights = s.weights + r * BLOCK_STRIDE, *dscores = s.dscores + r * BLOCK_STRIDE;
-    if (r < rows) {
-      const float delta = s.delta[first + r];
-      const RowBits bits = in.bits(b, h, first + r);
-      for (int64_t k = 0; k < n; k += LANES) {
-        const auto p = V::exp_negative(V::load(weights + k) - lse[r]);
-        auto dropped = p, dweight = V::load(dscores + k);
-        if (in.dropout.least > 0) {
-          const auto keep = kept<LANES>(bits, from + k, in.dropout.least);
-          const auto factor = (typename V::F)((typename V::I)V::splat(in.dropout.enlarged) & keep);
-          dropped *= factor, dweight *= factor;
-        }
-        V::store(weights + k, dropped);
-        V::store(dscores + k, p * (dweight - delta) * in.scale);
-      }
-    }
-    const int64_t filled = r < rows ? real : 0;
-    __builtin_memset(weights + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
-    __builtin_memset(dscores + filled, 0, (BLOCK_STRIDE - filled) * sizeof(float));
+  for (int64_t k = 0; k < n; k += WIDE) {
+    const int64_t width = n - k < WIDE ? n - k : WIDE;
+    for (int64_t r = 0; r < rounded; r += ROWS)
+      backward_tile_of<LANES, PAIRS>(width / LANES, a, s, b, h, first, r, from, k, lse + r, delta + r);
+  }
+  for (int64_t r = 0; r < rounded / STEP; ++r) {  // a tile of keys may end behind the last vector
+    __builtin_memset(s.weights + r * BLOCK_STRIDE + n, 0, ROWS * sizeof(U));
+    __builtin_memset(s.dscores + r * BLOCK_STRIDE + n, 0, ROWS * sizeof(U));
   }
 
   multiply_panels<LANES, PAIRS, BLOCK_STRIDE / STEP, 1>(
@@ -253,9 +283,9 @@ FASTZS_INLINE void backward_block(
   for (int64_t k = 0; k < whole; k += ROWS) {
     const int64_t at = (from + k) * columns;
     multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
-        s.weight_pairs + k, s.grad_pairs, rounded / STEP, columns, s.dv + at, columns);
+        s.weights + k, s.grad_pairs, rounded / STEP, columns, s.dv + at, columns);
     multiply_rows<LANES, PAIRS, 1, BLOCK_STRIDE>(
-        s.dscore_pairs + k, s.query_pairs, rounded / STEP, columns, s.dk + at, columns);
+        s.dscores + k, s.query_pairs, rounded / STEP, columns, s.dk + at, columns);
   }
 }
 

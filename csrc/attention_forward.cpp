@@ -1,8 +1,8 @@
 // Attention on the CPU, forward.
 //
 // A thread packs the keys and values of a head once and then takes a block of query rows at a time: their scores
-// against a block of keys stay in the nearest caches, become weights there, and are multiplied with the values. What a
-// patch sees besides, its region's bridge token, is where its running softmax starts. The bridge rows, of a few keys
+// against a block of keys become weights in registers, which stay in the nearest cache and are multiplied with the
+// values. What a patch sees besides, its region's bridge token, is where its sums start. The bridge rows, of a few keys
 // each, are computed directly. Rows are computed alike whichever thread does, so results repeat to the bit.
 #include "attention.h"
 
@@ -17,7 +17,8 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 
 constexpr int64_t FORWARD_ROWS = 12, FORWARD_KEYS = 1152;  // of a block
-constexpr int64_t SCORE_STRIDE = FORWARD_KEYS + 16;
+constexpr int64_t WEIGHT_STRIDE = FORWARD_KEYS + 16;
+constexpr float LEAST = 0x1p-40f, MOST = 0x1p60f;  // of a row's weights together
 
 template <typename T>
 struct Forward {
@@ -39,7 +40,7 @@ template <typename T>
 int64_t forward_memory(const Inputs<T>& in) {
   const int64_t keys = round_up(in.keys(), VECTORS<16> * 16), columns = round_up(in.d, 16);
   return 2 * keys * columns + (2 * in.layout.regions() + 1) * STRIDE +
-      FORWARD_ROWS * (2 * STRIDE + 2 * SCORE_STRIDE) + round_up(1 + in.layout.cell(), 16);
+      FORWARD_ROWS * (2 * STRIDE + WEIGHT_STRIDE) + round_up(1 + in.layout.cell(), 16);
 }
 
 template <bool PAIRS>
@@ -51,10 +52,11 @@ struct ForwardScratch {
   U* query;                              // [FORWARD_ROWS, STRIDE]
   float* output;                         // [FORWARD_ROWS, STRIDE]
   float* query_row;                      // [STRIDE]
-  float* scores;                         // [FORWARD_ROWS, SCORE_STRIDE]
-  U* weights;                            // [FORWARD_ROWS, SCORE_STRIDE], the scores' place unless PAIRS
+  U* weights;                            // [FORWARD_ROWS, WEIGHT_STRIDE]
   float* region_scores;                  // [1 + cell]
-  float top[FORWARD_ROWS], total[FORWARD_ROWS];  // of a row's running softmax: the greatest score, the weights' sum
+  float top[FORWARD_ROWS], total[FORWARD_ROWS];  // of a row: the score with weight 1, the weights' sum
+  int64_t region[FORWARD_ROWS];          // of a row, -1 without one
+  float own[FORWARD_ROWS];               // the score against the region's bridge token, -infinity without one
 
   FASTZS_INLINE ForwardScratch(float* memory, int64_t keys, int columns, const Layout& layout) : keys(keys) {
     keys_packed = reinterpret_cast<U*>(take(memory, keys * columns));
@@ -64,8 +66,7 @@ struct ForwardScratch {
     query = reinterpret_cast<U*>(take(memory, FORWARD_ROWS * STRIDE));
     output = take(memory, FORWARD_ROWS * STRIDE);
     query_row = take(memory, STRIDE);
-    scores = take(memory, FORWARD_ROWS * SCORE_STRIDE);
-    weights = reinterpret_cast<U*>(PAIRS ? take(memory, FORWARD_ROWS * SCORE_STRIDE) : scores);
+    weights = reinterpret_cast<U*>(take(memory, FORWARD_ROWS * WEIGHT_STRIDE));
     region_scores = take(memory, 1 + layout.cell());
   }
 };
@@ -87,74 +88,140 @@ FASTZS_INLINE void add_nearness(const Inputs<T>& in, int64_t token, int64_t from
   }
 }
 
+// Makes scores in base 2, where the exponential is cheapest, of the products of the rows from `token` with the keys
+// from `key`, less each row's top; -infinity where there is no key.
+template <int LANES, int NV, typename T, typename Sums>
+FASTZS_INLINE void to_scores(const Inputs<T>& in, int64_t token, int64_t key, const float* top, Sums& sum) {
+  using V = Simd<LANES>;
+  const float factor = in.scale * LOG2_E;
+  each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA { sum[r][v] = sum[r][v] * factor - V::broadcast(top + r); });
+  if (in.near_rows != nullptr) {
+    float near[ROWS * NV * LANES] = {};
+    for (int64_t r = 0; r < ROWS && token + r < in.layout.shared(); ++r)
+      add_nearness(in, token + r, key, NV * LANES, near + r * NV * LANES);
+    each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA { sum[r][v] += V::load(near + (r * NV + v) * LANES); });
+  }
+  const int64_t left = in.keys() - key;
+  if (left >= NV * LANES) return;
+  each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+    sum[r][v] = V::first(static_cast<int>(left) - v * LANES) ? sum[r][v] : V::splat(-INFINITY);
+  });
+}
+
+// The greatest score of each row from `first`.
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void greatest(
+    const Inputs<T>& in, const ForwardScratch<PAIRS>& s, int64_t first, int64_t rows, float* top) {
+  using V = Simd<LANES>;
+  const int64_t n = round_up(in.keys(), LANES);
+  const float zeros[ROWS] = {};
+  float wide[FORWARD_ROWS * LANES];
+  for (int64_t r = 0; r < rows; ++r) V::store(wide + r * LANES, V::splat(s.own[r]));
+  const auto compare = [&](int64_t from, int64_t key, auto& sum) FASTZS_INLINE_LAMBDA {
+    constexpr int NV = VECTORS_OF<LANES, decltype(sum)>;
+    to_scores<LANES, NV>(in, first + from, key, zeros, sum);
+    each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+      float* of = wide + (from + r) * LANES;
+      const auto so_far = V::load(of);
+      V::store(of, sum[r][v] > so_far ? sum[r][v] : so_far);
+    });
+  };
+  score<LANES, PAIRS>(s.query, rows, s.keys_packed, n, PAIRS ? in.d / 2 : in.d, compare);
+  for (int64_t r = 0; r < rows; ++r) top[r] = V::max(V::load(wide + r * LANES));
+}
+
+// The weights of the rows against keys [from, from + n) and what they add to the rows' sums, [FORWARD_ROWS, LANES].
+template <int LANES, bool PAIRS, typename T>
+FASTZS_INLINE void weigh(
+    const Inputs<T>& in, ForwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t from,
+    int64_t n, float* sums) {
+  using V = Simd<LANES>;
+  using F = typename V::F;
+  const int depth = PAIRS ? in.d / 2 : in.d;
+  const auto finish = [&](int64_t tile, int64_t k, auto& p) FASTZS_INLINE_LAMBDA {
+    constexpr int NV = VECTORS_OF<LANES, decltype(p)>;
+    to_scores<LANES, NV>(in, first + tile, from + k, s.top + tile, p);
+    each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA { p[r][v] = V::template exp2<PAIRS>(p[r][v]); });
+    each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+      float* of = sums + (tile + r) * LANES;
+      V::store(of, V::load(of) + p[r][v]);
+    });
+    if (in.dropout.least > 0)
+      each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+        const RowBits bits = in.bits(b, h, first + tile + r);
+        p[r][v] = (F)((typename V::I)p[r][v] & kept<LANES>(bits, from + k + v * LANES, in.dropout.least));
+      });
+    each<NV>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+      auto* to = s.weights + (tile + r) * WEIGHT_STRIDE;
+      if constexpr (PAIRS) {
+        store_pairs(reinterpret_cast<T*>(to) + k + v * LANES, p[r][v]);
+      } else {
+        V::store(to + k + v * LANES, p[r][v]);
+      }
+    });
+  };
+  score<LANES, PAIRS>(s.query, rows, s.keys_packed + from * depth, n, depth, finish);
+}
+
+FASTZS_INLINE bool fits(float total) { return total >= LEAST && total <= MOST; }
+
 // Prefix and patch rows [first, first + FORWARD_ROWS) of a head; what a tile has beyond the last row is computed from
 // zeros and dropped.
+//
+// A score becomes a weight while it is in a register, before the row's greatest score is known. Floats, and bf16, have
+// room for weights far from 1, so a score of 0 gets the weight 1. Where the weights' sum shows that this was no choice,
+// the row's greatest score is sought, and its rows are computed again.
 template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void forward_rows(const Forward<T>& a, ForwardScratch<PAIRS>& s, int64_t b, int64_t h, int64_t first) {
   using V = Simd<LANES>;
+  constexpr int STEP = PAIRS ? 2 : 1;
   const Inputs<T>& in = *a.in;
   const int64_t left = in.layout.shared() - first, rows = left < FORWARD_ROWS ? left : FORWARD_ROWS;
-  const int64_t rounded = round_up(rows, ROWS);
-  const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = PAIRS ? d / 2 : d;
-  const float factor = in.scale * LOG2_E;  // scores are held in base 2, where the exponential is cheapest
+  const int64_t rounded = round_up(rows, ROWS), keys = round_up(in.keys(), LANES);
+  const int d = in.d, columns = static_cast<int>(round_up(d, LANES)), depth = d / STEP;
 
   for (int64_t r = 0; r < rounded; ++r) {
-    s.top[r] = -INFINITY;
-    s.total[r] = 0;
-    __builtin_memset(s.output + r * STRIDE, 0, columns * sizeof(float));
+    s.own[r] = -INFINITY, s.top[r] = 0, s.region[r] = -1;
     if (r >= rows) {
       __builtin_memset(s.query + r * STRIDE, 0, depth * sizeof(float));
       continue;
     }
     const T* row = in.q.row(b, h, first + r);
+    if (first + r + FORWARD_ROWS < in.layout.shared()) in.q.fetch(b, h, first + r + FORWARD_ROWS, d);
     read_units<LANES, PAIRS>(row, in.q.channel, d, s.query + r * STRIDE);
-    const int64_t region = in.layout.region(first + r);
-    if (region >= 0) {
-      read<LANES>(row, in.q.channel, d, s.query_row);
-      s.top[r] = dot<LANES>(s.query_row, s.bridge_keys + region * STRIDE, columns) * factor;
-      s.total[r] = 1;
-      __builtin_memcpy(s.output + r * STRIDE, s.bridge_values + region * STRIDE, columns * sizeof(float));
-    }
+    s.region[r] = in.layout.region(first + r);
+    if (s.region[r] < 0) continue;
+    read<LANES>(row, in.q.channel, d, s.query_row);
+    s.own[r] = dot<LANES>(s.query_row, s.bridge_keys + s.region[r] * STRIDE, columns) * in.scale * LOG2_E;
   }
 
-  const int64_t keys = round_up(in.keys(), 2 * LANES);  // the greatest score is sought in two vectors at a time
-  for (int64_t from = 0; from < keys; from += FORWARD_KEYS) {
-    const int64_t n = keys - from < FORWARD_KEYS ? keys - from : FORWARD_KEYS;
-    score<LANES, PAIRS>(s.query, rounded, s.keys_packed + from * depth, n, depth, s.scores, SCORE_STRIDE, factor);
-    for (int64_t k = in.keys() - from; k < n; ++k)
-      for (int64_t r = 0; r < rounded; ++r) s.scores[r * SCORE_STRIDE + k] = -INFINITY;
-
+  for (bool again = false;; again = true) {
+    float sums[FORWARD_ROWS * LANES] = {};
+    for (int64_t r = 0; r < rounded; ++r) {
+      __builtin_memset(s.output + r * STRIDE, 0, columns * sizeof(float));
+      s.total[r] = 0;
+      if (s.region[r] < 0) continue;
+      s.total[r] = V::template exp2<false>(V::splat(s.own[r] - s.top[r]))[0];
+      add_row<LANES>(s.output + r * STRIDE, s.total[r], s.bridge_values + s.region[r] * STRIDE, columns);
+    }
+    for (int64_t from = 0; from < keys; from += FORWARD_KEYS) {
+      const int64_t n = keys - from < FORWARD_KEYS ? keys - from : FORWARD_KEYS;
+      weigh<LANES, PAIRS>(in, s, b, h, first, rounded, from, n, sums);
+      multiply_panels<LANES, PAIRS, WEIGHT_STRIDE, 1>(
+          s.weights, rounded, s.values_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.output, STRIDE);
+    }
+    bool fit = true;
     for (int64_t r = 0; r < rows; ++r) {
-      float* row = s.scores + r * SCORE_STRIDE;
-      if (in.near_rows != nullptr) add_nearness(in, first + r, from, n, row);
-      auto even = V::splat(s.top[r]), odd = even;  // two, for each waits for itself
-      for (int64_t k = 0; k < n; k += 2 * LANES) {
-        const auto x = V::load(row + k), y = V::load(row + k + LANES);
-        even = x > even ? x : even;
-        odd = y > odd ? y : odd;
-      }
-      const float top = V::max(even > odd ? even : odd);
-      const RowBits bits = in.bits(b, h, first + r);
-      auto total = V::splat(0.0f);
-      for (int64_t k = 0; k < n; k += LANES) {
-        auto p = V::template exp2_negative<PAIRS>(V::load(row + k) - top);
-        total += p;
-        if (in.dropout.least > 0) p = (typename V::F)((typename V::I)p & kept<LANES>(bits, from + k, in.dropout.least));
-        if constexpr (PAIRS) {
-          store_pairs(reinterpret_cast<T*>(s.weights + r * SCORE_STRIDE) + k, p);
-        } else {
-          V::store(row + k, p);
-        }
-      }
-      const float shrunk = V::template exp2_negative<false>(V::splat(s.top[r] - top))[0];
-      s.total[r] = s.total[r] * shrunk + V::sum(total);
-      if (s.top[r] != top) scale_row<LANES>(s.output + r * STRIDE, shrunk, columns);
-      s.top[r] = top;
+      s.total[r] += V::sum(V::load(sums + r * LANES));
+      fit = fit && fits(s.total[r]);
     }
-    constexpr int STEP = PAIRS ? 2 : 1;
-    multiply_panels<LANES, PAIRS, SCORE_STRIDE, 1>(
-        s.weights, rounded, s.values_packed, s.keys / STEP, from / STEP, n / STEP, columns, s.output, STRIDE);
+    if (fit || again) break;
+    float top[FORWARD_ROWS];
+    greatest<LANES, PAIRS>(in, s, first, rounded, top);
+    for (int64_t r = 0; r < rows; ++r)
+      if (!fits(s.total[r])) s.top[r] = top[r];
   }
+
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t at = first - in.first + r;
     const float share = in.dropout.enlarged / s.total[r];

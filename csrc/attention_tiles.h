@@ -20,6 +20,11 @@ struct Operand {
   int64_t batch, head, token, channel;  // strides
 
   FASTZS_INLINE const T* row(int64_t b, int64_t h, int64_t n) const { return data + b * batch + h * head + n * token; }
+  // Fetches a token's d numbers, which are read soon: tokens of a head lie too far apart for the processor to guess.
+  FASTZS_INLINE void fetch(int64_t b, int64_t h, int64_t n, int d) const {
+    const char* p = reinterpret_cast<const char*>(row(b, h, n));
+    for (size_t i = 0; i < d * sizeof(T); i += 64) __builtin_prefetch(p + i);
+  }
 };
 
 // Prefix and patches are the shared tokens. Region (i, j) has the patches [i ch, (i + 1) ch) x [j cw, (j + 1) cw).
@@ -84,14 +89,14 @@ struct Dot<16, true> {
 };
 #endif
 
-// c[r, n] = factor * sum_k a[r * A_ROW + k * A_DEPTH] b[k * ldb + n], or added to c, for ROWS rows and NV vectors of n.
-template <int LANES, bool PAIRS, int NV, int A_ROW, int A_DEPTH, bool ADD>
-FASTZS_INLINE void tile(
-    const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb, int64_t depth, float* c,
-    int64_t ldc, float factor) {
-  using V = Simd<LANES>;
+// sum[r, n] = sum_k a[r * A_ROW + k * A_DEPTH] b[k * ldb + n] for ROWS rows and NV vectors of n, in registers, where
+// done(sum) takes them.
+template <int LANES, bool PAIRS, int NV, int A_ROW, int A_DEPTH, typename Done>
+FASTZS_INLINE void product(
+    const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb, int64_t depth,
+    const Done& done) {
   using D = Dot<LANES, PAIRS>;
-  typename V::F sum[ROWS][NV] = {};
+  typename Simd<LANES>::F sum[ROWS][NV] = {};
   for (int64_t k = 0; k < depth; ++k) {
     decltype(D::load(b)) right[NV];
 #pragma GCC unroll 4
@@ -103,39 +108,60 @@ FASTZS_INLINE void tile(
       for (int v = 0; v < NV; ++v) D::add(sum[r][v], left, right[v]);
     }
   }
-#pragma GCC unroll 6
-  for (int r = 0; r < ROWS; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      float* to = c + r * ldc + v * LANES;
-      V::store(to, ADD ? V::load(to) + sum[r][v] : sum[r][v] * factor);
-    }
-  }
+  done(sum);
 }
 
-// tile with the first `vectors` vectors of n, 1 to NV of them.
-template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH, bool ADD, int NV = VECTORS<LANES>>
-FASTZS_INLINE void tile_of(
-    int vectors, const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb, int64_t depth,
-    float* c, int64_t ldc, float factor) {
+// product with the first `vectors` vectors of n, 1 to NV of them.
+template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH, int NV = VECTORS<LANES>, typename Done>
+FASTZS_INLINE void product_of(
+    int64_t vectors, const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb,
+    int64_t depth, const Done& done) {
   if (vectors == NV) {
-    tile<LANES, PAIRS, NV, A_ROW, A_DEPTH, ADD>(a, b, ldb, depth, c, ldc, factor);
+    product<LANES, PAIRS, NV, A_ROW, A_DEPTH>(a, b, ldb, depth, done);
   } else if constexpr (NV > 1) {
-    tile_of<LANES, PAIRS, A_ROW, A_DEPTH, ADD, NV - 1>(vectors, a, b, ldb, depth, c, ldc, factor);
+    product_of<LANES, PAIRS, A_ROW, A_DEPTH, NV - 1>(vectors, a, b, ldb, depth, done);
   }
 }
 
-// scores[count, n] = factor * `count` rows, a multiple of ROWS, times n keys, a multiple of LANES, of pack_transposed.
-template <int LANES, bool PAIRS>
+// f(r, v) for each vector of a product's sums, which thereby stay in registers.
+template <int NV, typename F>
+FASTZS_INLINE void each(const F& f) {
+#pragma GCC unroll 6
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) f(r, v);
+}
+
+template <int LANES, typename Sums>
+constexpr int VECTORS_OF = sizeof(Sums) / (ROWS * LANES * sizeof(float));
+
+// c[r, n] += a product, for the first `vectors` vectors of n.
+template <int LANES, bool PAIRS, int A_ROW, int A_DEPTH>
+FASTZS_INLINE void add_product(
+    int64_t vectors, const typename Unit<PAIRS>::Type* a, const typename Unit<PAIRS>::Type* b, int64_t ldb,
+    int64_t depth, float* c, int64_t ldc) {
+  using V = Simd<LANES>;
+  product_of<LANES, PAIRS, A_ROW, A_DEPTH>(vectors, a, b, ldb, depth, [&](const auto& sum) FASTZS_INLINE_LAMBDA {
+    each<VECTORS_OF<LANES, decltype(sum)>>([&](int r, int v) FASTZS_INLINE_LAMBDA {
+      float* to = c + r * ldc + v * LANES;
+      V::store(to, V::load(to) + sum[r][v]);
+    });
+  });
+}
+
+// `count` rows, a multiple of ROWS, times n keys, a multiple of LANES, of pack_transposed: done(r, k, sums) takes the
+// products of the rows from r and the keys from k.
+template <int LANES, bool PAIRS, typename Done>
 FASTZS_INLINE void score(
     const typename Unit<PAIRS>::Type* rows, int64_t count, const typename Unit<PAIRS>::Type* keys, int64_t n,
-    int64_t depth, float* scores, int64_t stride, float factor) {
+    int64_t depth, const Done& done) {
   constexpr int WIDE = VECTORS<LANES> * LANES;
   for (int64_t k = 0; k < n; k += WIDE) {
-    const int width = n - k < WIDE ? static_cast<int>(n - k) : WIDE;
+    const int64_t width = n - k < WIDE ? n - k : WIDE;
     for (int64_t r = 0; r < count; r += ROWS)
-      tile_of<LANES, PAIRS, STRIDE, 1, false>(
-          width / LANES, rows + r * STRIDE, keys + k * depth, WIDE, depth, scores + r * stride + k, stride, factor);
+      product_of<LANES, PAIRS, STRIDE, 1>(
+          width / LANES, rows + r * STRIDE, keys + k * depth, WIDE, depth,
+          [&](auto& sum) FASTZS_INLINE_LAMBDA { done(r, k, sum); });
   }
 }
 
@@ -150,8 +176,8 @@ FASTZS_INLINE void multiply_panels(
     const int width = columns - n < WIDE ? columns - n : WIDE;
     const auto* panel = panels + n * panel_rows + first * width;
     for (int64_t r = 0; r < rows; r += ROWS)
-      tile_of<LANES, PAIRS, A_ROW, A_DEPTH, true>(
-          width / LANES, a + r * A_ROW, panel, width, depth, c + r * ldc + n, ldc, 1.0f);
+      add_product<LANES, PAIRS, A_ROW, A_DEPTH>(
+          width / LANES, a + r * A_ROW, panel, width, depth, c + r * ldc + n, ldc);
   }
 }
 
@@ -163,7 +189,7 @@ FASTZS_INLINE void multiply_rows(
   constexpr int WIDE = VECTORS<LANES> * LANES;
   for (int n = 0; n < columns; n += WIDE) {
     const int width = columns - n < WIDE ? columns - n : WIDE;
-    tile_of<LANES, PAIRS, A_ROW, A_DEPTH, true>(width / LANES, a, rows + n, STRIDE, depth, c + n, ldc, 1.0f);
+    add_product<LANES, PAIRS, A_ROW, A_DEPTH>(width / LANES, a, rows + n, STRIDE, depth, c + n, ldc);
   }
 }
 
@@ -198,7 +224,8 @@ template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void read_units(const T* p, int64_t stride, int d, typename Unit<PAIRS>::Type* out) {
   if constexpr (PAIRS) {
     if (stride == 1) {
-      __builtin_memcpy(out, static_cast<const void*>(p), d * sizeof(T));
+      for (int i = 0; i < d; i += 8)  // d is a multiple of 8; a copy of any length would be a call
+        __builtin_memcpy(out + i / 2, static_cast<const void*>(p + i), 8 * sizeof(T));
     } else {
       for (int i = 0; i < d; ++i)
         __builtin_memcpy(reinterpret_cast<char*>(out) + i * sizeof(T), static_cast<const void*>(p + i * stride), sizeof(T));
@@ -234,11 +261,9 @@ struct Tokens {
     return n < prompt_count ? prompts.row(b, h, n) : tokens.row(b, h, n - prompt_count);
   }
   FASTZS_INLINE int64_t stride(int64_t n) const { return n < prompt_count ? prompts.channel : tokens.channel; }
-  // Fetches a token's d numbers, which are read soon: tokens of a head lie too far apart for the processor to guess.
   FASTZS_INLINE void fetch(int64_t n, int d) const {
     if (n >= count) return;
-    const char* p = reinterpret_cast<const char*>(row(n));
-    for (size_t i = 0; i < d * sizeof(T); i += 64) __builtin_prefetch(p + i);
+    n < prompt_count ? prompts.fetch(b, h, n, d) : tokens.fetch(b, h, n - prompt_count, d);
   }
 };
 
@@ -249,20 +274,30 @@ template <int LANES, bool PAIRS, typename T>
 FASTZS_INLINE void pack_transposed(
     const Tokens<T>& tokens, int d, int64_t from, int64_t to, typename Unit<PAIRS>::Type* out) {
   using U = typename Unit<PAIRS>::Type;
+  using I = typename Simd<LANES>::I;
   constexpr int WIDE = VECTORS<LANES> * LANES;
   const int depth = PAIRS ? d / 2 : d;
+  U rows[LANES][MAX_D];
   out += from * depth;
-  for (int64_t first = from; first < to; first += WIDE, out += WIDE * depth) {
-    for (int lane = 0; lane < WIDE; ++lane) {
-      U row[MAX_D];
+  for (int64_t first = from; first < to; first += LANES) {
+    for (int lane = 0; lane < LANES; ++lane) {
       const int64_t n = first + lane;
       tokens.fetch(n + AHEAD, d);
       if (n < tokens.count) {
-        read_units<LANES, PAIRS>(tokens.row(n), tokens.stride(n), d, row);
+        read_units<LANES, PAIRS>(tokens.row(n), tokens.stride(n), d, rows[lane]);
       } else {
-        __builtin_memset(row, 0, depth * sizeof(U));
+        __builtin_memset(rows[lane], 0, depth * sizeof(U));
       }
-      for (int k = 0; k < depth; ++k) out[k * WIDE + lane] = row[k];
+    }
+    U* panel = out + (first - from) / WIDE * WIDE * depth + (first - from) % WIDE;
+    for (int k = 0; k < depth; k += LANES) {
+      I units[LANES];
+#pragma GCC unroll 16
+      for (int lane = 0; lane < LANES; ++lane) __builtin_memcpy(&units[lane], &rows[lane][k], sizeof units[lane]);
+      transpose<LANES>(units);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES; ++i)
+        if (k + i < depth) __builtin_memcpy(panel + (k + i) * WIDE, &units[i], sizeof units[i]);
     }
   }
 }

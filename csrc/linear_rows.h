@@ -43,7 +43,7 @@ FASTZS_INLINE typename Simd<LANES>::F inverse(typename Simd<LANES>::F x) {
 // e^x for x <= 0.
 template <int LANES, bool ROUGH>
 FASTZS_INLINE typename Simd<LANES>::F exponential(typename Simd<LANES>::F x) {
-  if constexpr (ROUGH) return Simd<LANES>::template exp2_negative<true>(x * LOG2_E);
+  if constexpr (ROUGH) return Simd<LANES>::template exp2<true>(x * LOG2_E);
   return Simd<LANES>::exp_negative(x);
 }
 

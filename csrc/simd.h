@@ -178,15 +178,16 @@ struct Simd {
     return (F)((I)p + ((I)shifted << 23));
   }
 
-  // 2^x for x <= 0, relative error 2e-7, or with ROUGH, for results that are rounded to bf16, 8e-5. What is below 2^-126
-  // is that, or with exp2_rough less.
+  // 2^x, relative error 2e-7, or with ROUGH, for results that are rounded to bf16, 8e-5. What is below 2^-126 is that,
+  // or with exp2_rough less; what is above 2^127 is that, or with exp2_rough more.
   template <bool ROUGH>
-  static FASTZS_INLINE F exp2_negative(F x) {
+  static FASTZS_INLINE F exp2(F x) {
 #if FASTZS_X86_ASM
     if constexpr (ROUGH && LANES == 16) return exp2_rough(x);
 #endif
     const float to_integer = 12582912.0f;  // as above
     x = x < -126.0f ? splat(-126.0f) : x;
+    x = x > 127.0f ? splat(127.0f) : x;
     const F shifted = x + to_integer, r = x - (shifted - to_integer);
     F p;
     if constexpr (ROUGH) {
@@ -228,6 +229,33 @@ struct Simd {
     return p * e;
   }
 };
+
+// A square of numbers of 32 bits, a vector a row, is turned: corners of SIZE, 2 SIZE, ... rows change places.
+template <int LANES, int SIZE = 1>
+FASTZS_INLINE void transpose(typename Simd<LANES>::I (&rows)[LANES]) {
+#if defined(__clang__)  // has no shuffle by a vector
+  for (int r = 0; r < LANES; ++r)
+    for (int k = 0; k < r; ++k) {
+      const int32_t corner = rows[r][k];
+      rows[r][k] = rows[k][r];
+      rows[k][r] = corner;
+    }
+#else
+  using I = typename Simd<LANES>::I;
+  I lane, low, high;  // which lanes of two rows, the second's follow the first's
+  for (int k = 0; k < LANES; ++k) lane[k] = k;
+  low = lane & SIZE ? lane + (LANES - SIZE) : lane;
+  high = lane & SIZE ? lane + LANES : lane + SIZE;
+#pragma GCC unroll 8
+  for (int n = 0; n < LANES / 2; ++n) {
+    const int r = n / SIZE * 2 * SIZE + n % SIZE;
+    const I first = rows[r], second = rows[r + SIZE];
+    rows[r] = __builtin_shuffle(first, second, low);
+    rows[r + SIZE] = __builtin_shuffle(first, second, high);
+  }
+  if constexpr (2 * SIZE < LANES) transpose<LANES, 2 * SIZE>(rows);
+#endif
+}
 
 #if FASTZS_X86_ASM
 // 16 floats rounded to bf16 by the instruction for it, where the caller's target has AVX512-BF16.
