@@ -27,6 +27,31 @@ FASTZS_INLINE void put(T* p, typename Simd<LANES>::F x, int64_t count) {
   Simd<LANES>::store(p, x, count);
 }
 
+template <int LANES>
+constexpr int PANEL_VECTORS = PANEL / LANES;
+
+// A row's numbers of a panel, of which the first `columns` are in memory, with one question for all of them.
+template <int LANES, bool ROUNDS, typename T>
+FASTZS_INLINE void put_panel(T* p, const typename Simd<LANES>::F (&y)[PANEL_VECTORS<LANES>], int columns) {
+  if (columns == PANEL) {
+#pragma GCC unroll 4
+    for (int v = 0; v < PANEL_VECTORS<LANES>; ++v) put<LANES, ROUNDS>(p + v * LANES, y[v]);
+  } else {
+    for (int v = 0; v * LANES < columns; ++v) put<LANES, ROUNDS>(p + v * LANES, y[v], columns - v * LANES);
+  }
+}
+
+template <int LANES, typename T>
+FASTZS_INLINE void get_panel(const T* p, typename Simd<LANES>::F (&y)[PANEL_VECTORS<LANES>], int columns) {
+  using V = Simd<LANES>;
+  if (columns == PANEL) {
+#pragma GCC unroll 4
+    for (int v = 0; v < PANEL_VECTORS<LANES>; ++v) y[v] = V::load(p + v * LANES);
+  } else {
+    for (int v = 0; v < PANEL_VECTORS<LANES>; ++v) y[v] = V::load(p + v * LANES, 1, columns - v * LANES);
+  }
+}
+
 // ROUGH, here and below: for results that are rounded to bf16 or bytes, relative error 1e-4. x: not infinite unless ROUGH.
 template <int LANES, bool ROUGH>
 FASTZS_INLINE typename Simd<LANES>::F inverse(typename Simd<LANES>::F x) {
@@ -91,6 +116,18 @@ FASTZS_INLINE typename Simd<LANES>::F gelu(typename Simd<LANES>::F x) {
   t = t * size + 1.0f;
   t *= t, t *= t, t *= t, t *= t;
   return (x < 0.0f ? F{} : x) - size * 0.5f * inverse<LANES, true>(t);  // NaN stays
+}
+
+// f(activation) for an activation that the compiler then knows.
+template <typename F>
+FASTZS_INLINE void with_activation(int64_t activation, const F& f) {
+  switch (activation) {
+    case RELU: return f(RELU);
+    case QUICK_GELU: return f(QUICK_GELU);
+    case GELU: return f(GELU);
+    case GELU_TANH: return f(GELU_TANH);
+    default: return f(NONE);
+  }
 }
 
 template <int LANES, bool ROUGH>

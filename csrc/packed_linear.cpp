@@ -1,9 +1,6 @@
-// packed_linear on the CPU: one or two linear layers with what stands around them, in int8, bf16 or fp32.
-//
-// A thread takes a block of rows through everything: layer norm, rounding to the units that are multiplied (of int8 with
-// a scale per row), the product with all outputs, activation, the second layer, residual, layer norm. What lies between
-// never leaves its caches.
-#include "linear_rows.h"
+// packed_linear on the CPU: one or two linear layers with what stands around them, in int8, bf16 or fp32;
+// linear_blocks.h computes them.
+#include "linear_blocks.h"
 
 #include <algorithm>
 #include <optional>
@@ -13,179 +10,13 @@ namespace fastzs {
 namespace {
 
 using namespace linear;
-using torch::headeronly::BFloat16;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Layer {
-  const void* weight;  // see linear_tiles.h
-  const float *bias, *scale, *sum;  // [outputs up to whole panels]; int8: of a weight's unit, and the sum of its bytes
-  int64_t inputs, outputs, activation;
-
-  int64_t padded() const { return round_up(outputs, PANEL); }
-};
-
-template <typename T, typename O>
-struct Job {
-  const T* x;         // [rows, inputs of the first layer]
-  const O* residual;  // [rows, outputs of the last layer], or null
-  O* out;
-  void* hidden;  // null, or [rows, outputs of the first layer] before its activation, fp32 or bf16 as the weights:
-  bool slopes;   // written; or given, and the first layer's results are multiplied by the activation's slopes there
-  int64_t rows, block_rows, layers;  // block_rows: at most, a multiple of ROWS
-  Layer layer[2];
-  Norm before, after;
-  const O* normed;  // null, or [rows, outputs of the last layer]: results are gradients of the norm `after` of these
-};
-
-template <typename T, typename O>
-struct Blocks {
-  const Job<T, O>* job;
-  int64_t begin, end;  // of the tiles, ROWS rows each
-  float* memory;
-};
 using OfFloats = Blocks<float, float>;
 using OfPairs = Blocks<BFloat16, BFloat16>;
 using Narrowing = Blocks<float, BFloat16>;
 using Widening = Blocks<BFloat16, float>;
-
-// Of a row of units: not a power of two, whose lines would collide.
-int64_t unit_stride(int64_t inputs, int step) { return round_up((inputs + step - 1) / step, 16) + 16; }
-
-// How much memory a thread wants, in floats.
-template <typename T, typename O>
-int64_t memory_of(const Job<T, O>& job, int step) {
-  int64_t count = round_up(std::max(job.layer[0].inputs, job.layer[job.layers - 1].outputs), 16) + job.block_rows * PANEL + job.block_rows;
-  for (int64_t i = 0; i < job.layers; ++i) {
-    count += job.block_rows * (unit_stride(job.layer[i].inputs, step) + job.layer[i].padded() + 16);
-  }
-  return count + 8 * 16;
-}
-
-// Rows of units times a layer, a panel of outputs at a time; give(r, n, values, left) gets a vector of what comes out,
-// before the activation.
-template <int LANES, Kind KIND, bool NATIVE, typename Give>
-FASTZS_INLINE void apply(
-    const Layer& layer, const typename Product<LANES, KIND, NATIVE>::Unit* units, int64_t stride, int64_t rows,
-    const float* scales, float* sums, const Give& give) {
-  using V = Simd<LANES>;
-  using Unit = typename Product<LANES, KIND, NATIVE>::Unit;
-  const int64_t rounded = round_up(rows, ROWS), depth = (layer.inputs + STEP<KIND> - 1) / STEP<KIND>;
-  const auto* weight = static_cast<const Unit*>(layer.weight);
-  for (int64_t n = 0; n < layer.outputs; n += PANEL) {
-    int32_t start[PANEL] = {};
-    if constexpr (KIND == Kind::bytes)  // a row's bytes are 128 too large
-      for (int c = 0; c < PANEL; ++c) start[c] = -128 * static_cast<int32_t>(layer.sum[n + c]);
-    const int columns = layer.outputs - n < PANEL ? static_cast<int>(layer.outputs - n) : PANEL;
-    const auto finish = [&](int64_t tile) FASTZS_INLINE_LAMBDA {
-      const int64_t end = rows - tile < ROWS ? rows : tile + ROWS;
-      for (int64_t r = tile; r < end; ++r) {
-        for (int c = 0; c < columns; c += LANES) {
-          typename V::F y;
-          if constexpr (KIND == Kind::bytes) {
-            typename V::I sum;
-            __builtin_memcpy(&sum, sums + r * PANEL + c, sizeof sum);
-            y = __builtin_convertvector(sum, typename V::F) * (V::load(layer.scale + n + c) * scales[r]);
-          } else {
-            y = V::load(sums + r * PANEL + c);
-          }
-          give(r, n + c, y + V::load(layer.bias + n + c), columns - c);
-        }
-      }
-    };
-    multiply<LANES, KIND, NATIVE>(
-        units, stride, rounded, weight + n * depth, depth, reinterpret_cast<const char*>(start),
-        reinterpret_cast<char*>(sums), finish);
-  }
-}
-
-template <int LANES, Kind KIND, bool NATIVE, bool ROUNDS, typename T, typename O>
-FASTZS_INLINE void take_blocks(const Blocks<T, O>& a) {
-  using V = Simd<LANES>;
-  using F = typename V::F;
-  using Unit = typename Product<LANES, KIND, NATIVE>::Unit;
-  constexpr bool ROUGH = KIND != Kind::floats;
-  using Hidden = std::conditional_t<KIND == Kind::pairs, BFloat16, float>;
-  const Job<T, O>& job = *a.job;
-  const Layer &first = job.layer[0], &last = job.layer[job.layers - 1];
-  const int64_t stride = unit_stride(first.inputs, STEP<KIND>), last_stride = unit_stride(last.inputs, STEP<KIND>);
-  const int64_t wide = last.padded() + 16, hidden_wide = first.padded() + 16;
-  float* memory = a.memory;
-  float* row = take(memory, round_up(first.inputs > last.outputs ? first.inputs : last.outputs, 16));
-  float* sums = take(memory, job.block_rows * PANEL);
-  float* scales = take(memory, job.block_rows);
-  auto* units = reinterpret_cast<Unit*>(take(memory, job.block_rows * stride));
-  float* results = take(memory, job.block_rows * wide);  // for a layer norm
-  auto* hidden_units = reinterpret_cast<Unit*>(job.layers == 2 ? take(memory, job.block_rows * last_stride) : nullptr);
-  float* hidden = job.layers == 2 ? take(memory, job.block_rows * hidden_wide) : nullptr;
-
-  const int64_t tiles = a.end - a.begin, most = job.block_rows / ROWS, blocks = (tiles + most - 1) / most;
-  for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t at = (a.begin + tiles * block / blocks) * ROWS, end = (a.begin + tiles * (block + 1) / blocks) * ROWS;
-    const int64_t rows = (end < job.rows ? end : job.rows) - at;
-    for (int64_t r = rows; r < round_up(rows, ROWS); ++r) {
-      __builtin_memset(units + r * stride, 0, stride * sizeof(Unit));
-      if (job.layers == 2) __builtin_memset(hidden_units + r * last_stride, 0, last_stride * sizeof(Unit));
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* x = job.x + (at + r) * first.inputs;
-      for (int64_t k = 0; k < first.inputs; k += LANES)
-        V::store(row + k, V::load(x + k, 1, first.inputs - k), first.inputs - k);
-      if (job.before.weight != nullptr) normalise<LANES>(row, first.inputs, job.before);
-      scales[r] = to_units<LANES, KIND, ROUNDS>(row, first.inputs, units + r * stride);
-    }
-    if (job.layers == 2) {
-      apply<LANES, KIND, NATIVE>(first, units, stride, rows, scales, sums, [&](int64_t r, int64_t n, F y, int64_t count) FASTZS_INLINE_LAMBDA {
-        Hidden* kept = job.hidden == nullptr ? nullptr : static_cast<Hidden*>(job.hidden) + (at + r) * first.outputs + n;
-        if (job.slopes) {
-          y *= slope<LANES, ROUGH>(V::load(kept, 1, count), first.activation);
-        } else {
-          if (kept != nullptr) put<LANES, ROUNDS>(kept, y, count);
-          y = activate<LANES, ROUGH>(y, first.activation);
-        }
-        if constexpr (KIND == Kind::bytes) {  // the row's largest number must be known
-          V::store(hidden + r * hidden_wide + n, y);
-        } else {
-          put<LANES, ROUNDS>(reinterpret_cast<Hidden*>(hidden_units + r * last_stride) + n, y);
-        }
-      });
-      if constexpr (KIND == Kind::bytes) {
-        for (int64_t r = 0; r < rows; ++r)
-          scales[r] = to_units<LANES, KIND, ROUNDS>(hidden + r * hidden_wide, last.inputs, hidden_units + r * last_stride);
-      }
-    }
-    const Unit* from = job.layers == 2 ? hidden_units : units;
-    apply<LANES, KIND, NATIVE>(
-        last, from, last_stride, rows, scales, sums, [&](int64_t r, int64_t n, F y, int64_t count) FASTZS_INLINE_LAMBDA {
-          const int64_t to = (at + r) * last.outputs + n;
-          y = activate<LANES, ROUGH>(y, last.activation);
-          if (job.residual != nullptr && job.normed == nullptr) y += V::load(job.residual + to, 1, count);
-          if (job.after.weight != nullptr) {
-            V::store(results + r * wide + n, y);
-          } else {
-            put<LANES, ROUNDS>(job.out + to, y, count);
-          }
-        });
-    if (job.after.weight == nullptr) continue;
-    for (int64_t r = 0; r < rows; ++r) {
-      float* result = results + r * wide;
-      const int64_t to = (at + r) * last.outputs;
-      if (job.normed == nullptr) {
-        normalise<LANES>(result, last.outputs, job.after);
-      } else {
-        for (int64_t n = 0; n < last.outputs; n += LANES)
-          V::store(row + n, V::load(job.normed + to + n, 1, last.outputs - n), last.outputs - n);
-        normalise_backward<LANES>(result, row, last.outputs, job.after);
-      }
-      for (int64_t n = 0; n < last.outputs; n += LANES) {
-        const int64_t left = last.outputs - n;
-        auto y = V::load(result + n, 1, left);
-        if (job.residual != nullptr && job.normed != nullptr) y += V::load(job.residual + to + n, 1, left);
-        put<LANES, ROUNDS>(job.out + to + n, y, left);
-      }
-    }
-  }
-}
 
 template <int LANES, typename Blocks>
 FASTZS_INLINE void floats_anywhere(const Blocks& a) {

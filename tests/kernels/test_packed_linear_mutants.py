@@ -32,8 +32,8 @@ MUTATIONS = {
     "the last panel's columns are cut": [
         ("static_cast<int>(layer.outputs - n)", "static_cast<int>(layer.outputs - n) / LANES * LANES")
     ],
-    "the residual is forgotten": [("if (job.residual != nullptr && job.normed == nullptr)", "if (false)")],
-    "backward takes the activation for its slope": [("y *= slope<LANES, ROUGH>(", "y *= activate<LANES, ROUGH>(")],
+    "the residual is forgotten": [("if (residual != nullptr) {", "if (false) {")],
+    "backward takes the activation for its slope": [("*= slope<LANES, ROUGH>(", "*= activate<LANES, ROUGH>(")],
     "the hidden layer is not kept": [("if (kept != nullptr) put", "if (false) put")],
     "the residual's gradient is forgotten": [("if (job.residual != nullptr && job.normed != nullptr)", "if (false)")],
     "the mean of a norm has no gradient": [("(g - shift - x * tilt)", "(g - x * tilt)")],
