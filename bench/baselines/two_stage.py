@@ -29,7 +29,7 @@ def scores(model: ZegFormer | ZSSeg, images, text, seen, size):
     of_clip = torch.ones_like(own)
     if len(cut_outs):
         vectors = F.normalize(whole_tower(model.tower, cut_outs), dim=-1)
-        of_clip[full] = (model.logit_scale * vectors @ text.T).float().softmax(-1)
+        of_clip[full] = (model.clip_scale * vectors @ text.T).float().softmax(-1)
     joined = model.join(own, of_clip, seen, full[:, None])
     scores = torch.einsum("qc,qhw->chw", joined, masks.float())
     scores = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]

@@ -91,12 +91,15 @@ class TwoStage(TrainedModel):
         ensemble_weight: float,
         expand: float,
         logit_scale: float,
+        clip_scale: float | None,
         projection: Callable[[int, int], nn.Module],
     ):
         if not expand >= 1:
             raise ValueError(f"{type(self).__name__}: expand: expected at least 1, got {expand}")
-        if not logit_scale > 0:
-            raise ValueError(f"{type(self).__name__}: logit_scale: expected more than 0, got {logit_scale}")
+        clip_scale = logit_scale if clip_scale is None else clip_scale
+        for name, scale in (("logit_scale", logit_scale), ("clip_scale", clip_scale)):
+            if not scale > 0:
+                raise ValueError(f"{type(self).__name__}: {name}: expected more than 0, got {scale}")
         clip, tower, sizes = clip_vit(type(self).__name__, backbone, weights, sizes)
         super().__init__(
             backbone=backbone,
@@ -111,7 +114,7 @@ class TwoStage(TrainedModel):
         self.project = projection(self.maskformer.width, self.text_dim)
         self.no_object = nn.Parameter(torch.randn(1, self.text_dim) * self.text_dim**-0.5)
         self.short_side, self.ensemble_weight, self.expand = size, ensemble_weight, expand
-        self.logit_scale = logit_scale
+        self.logit_scale, self.clip_scale = logit_scale, clip_scale
         self._blank: Memo[Tensor] = Memo()
         if self.weights in ("openai", "random"):
             self.clip_mean, self.clip_std = OPENAI_MEAN, OPENAI_STD
@@ -125,6 +128,7 @@ class TwoStage(TrainedModel):
             ensemble_weight=ensemble_weight,
             expand=expand,
             logit_scale=logit_scale,
+            clip_scale=clip_scale,
         )
         self.settings.update(pretrained=None)  # a saved model has weights of its own
 
@@ -163,7 +167,7 @@ class TwoStage(TrainedModel):
         """Scores [B, C, ceil(H / 4), ceil(W / 4)], fp32 at least, not negative; see the base."""
         text, masks = self.prepare_text(text), features.masks
         logits = self.compare(features.embeddings, text).to(masks.dtype)  # [B, Q, T + 1]
-        of_clip = self.logit_scale * features.cut_outs.to(masks.dtype) @ text.to(masks.dtype).T  # [B, Q, T]
+        of_clip = self.clip_scale * features.cut_outs.to(masks.dtype) @ text.to(masks.dtype).T  # [B, Q, T]
         own, nothing = logits[..., :-1], logits[..., -1:]
         own, of_clip = (join(x.transpose(1, 2)[..., None], groups)[..., 0].mT for x in (own, of_clip))
         if seen is None:

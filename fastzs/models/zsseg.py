@@ -50,8 +50,10 @@ class ZSSeg(TwoStage):
         ensemble_weight: w, the weight of the more reliable probability of a class: the proposal's own for seen
             classes, CLIP's for unseen ones; published: 0.8.
         expand: sides of the box that is cut out, as a multiple of the mask's; published: 1.
-        logit_scale: what cosines are multiplied by, for the proposals' own names and CLIP's; published: 100, to which
-            OpenAI's CLIP was trained. CLIP's names of another one are as sure as it was trained to be with its own.
+        logit_scale: what the cosines of the proposals' own names are multiplied by; published: 100.
+        clip_scale: what CLIP's are multiplied by in testing; as ``logit_scale`` if omitted, which is 100, to which
+            OpenAI's CLIP was trained. Another one's names are as sure as it was trained to be with its own, or less:
+            it may know whole images better than cut-outs.
 
     Trained: everything but CLIP.
     """
@@ -71,6 +73,7 @@ class ZSSeg(TwoStage):
         ensemble_weight: float = 0.8,
         expand: float = 1.0,
         logit_scale: float = 100.0,
+        clip_scale: float | None = None,
     ):
         super().__init__(
             backbone=backbone,
@@ -85,6 +88,7 @@ class ZSSeg(TwoStage):
             ensemble_weight=ensemble_weight,
             expand=expand,
             logit_scale=logit_scale,
+            clip_scale=clip_scale,
             projection=_projection,
         )
 

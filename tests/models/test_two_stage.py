@@ -164,19 +164,24 @@ def test_joined_opinions():
 
 @torch.no_grad()
 def test_scale_of_the_cosines(kind, text):
-    """That of both opinions; the weights of another CLIP were trained to another one than OpenAI's."""
-    plain, soft = model(kind), model(kind, logit_scale=30.0)
+    """That of both opinions or one for each; another CLIP was trained to another one than OpenAI's."""
+    plain, soft, both = model(kind), model(kind, logit_scale=30.0), model(kind, logit_scale=30.0, clip_scale=12.0)
     x = torch.randn(2, 7, plain.maskformer.width)
     assert torch.allclose(soft.compare(x, text), 0.3 * plain.compare(x, text), atol=1e-4)
+    assert torch.equal(both.compare(x, text), soft.compare(x, text))
     vectors = F.normalize(torch.randn(1, 7, 32), dim=-1)
     found = Proposals(torch.full((1, 7, 4, 4), 50.0), torch.randn(1, 7, soft.maskformer.width), vectors, torch.ones(1))
-    for net, scale in ((plain, 100.0), (soft, 30.0)):
+    for net, scale in ((plain, 100.0), (soft, 30.0), (both, 12.0)):
         net.join = lambda own, of_clip, seen, full: of_clip
         expected = (scale * vectors @ text.T).softmax(-1).sum(1)[..., None, None].expand(1, 4, 4, 4)
         assert torch.allclose(net.decode(found, text), expected, atol=1e-5)
-    assert model(kind, logit_scale=30.0).settings["logit_scale"] == 30.0
-    with pytest.raises(ValueError, match=r"logit_scale: expected more than 0, got 0"):
-        model(kind, logit_scale=0)
+    assert {name: both.settings[name] for name in ("logit_scale", "clip_scale")} == {
+        "logit_scale": 30,
+        "clip_scale": 12,
+    }
+    for name in ("logit_scale", "clip_scale"):
+        with pytest.raises(ValueError, match=rf"{name}: expected more than 0, got 0"):
+            model(kind, **{name: 0})
 
 
 @torch.no_grad()
