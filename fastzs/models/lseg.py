@@ -183,7 +183,7 @@ class LSeg(TrainedModel):
             backbone=backbone, weights=weights, clip=clip, text_dim=text_dim, seen=seen, calibration=calibration
         )
         if image == "clip":
-            tower, sizes = _clip_tower(clip, sizes, pretrained)
+            tower, sizes = clip_tower("LSeg", clip, sizes, pretrained)
             self.patch_size, width, depth = sizes["patch_size"], sizes["width"], sizes["layers"]
         else:
             tower, sizes = _timm_tower(image, sizes, pretrained)
@@ -338,15 +338,17 @@ class LSeg(TrainedModel):
         )
 
 
-def _clip_tower(
-    clip: Clip | None, sizes: Mapping[str, Any] | None, pretrained: bool
+def clip_tower(
+    model: str, clip: Clip | None, sizes: Mapping[str, Any] | None, pretrained: bool
 ) -> tuple[VisionTransformer, Mapping[str, Any]]:
-    """A CLIP ViT without what follows its last block, and its sizes."""
+    """A CLIP ViT without what follows its last block, and its sizes; ``model`` is whose, for messages."""
     if sizes is None:
         assert clip is not None
         tower = clip.vision()
         if not isinstance(tower, VisionTransformer) or tower.variant.differences():
-            raise WeightsError(f"LSeg: {clip.backbone} is not CLIP's own vision transformer, which the decoder reads")
+            raise WeightsError(
+                f"{model}: {clip.backbone} is not CLIP's own vision transformer, which the decoder reads"
+            )
         sizes = vit_sizes(tower)
         if not pretrained:
             tower = VisionTransformer(**sizes)

@@ -1,8 +1,9 @@
 """MaskCLIP+: a segmentation network taught by MaskCLIP's labels, then by its own, with the text as its classifier.
 
 Source: Zhou, Loy, Dai, "Extract Free Dense Labels from CLIP", ECCV 2022, section 3.3, and its code. A network that
-knows nothing of CLIP (DeepLabV2 or V3+ on a ResNet, or any other) gives features f_p [B, D, h, w]; their products with
-the text vectors are the logits, and cross-entropy trains the network::
+knows nothing of CLIP (DeepLabV2 or V3+ on a ResNet, or any other; here also a copy of the teacher's tower with a DPT)
+gives features f_p [B, D, h, w]; their products with the text vectors are the logits, and cross-entropy trains the
+network::
 
     logits(c, p) = f_p . t_c                                            [B, C, h, w]
     unlabelled pixels:  y(p) = argmax over the unlabelled classes c of
@@ -37,6 +38,7 @@ from fastzs.decoders import scores
 from fastzs.decoders.deeplab import DeepLab
 from fastzs.losses import inductive_target, pixel_cross_entropy
 from fastzs.models.base import IMAGENET_MEAN, IMAGENET_STD, Features, Labels
+from fastzs.models.clip_student import ClipStudent
 from fastzs.models.maskclip import LOGIT_SCALE, MaskCLIP
 from fastzs.models.trained import OWN, TrainedModel
 from fastzs.ops import label_map
@@ -69,8 +71,8 @@ class NetworkFeatures(Features):
 @register(
     "maskclip_plus",
     paper="MaskCLIP+ (Zhou et al., ECCV 2022)",
-    does="a ResNet once, products with the text; no CLIP",
-    trained="a DeepLabV2 or V3+ (ResNet), or any network",
+    does="a ResNet or another network once, products with the text; no CLIP beside it",
+    trained="a DeepLabV2 or V3+ (ResNet), a DPT on CLIP's tower, or any network",
     needs="masks of the seen classes and where the unseen are, or no masks; MaskCLIP as its teacher",
     checkpoints=OWN,
 )
@@ -80,10 +82,15 @@ class MaskCLIPPlus(TrainedModel):
     Args:
         backbone, weights: the CLIP that teaches and whose text vectors are the classifier; see
             :func:`fastzs.clip.load`. Published: RN50 and ViT-B-16.
-        network: "deeplabv2", "deeplabv3+" or a module of your own, [B, 3, H, W] -> features [B, D, h, w] (give it again
-            to :meth:`from_pretrained`).
-        resnet: of the two: resnet50, resnet101 (published) or resnet152.
-        pretrained: start from torchvision's ImageNet weights. Omitted: unless ``weights="random"``.
+        network: "deeplabv2", "deeplabv3+", "dpt" (a copy of the teacher's vision transformer, which is trained, with a
+            DPT decoder) or a module of your own, [B, 3, H, W] -> features [B, D, h, w] (give it again to
+            :meth:`from_pretrained`).
+        resnet: of the first two: resnet50, resnet101 (published) or resnet152.
+        pretrained: start from torchvision's ImageNet weights, "dpt" from the teacher's. Omitted: unless
+            ``weights="random"``.
+        dpt: of "dpt", its decoder's sizes by name, ``reassemble`` and ``features``; see
+            :class:`fastzs.models.clip_student.ClipStudent`.
+        sizes: of "dpt", its tower's sizes, to build it without weights, as :meth:`from_pretrained` does.
         text_dim: width D of the text vectors, if it should not be looked up in ``backbone``.
         normalization: mean and deviation that images are normalised with; the teacher's if omitted.
         annotation_free: take no pixel's label.
@@ -115,6 +122,8 @@ class MaskCLIPPlus(TrainedModel):
         network: str | nn.Module | None = "deeplabv2",
         resnet: str = "resnet101",
         pretrained: bool | None = None,
+        dpt: Mapping[str, Any] | None = None,
+        sizes: Mapping[str, Any] | None = None,
         text_dim: int | None = None,
         normalization: Sequence[Sequence[float]] | None = None,
         annotation_free: bool = False,
@@ -133,7 +142,7 @@ class MaskCLIPPlus(TrainedModel):
         calibration: float = 0.0,
     ):
         clip = None
-        if text_dim is None or normalization is None:
+        if text_dim is None or normalization is None or (network == "dpt" and sizes is None):
             clip = clip_module.load(backbone, weights)
             text_dim = text_dim or clip.embed_dim
             normalization = normalization or _normalization(clip)
@@ -144,9 +153,13 @@ class MaskCLIPPlus(TrainedModel):
         super().__init__(
             backbone=backbone, weights=weights, clip=clip, text_dim=text_dim, seen=seen, calibration=calibration
         )
-        if isinstance(network, str):
-            start = str(weights) != "random" if pretrained is None else pretrained
-            self.network: nn.Module = _deeplab(text_dim, resnet, network, start)
+        start = str(weights) != "random" if pretrained is None else pretrained
+        self.network: nn.Module
+        if network == "dpt":
+            self.network = ClipStudent("MaskCLIP+", clip, sizes, start, text_dim, **(dpt or {}))
+            sizes = dict(self.network.sizes)
+        elif isinstance(network, str):
+            self.network = _deeplab(text_dim, resnet, network, start)
         else:
             self.network = network
         self.background = self.learned_class = background
@@ -167,6 +180,8 @@ class MaskCLIPPlus(TrainedModel):
             network=network if isinstance(network, str) else None,
             resnet=resnet,
             pretrained=False,
+            dpt=dict(dpt or {}),
+            sizes=sizes,
             text_dim=text_dim,
             normalization=[list(self.mean), list(self.std)],
             annotation_free=annotation_free,

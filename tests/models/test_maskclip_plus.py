@@ -177,6 +177,29 @@ def test_deeplab(head, stride):
     assert trained_names(net) == {name for name, _ in net.named_parameters()}
 
 
+def test_a_student_of_clips_own_tower(tmp_path):
+    sizes = {"dpt": {"reassemble": [4, 4, 8, 8], "features": 8}}
+    net = model(network="dpt", **sizes)
+    tower, teachers = net.network.encoder.model, net.teacher.visual
+    assert torch.equal(tower.blocks[0].attn.in_proj_weight, teachers.blocks[0].attn.in_proj_weight)
+    assert tower.blocks[0] is not teachers.blocks[0]  # the teacher stays as it is
+    images, target = scenes(net)
+    text = text_vectors(net, Vocabulary(NAMES))
+    net.train()
+    losses = train(net, lambda: net.losses(images, target, text, seen=range(2, 7), transductive=True)["total"], 6, 5e-3)
+    assert losses[-1] < 0.8 * losses[0]
+    assert trained_names(net) == {name for name, _ in net.named_parameters()}
+    assert not torch.equal(tower.blocks[0].attn.in_proj_weight, teachers.blocks[0].attn.in_proj_weight)
+    net.eval().save_pretrained(tmp_path)
+    again = MaskCLIPPlus.from_pretrained(tmp_path)
+    assert again._clip is None  # its weights are in the file
+    odd = torch.randn(1, 3, 50, 70)
+    assert torch.equal(again(odd, text), net(odd, text))
+    assert net(odd, text).shape == (1, 7, 64, 80)  # patches of 8 pixels, 8 cells each
+    with pytest.raises(WeightsError, match=r"MaskCLIP\+: RN50 is not CLIP's own vision transformer"):
+        MaskCLIPPlus("RN50", "random", network="dpt")
+
+
 def test_bad_arguments():
     net = model()
     images, target = scenes(net)
