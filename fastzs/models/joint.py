@@ -9,6 +9,10 @@ prototypes mu_c = s(w_c). Trained together::
                     again before s, so that borders mix words
     consistency     alpha KL( softmax_j(-T |w_i - w_j|) || softmax_j(-|mu_i - mu_j|) ), mean over the seen classes i
 
+The published network is trained already when this begins. In one that starts from random weights the cross-entropy
+moves the features much more than the regression does, so that they do not come near the prototypes: ``beta`` weighs
+the regression, and ``level`` keeps ReLU from silencing features that are drawn to prototypes around 0.
+
 In testing a pixel belongs to the nearest prototype, but for Apollonius calibration: where that is seen, the second
 nearest is unseen and sigma d_2 < d_1 (squared distances), to the second.
 
@@ -72,6 +76,8 @@ class Joint(WordModel):
         sigma: of the calibration, in testing; 1 and above: none. Published: 0.5, or 0.7 with "caffe".
         ratio: of the reduced label map; published: 0.25, or 0.5 with "caffe".
         temperature: T; published: 5, on PASCAL-Context 7.
+        level: value around which prototypes lie when training begins; published: 0.01. Features are never negative,
+            and a channel that is drawn to negative values everywhere has no gradient any more.
     """
 
     activation = "none"
@@ -91,6 +97,7 @@ class Joint(WordModel):
         ratio: float = 0.25,
         temperature: float = 5.0,
         dropout: Sequence[float] = (0.5, 0.5, 0.1),
+        level: float = 0.01,
         **options: Any,
     ):
         super().__init__(backbone, weights, form=form, **options)
@@ -102,7 +109,7 @@ class Joint(WordModel):
         self.classifier = nn.Conv2d(features, classes, 1)
         self.semantic = nn.Linear(self.text_dim, features)
         nn.init.xavier_uniform_(self.semantic.weight)
-        nn.init.constant_(self.semantic.bias, 0.01)
+        nn.init.constant_(self.semantic.bias, level)
         self.background = list(background)
         self.sigma, self.ratio, self.temperature = sigma, ratio, temperature
         self.settings.update(
@@ -141,8 +148,14 @@ class Joint(WordModel):
         *,
         background: Sequence[int] = (),
         alpha: float = 0.1,
+        beta: float = 1.0,
     ) -> dict[str, Tensor]:
-        """The losses ``cross_entropy``, ``regression`` and ``consistency``; published alpha: 0.1, Context 0.01."""
+        """The losses ``cross_entropy``, ``regression`` and ``consistency``.
+
+        Args:
+            alpha: weight of the consistency; published: 0.1, on PASCAL-Context 0.01.
+            beta: weight of the regression; published: 1.
+        """
         if len(text) > self.classifier.out_channels:
             raise ValueError(
                 f"Joint: {len(text)} classes are trained, but its auxiliary classifier has "
@@ -153,7 +166,8 @@ class Joint(WordModel):
         kept = [i for i, place in enumerate(labels.classes) if place not in set(background)]
         return {
             "cross_entropy": pixel_cross_entropy(logits, labels.target, labels.ignore_index, align_corners=True),
-            "regression": regression(features, labels.target, text, self.semantic, self.ratio, labels.ignore_index),
+            "regression": beta
+            * regression(features, labels.target, text, self.semantic, self.ratio, labels.ignore_index),
             "consistency": alpha * consistency(text[kept], self.semantic(text[kept]), self.temperature),
         }
 

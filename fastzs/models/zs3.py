@@ -6,7 +6,7 @@ classes are fixed by training. Two stages:
 - "seen": network and classifier are trained on the labels of the seen classes;
 - "generate": the network is frozen. A generator G([w_c, z]), z uniform in [0, 1), learns to give features like the
   real ones of each seen class (:func:`fastzs.decoders.generator.mmd` of 128 of each, drawn at random), and a new
-  classifier is trained on real features of seen classes and made ones of all, with a weight of 100 on unseen classes.
+  classifier is trained on real features of seen classes and made ones of all, with a weight on unseen classes.
 
 What is told about unseen pixels (``layout``): as published, images that show unseen classes are made whole from
 *their true label maps*, so that layout and frequencies of unseen classes are known, though not their looks. The
@@ -37,7 +37,6 @@ from fastzs.models.words import FixedClasses, scale_loss, wide
 from fastzs.registry import register
 from fastzs.trace import span
 
-UNSEEN_WEIGHT = 100.0  # of unseen classes in the classifier's loss
 SAMPLES = 128  # features of a class that are compared
 
 Stage = Literal["seen", "generate"]
@@ -70,6 +69,8 @@ class ZS3(FixedClasses):
         hidden, noise: of the generator; published: 256 and as wide as the words.
         stage: what is trained, see the module's text.
         layout: what unseen classes' labels are used for, see the module's text.
+        unseen_weight: of unseen classes in the classifier's loss; published: 100, for the few pixels that unseen
+            classes have in the layout "as published". With "permuted" they fill a quarter of all maps.
     """
 
     settled = ("form",)
@@ -87,6 +88,7 @@ class ZS3(FixedClasses):
         dropout: Sequence[float] = (0.5, 0.5, 0.1),
         stage: Stage = "seen",
         layout: Layout = "permuted",
+        unseen_weight: float = 100.0,
         **options: Any,
     ):
         if stage not in ("seen", "generate") or layout not in ("permuted", "as published"):
@@ -99,10 +101,11 @@ class ZS3(FixedClasses):
         self.head = PlainV3PlusHead(channels[-1], channels[0], features, fine, dropout=dropout)
         self.classifier = nn.Conv2d(features, self.classes, 1)
         self.generator = PixelMLP((self.text_dim + noise, hidden, features), (dropout[0],))
-        self.noise, self.layout = noise, layout
+        self.noise, self.layout, self.unseen_weight = noise, layout, unseen_weight
         del self.settings["form"]
         self.settings.update(
-            features=features, fine=fine, hidden=hidden, noise=noise, dropout=list(dropout), layout=layout
+            features=features, fine=fine, hidden=hidden, noise=noise, dropout=list(dropout), layout=layout,
+            unseen_weight=unseen_weight,
         )  # fmt: skip
         self.stage: Stage = stage
         self.settings["stage"] = stage
@@ -162,7 +165,7 @@ class ZS3(FixedClasses):
             dreamt = self.generate(wanted, text, ignore_index).detach()
             features, given, learnt = torch.cat([real, dreamt]), torch.cat([small, wanted]), small
         weights = text.new_ones(len(text))
-        weights[[i for i in range(len(text)) if i not in set(seen)]] = UNSEEN_WEIGHT
+        weights[[i for i in range(len(text)) if i not in set(seen)]] = self.unseen_weight
         loss = scale_loss(self.classifier(features), given, ignore_index, class_weights=weights)
         return {
             "cross_entropy": loss / len(images),

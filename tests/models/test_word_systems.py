@@ -117,6 +117,37 @@ def test_zs3_as_published_reads_where_unseen_classes_are():
     assert not torch.allclose(told, untold)
 
 
+def test_zs3s_weight_decides_how_much_unseen_classes_count():
+    raised, start = {}, model("zs3")
+    images, target = scenes(start)
+    for weight in (0.0, 1.0, 100.0):
+        net = model("zs3", stage="generate", unseen_weight=weight).train()
+        net.load_state_dict(start.state_dict())
+        losses(net, images, target)["cross_entropy"].backward()
+        raised[weight] = -net.classifier.bias.grad[[2, 6]]
+    assert (raised[0.0] < 0).all(), "without a weight no step makes unseen classes likelier"
+    assert (raised[0.0] < raised[1.0]).all()
+    assert (raised[1.0] < raised[100.0]).all()
+    assert model("zs3").settings["unseen_weight"] == 100  # as published
+
+
+def test_joints_prototypes_start_around_a_level():
+    for level in (0.01, 1.0):
+        net = model("joint", level=level)
+        prototypes = net.semantic(words(6).embeddings)
+        assert (prototypes.mean() - level).abs() < 0.3
+    assert model("joint").semantic.bias.eq(0.01).all()  # as published
+
+
+def test_joints_losses_have_their_weights():
+    net = model("joint").eval()
+    images, target = scenes(net)
+    plain, weighed = losses(net, images, target), losses(net, images, target, alpha=0.5, beta=3.0)
+    torch.testing.assert_close(weighed["cross_entropy"], plain["cross_entropy"])
+    torch.testing.assert_close(weighed["regression"], 3 * plain["regression"])
+    torch.testing.assert_close(weighed["consistency"], 5 * plain["consistency"])
+
+
 @pytest.mark.parametrize("name", SYSTEMS)
 @pytest.mark.parametrize("fill", [255, 2])  # nothing labelled, an unseen class everywhere
 def test_pictures_without_a_seen_pixel(name, fill):
