@@ -74,7 +74,7 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize(("engine", "kills"), [("plain", 8), ("torchrun", 4), ("ray", 2)])
+@pytest.mark.parametrize(("engine", "kills"), [("plain", 5), ("torchrun", 3), ("ray", 2)])
 def test_segment(tmp_path, engine, kills):
     if engine == "ray":
         pytest.importorskip("ray", reason="needs the extra 'ray'")
@@ -123,11 +123,11 @@ def test_train(tmp_path):
         return last.isdecimal() and int(last) >= step
 
     killed = 0
-    for _ in range(6):
+    for _ in range(4):
         step, begun = chance.randint(1, 50), time.time_ns()
         run = start(command("out"), tmp_path)
         killed += kill_at(run, lambda step=step, begun=begun: reached(step, begun), chance.uniform(0, 0.1))
-    assert killed > 3
+    assert killed > 2
     finish(start(command("out"), tmp_path))
     finish(start(command("alone"), tmp_path))
     assert left(tmp_path / "out") == []
