@@ -142,10 +142,7 @@ FASTZS_INLINE void take_blocks(const Blocks<T, O>& a) {
           });
         } else {
           if (kept != nullptr) put_panel<LANES, ROUNDS>(kept + r * first.outputs + n, y, columns);
-          with_activation(first.activation, [&](Activation activation) FASTZS_INLINE_LAMBDA {
-#pragma GCC unroll 4
-            for (int v = 0; v < VS; ++v) y[v] = activate<LANES, ROUGH>(y[v], activation);
-          });
+          activate_panel<LANES, ROUGH>(y, first.activation);
         }
         if constexpr (KIND == Kind::bytes) {  // the row's largest number must be known
           put_panel<LANES, false>(hidden + r * hidden_wide + n, y, PANEL);
@@ -165,10 +162,7 @@ FASTZS_INLINE void take_blocks(const Blocks<T, O>& a) {
     const Unit* from = job.layers == 2 ? hidden_units : units;
     const O* residual = job.residual != nullptr && job.normed == nullptr ? job.residual + at * last.outputs : nullptr;
     const auto finish = [&](int64_t r, int64_t n, F (&y)[VS], int columns) FASTZS_INLINE_LAMBDA {
-      with_activation(last.activation, [&](Activation activation) FASTZS_INLINE_LAMBDA {
-#pragma GCC unroll 4
-        for (int v = 0; v < VS; ++v) y[v] = activate<LANES, ROUGH>(y[v], activation);
-      });
+      activate_panel<LANES, ROUGH>(y, last.activation);
       if (residual != nullptr) {
         F x[VS];
         get_panel<LANES>(residual + r * last.outputs + n, x, columns);

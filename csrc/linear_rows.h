@@ -141,6 +141,14 @@ FASTZS_INLINE typename Simd<LANES>::F activate(typename Simd<LANES>::F x, int64_
   return x;
 }
 
+template <int LANES, bool ROUGH>
+FASTZS_INLINE void activate_panel(typename Simd<LANES>::F (&y)[PANEL_VECTORS<LANES>], int64_t activation) {
+  with_activation(activation, [&](Activation known) FASTZS_INLINE_LAMBDA {
+#pragma GCC unroll 4
+    for (int v = 0; v < PANEL_VECTORS<LANES>; ++v) y[v] = activate<LANES, ROUGH>(y[v], known);
+  });
+}
+
 // The derivative of an activation.
 template <int LANES, bool ROUGH>
 FASTZS_INLINE typename Simd<LANES>::F slope(typename Simd<LANES>::F x, int64_t activation) {
