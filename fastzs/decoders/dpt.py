@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastzs.windows import next_multiple
+
 Readout = Literal["project", "add", "ignore"]
 READOUTS = ("project", "add", "ignore")
 
@@ -160,3 +162,16 @@ class SpatialBlock(nn.Module):
             if step + 1 < self.depth:
                 scores = self.activation(scores)
         return scores
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """The last block of each quarter of a tower, which the decoder reads."""
+    return tuple(depth * (i + 1) // 4 - 1 for i in range(4))
+
+
+def enlarged(images: Tensor, patch_size: int) -> Tensor:
+    """Images [B, 3, H, W] with sides enlarged to multiples of two patches, which the coarsest level needs."""
+    size = [next_multiple(side, 2 * patch_size) for side in images.shape[2:]]
+    if size == list(images.shape[2:]):
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)

@@ -6,13 +6,11 @@ Source: Ranftl, Bochkovskiy, Koltun, "Vision Transformers for Dense Prediction",
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastzs.clip import Clip
-from fastzs.decoders.dpt import DPTDecoder
+from fastzs.decoders.dpt import DPTDecoder, enlarged, quarters
 from fastzs.models.lseg import Encoder, clip_tower
-from fastzs.windows import next_multiple
 
 
 class ClipStudent(nn.Module):
@@ -47,15 +45,11 @@ class ClipStudent(nn.Module):
     ):
         super().__init__()
         tower, self.sizes = clip_tower(model, clip, sizes, pretrained)
-        depth = self.sizes["layers"]
-        self.hooks = [depth * (i + 1) // 4 - 1 for i in range(4)]
+        self.hooks = quarters(self.sizes["layers"])
         self.encoder = Encoder(tower, self.sizes["width"], reassemble, "project")
         self.decoder = DPTDecoder(reassemble, features, output_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, D, h, w]. Sides are first enlarged to multiples of two patches."""
-        unit = 2 * self.sizes["patch_size"]
-        size = [next_multiple(side, unit) for side in images.shape[2:]]
-        if size != list(images.shape[2:]):
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        images = enlarged(images, self.sizes["patch_size"])
         return self.decoder(self.encoder.levels(*self.encoder.tokens(images, self.hooks)))

@@ -32,14 +32,13 @@ from fastzs.clip import Clip, TextEncoder, VisionTransformer, WeightsError
 from fastzs.clip.of_timm import TimmBlock
 from fastzs.clip.state import fit
 from fastzs.clip.vision import mlp_ratio, vit_sizes
-from fastzs.decoders.dpt import DPTDecoder, Readout, Reassemble, SpatialBlock, double
+from fastzs.decoders.dpt import DPTDecoder, Readout, Reassemble, SpatialBlock, double, enlarged, quarters
 from fastzs.losses import pixel_cross_entropy
 from fastzs.models.base import Features, Labels
 from fastzs.models.trained import OWN, TrainedModel, count_layers
 from fastzs.ops import pixel_text_logits
 from fastzs.registry import register
 from fastzs.trace import span, traced
-from fastzs.windows import next_multiple
 
 LOGIT_SCALE = 1 / 0.07
 # CLIPs by the width of their joint space: whose text vectors published checkpoints were trained with
@@ -188,7 +187,7 @@ class LSeg(TrainedModel):
         else:
             tower, sizes = _timm_tower(image, sizes, pretrained)
             self.patch_size, width, depth = sizes["patch_size"], sizes["embed_dim"], sizes["depth"]
-        self.hooks = tuple(hooks or (depth * (i + 1) // 4 - 1 for i in range(4)))
+        self.hooks = tuple(hooks or quarters(depth))
         if len(self.hooks) != 4 or len(reassemble) != 4 or not all(0 <= i < depth for i in self.hooks):
             raise ValueError(
                 f"LSeg: expected four hooks among the tower's {depth} blocks and four widths, got hooks={self.hooks}, "
@@ -225,11 +224,8 @@ class LSeg(TrainedModel):
 
         Sides are first enlarged to multiples of two patches, which the coarsest level needs.
         """
-        unit = 2 * self.patch_size
-        size = [next_multiple(side, unit) for side in images.shape[2:]]
-        if size != list(images.shape[2:]):
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        tokens, grid = self.pretrained.tokens(images.to(next(self.parameters()).dtype), self.hooks)
+        images = enlarged(images, self.patch_size).to(next(self.parameters()).dtype)
+        tokens, grid = self.pretrained.tokens(images, self.hooks)
         with span("model.decoder"):
             return PixelFeatures(self.scratch(self.pretrained.levels(tokens, grid)))
 
