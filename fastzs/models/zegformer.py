@@ -50,9 +50,9 @@ class ZegFormer(TwoStage):
             classes, CLIP's for unseen ones; published: 2/3.
         expand: sides of the box that is cut out, as a multiple of the mask's; published: 1.
         logit_scale: what the cosines of the proposals' own names are multiplied by; published: 100.
-        clip_scale: what CLIP's are multiplied by in testing; as ``logit_scale`` if omitted, which is 100, to which
-            OpenAI's CLIP was trained. Another one's names are as sure as it was trained to be with its own, or less:
-            it may know whole images better than cut-outs.
+        clip_scale: what CLIP's cosines are multiplied by in testing; ``logit_scale`` if omitted. OpenAI's CLIP was
+            trained to 100. Choose the number that the CLIP at hand was trained to, or a smaller one if it knows
+            cut-outs less well than whole images.
 
     Trained: everything but CLIP. Published recipe: AdamW 1e-4 (a tenth for the ResNet), weight decay 1e-4, 60,000
     steps of 32 images of COCO-Stuff or 10,000 of VOC.
